@@ -1,0 +1,3 @@
+from cellfast.cli import main
+
+main()

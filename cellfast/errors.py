@@ -1,0 +1,10 @@
+"""The one exception that means "the user can fix this"."""
+
+from __future__ import annotations
+
+
+class CellfastError(ValueError):
+    """A mistake in input, options or files, told as: what is wrong, what was expected, what was found, what to do.
+
+    The command line prints its message without a traceback and exits with status 1; the library raises it as a ``ValueError``.
+    """
