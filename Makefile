@@ -1,0 +1,61 @@
+# cellfast: `make demo` and `make test` do all the set-up. An existing environment is used with `make test VENV=/path/to/env`.
+
+VENV   ?= .venv
+PYTHON ?= python3
+PY     := $(VENV)/bin/python
+DEMO   ?= demo
+OUT    ?= benchmarks/results
+
+SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+# One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
+STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
+
+.PHONY: help build demo test test-all test-gpu lint bench clean
+
+help:
+	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
+	@echo "make test      set up, then run the tests"
+	@echo "make build     only the environment ($(VENV)) and the extension"
+	@echo "make test-gpu  the tests that need a CUDA GPU; fails where there is none"
+	@echo "make lint      ruff"
+	@echo "make bench     every benchmark, JSON to $(OUT)/"
+	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
+
+build: $(STAMP) .build-stamp
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cellfast needs Python 3.10 or newer, found %s; try make PYTHON=python3.11" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV) || { echo "Could not make an environment with $(PYTHON): on Debian and Ubuntu, apt-get install python3-venv python3-dev"; exit 1; }
+
+# torch first: the extension is compiled against the torch it will run with, without a second copy of it in a build environment.
+$(STAMP): pyproject.toml | $(PY)
+	@echo "Setting up $(VENV) (torch, torchvision, kornia, DALI and the rest: several minutes the first time) ..."
+	$(PY) -m pip install --quiet --disable-pip-version-check "torch>=2.10" torchvision "setuptools>=77" wheel ninja packaging "numpy>=1.26"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,test]"
+	@touch $@ .build-stamp
+
+.build-stamp: $(SOURCES) | $(STAMP)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: build
+	$(PY) -m cellfast demo $(DEMO)
+
+test: build
+	$(PY) -m pytest -q -m "not slow"
+
+test-all: build
+	$(PY) -m pytest -q
+
+test-gpu: build
+	CELLFAST_REQUIRE_CUDA=1 $(PY) -m pytest -q -m cuda
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: build
+	$(PY) benchmarks/run_all.py --out $(OUT)
+
+clean:
+	rm -rf build .build-stamp cellfast/*.so *.egg-info .pytest_cache .ruff_cache
