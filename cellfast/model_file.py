@@ -1,0 +1,303 @@
+"""The file that carries a model and everything embedding needs: ``RUN/model.pt``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cellfast import __version__
+from cellfast.atomic import atomic_path
+from cellfast.errors import CellfastError
+from cellfast.models import ModelConfig, SimCLR, adapt_input_channels
+
+FORMAT = "cellfast-model"
+FORMAT_VERSION = 1
+SCALINGS = ("screen", "plate")
+
+
+@dataclass
+class ModelMetadata:
+    """What a model must know about the images it was trained on.
+
+    Args:
+        channel_names: the channels in the order of the model's input.
+        crop_size: side of the stored crops in px.
+        output_size: side in px of what the encoder sees, cut from the crop's centre.
+        bits: bits per stored pixel, 8 or 16.
+        scaling: ``screen`` (every plate uses ``low`` and ``high``) or ``plate`` (each plate uses its own, stored with its crops).
+        low: pixel value that becomes 0, per channel.
+        high: pixel value that becomes 1, per channel.
+        training_data: digest of the screen the model was trained on (`cellfast.training.data_digest`); empty: not trained.
+        step: optimiser steps taken.
+        extra: anything else worth keeping, plain values only.
+    """
+
+    channel_names: list[str]
+    crop_size: int
+    output_size: int
+    bits: int
+    scaling: str
+    low: list[float]
+    high: list[float]
+    training_data: str = ""
+    step: int = 0
+    cellfast_version: str = __version__
+    git_commit: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        channels = len(self.channel_names)
+        if len(self.low) != channels or len(self.high) != channels:
+            raise CellfastError(
+                f"low and high must have one value per channel ({channels}), got {len(self.low)} and {len(self.high)}"
+            )
+        if self.scaling not in SCALINGS:
+            raise CellfastError(f"scaling {self.scaling!r} is not known: choose one of {', '.join(SCALINGS)}")
+        if not 1 <= self.output_size <= self.crop_size:
+            raise CellfastError(f"output_size must be between 1 and the crop size {self.crop_size} px, got {self.output_size}")
+
+
+@dataclass
+class LoadedModel:
+    """A model from a file, on its device in evaluation mode, with what it was trained for."""
+
+    model: SimCLR
+    metadata: ModelMetadata
+    path: Path
+    digest: str
+
+    @property
+    def channel_names(self) -> list[str]:
+        return self.metadata.channel_names
+
+    @property
+    def output_size(self) -> int:
+        return self.metadata.output_size
+
+    @property
+    def crop_size(self) -> int:
+        return self.metadata.crop_size
+
+    @property
+    def scaling(self) -> str:
+        return self.metadata.scaling
+
+    @property
+    def low(self) -> Tensor:
+        """Pixel value that becomes 0, float32 [C]."""
+        return torch.tensor(self.metadata.low, dtype=torch.float32)
+
+    @property
+    def high(self) -> Tensor:
+        """Pixel value that becomes 1, float32 [C]."""
+        return torch.tensor(self.metadata.high, dtype=torch.float32)
+
+    def check_screen(self, name: str, channel_names: list[str], crop_size: int, bits: int) -> None:
+        """Raise `CellfastError`, naming both sides, unless a screen's crops are what the model was trained on.
+
+        Equivalent to comparing channel names with their order, crop size in px and bits per pixel.
+        """
+        found = {"channels": ", ".join(channel_names), "crop size": f"{crop_size} px", "pixels": f"{bits}-bit"}
+        wanted = {
+            "channels": ", ".join(self.channel_names),
+            "crop size": f"{self.crop_size} px",
+            "pixels": f"{self.metadata.bits}-bit",
+        }
+        wrong = [
+            f"{key}: the model has {wanted[key]}, the screen has {found[key]}" for key in wanted if wanted[key] != found[key]
+        ]
+        if wrong:
+            raise CellfastError(
+                f"the model {self.path} does not fit the screen {name}: {'; '.join(wrong)}. "
+                "Ingest the screen with the model's channels and crop size, or train a model on this screen"
+            )
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state_dict, as hexadecimal text; independent of the file's packing."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_model(path: str | os.PathLike[str], model: SimCLR, metadata: ModelMetadata) -> str:
+    """Write a model and its metadata to ``path``, atomically, and return its digest (of weights, architecture and metadata)."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    values = {key: value for key, value in vars(metadata).items()}
+    digest = _model_digest(state, model.config, metadata)
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": model.config.to_dict(),
+        "metadata": values,
+        "digest": digest,
+        "state": state,
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+    return digest
+
+
+def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedModel:
+    """The model of a run folder (its ``model.pt``) or of a model file, on ``device``, in evaluation mode.
+
+    Nothing in the file is executed: equivalent to ``torch.load(path, weights_only=True)`` and ``load_state_dict`` with strict keys.
+
+    Raises:
+        CellfastError: no such file, not a model file, damaged (its digest does not match), or written by a newer version.
+    """
+    path = Path(path_or_run)
+    if path.is_dir():
+        run, path = path, path / "model.pt"
+        if not path.exists():
+            raise CellfastError(
+                f"{run} has no model.pt: it is not the folder of a finished training run (cellfast train SCREEN -o {run}). "
+                "An interrupted run writes it at the next validation or with --resume"
+            )
+    if not path.exists():
+        raise CellfastError(f"the model {path} does not exist: give a run folder of cellfast train, or its model.pt")
+    content = load_weights_only(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CellfastError(
+            f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go in with cellfast train --weights"
+        )
+    if content.get("format_version", 0) > FORMAT_VERSION:
+        raise CellfastError(
+            f"{path} has model format {content['format_version']}, this cellfast ({__version__}) reads up to {FORMAT_VERSION}: upgrade cellfast"
+        )
+    try:
+        config = ModelConfig.from_dict(content["config"])
+        metadata = ModelMetadata(**content["metadata"])
+        model = SimCLR(config)
+        model.load_state_dict(content["state"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CellfastError(f"the model {path} is damaged: {error}") from error
+    if content.get("digest") != _model_digest(content["state"], config, metadata):
+        raise CellfastError(f"the model {path} is damaged: its content does not match the digest it was written with")
+    model = model.to(device=device, memory_format=torch.channels_last).eval()
+    return LoadedModel(model, metadata, path, content["digest"])
+
+
+def _model_digest(state: Mapping[str, Tensor], config: ModelConfig, metadata: ModelMetadata) -> str:
+    """Weights, architecture and what the input is made from: what decides an embedding, and nothing else."""
+    inputs = [metadata.channel_names, metadata.crop_size, metadata.output_size, metadata.bits, metadata.scaling]
+    text = repr([sorted(config.to_dict().items()), inputs, list(map(float, metadata.low)), list(map(float, metadata.high))])
+    return hashlib.sha256((state_digest(state) + text).encode()).hexdigest()
+
+
+def load_weights_only(path: Path) -> Any:
+    """``torch.load(path, map_location="cpu", weights_only=True)`` with a clear `CellfastError` for anything that cannot be read that way."""
+    if not path.is_file():
+        raise CellfastError(f"the weights file {path} does not exist or is not a file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  torch raises a dozen kinds for a file that is not its own
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CellfastError(
+            f"{path} cannot be read as a weights file: {first[:200]}. Expected a file of tensors written by torch.save "
+            "(files that need to run code to be read are refused)"
+        ) from error
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What was taken from a weights file: names loaded, names of the file left unused, names of the model left at their random start."""
+
+    loaded: list[str]
+    unused: list[str]
+    fresh: list[str]
+    adapted: str = ""
+
+    def __str__(self) -> str:
+        text = f"{len(self.loaded)} tensors loaded"
+        if self.adapted:
+            text += f"; {self.adapted}"
+        if self.unused:
+            text += f"; not used: {_shorten(self.unused)}"
+        if self.fresh:
+            text += f"; left at their random start: {_shorten(self.fresh)}"
+        return text
+
+
+def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
+    """Start ``model`` from a file: a cellfast model, or a state_dict of a torchvision ResNet (ImageNet weights among them).
+
+    The whole encoder must be there with fitting shapes. A classifier (``fc.*``) is not used; a projection head is taken where all of it fits.
+    A first convolution for another number of input channels is adapted by `adapt_input_channels`: each channel gets the mean filter, scaled by
+    K / C. Prefixes ``module.``, ``encoder.`` and ``backbone.`` are removed.
+
+    Raises:
+        CellfastError: an encoder tensor missing or of another shape, all of them listed; the model is left unchanged.
+    """
+    path = Path(path)
+    content = load_weights_only(path)
+    for key in ("state", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise CellfastError(
+            f"{path} holds no tensors by name: expected a state_dict of a torchvision ResNet, or a cellfast model"
+        )
+    given = {_plain_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    encoder = model.encoder.state_dict()
+    problems, new, adapted = [], {}, ""
+    for name, target in encoder.items():
+        value = given.get(name)
+        if value is None:
+            # Old state_dicts lack the counters of BatchNorm; they play no part in the result.
+            if not name.endswith("num_batches_tracked"):
+                problems.append(f"{name}: missing, expected {list(target.shape)}")
+            continue
+        if name == _first_convolution(model.encoder) and value.ndim == 4 and value.shape[1] != target.shape[1]:
+            adapted = f"{name} adapted from {value.shape[1]} to {target.shape[1]} channels (mean filter × {value.shape[1]}/{target.shape[1]})"
+            value = adapt_input_channels(value, target.shape[1])
+        if value.shape != target.shape:
+            problems.append(f"{name}: expected {list(target.shape)}, found {list(value.shape)}")
+            continue
+        new[name] = value
+    if problems:
+        hint = ""
+        convolution = given.get("conv1.weight")
+        if convolution is not None and convolution.ndim == 4 and convolution.shape[-1] == 7 and model.config.stem != "imagenet":
+            hint = ". The file's first convolution is 7×7: use --stem imagenet"
+        raise CellfastError(
+            f"the weights {path} do not fit the encoder {model.config.encoder} with stem {model.config.stem}: {_shorten(problems, 8, '; ')}{hint}"
+        )
+    head = {name: value for name, value in given.items() if name.startswith("projection.")}
+    target_head = {f"projection.{name}": value for name, value in model.projection.state_dict().items()}
+    head_fits = head.keys() == target_head.keys() and all(head[name].shape == target_head[name].shape for name in head)
+    with torch.no_grad():
+        model.encoder.load_state_dict({**encoder, **new})
+        if head_fits:
+            model.projection.load_state_dict({name.removeprefix("projection."): value for name, value in head.items()})
+    loaded = sorted(new) + (sorted(head) if head_fits else [])
+    unused = sorted(set(given) - set(loaded))
+    return WeightsReport(loaded, unused, [] if head_fits else sorted(target_head), adapted)
+
+
+def _plain_name(name: str) -> str:
+    for prefix in ("module.", "encoder.", "backbone."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _first_convolution(encoder: nn.Module) -> str:
+    return next(f"{name}.weight" for name, module in encoder.named_modules() if isinstance(module, nn.Conv2d))
+
+
+def _shorten(items: list[str], most: int = 4, separator: str = ", ") -> str:
+    rest = f"{separator}and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + rest
