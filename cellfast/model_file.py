@@ -151,7 +151,8 @@ def save_model(path: str | os.PathLike[str], model: SimCLR, metadata: ModelMetad
 def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedModel:
     """The model of a run folder (its ``model.pt``) or of a model file, on ``device``, in evaluation mode.
 
-    Nothing in the file is executed: equivalent to ``torch.load(path, weights_only=True)`` and ``load_state_dict`` with strict keys.
+    Nothing in the file is executed: equivalent to ``torch.load(path, weights_only=True)`` and ``load_state_dict`` with strict
+    keys.
 
     Raises:
         CellfastError: no such file, not a model file, damaged (its digest does not match), or written by a newer version.
@@ -169,11 +170,13 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
     content = load_weights_only(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CellfastError(
-            f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go in with cellfast train --weights"
+            f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go in with "
+            "cellfast train --weights"
         )
     if content.get("format_version", 0) > FORMAT_VERSION:
         raise CellfastError(
-            f"{path} has model format {content['format_version']}, this cellfast ({__version__}) reads up to {FORMAT_VERSION}: upgrade cellfast"
+            f"{path} has model format {content['format_version']}, this cellfast ({__version__}) reads up to "
+            f"{FORMAT_VERSION}: upgrade cellfast"
         )
     try:
         config = ModelConfig.from_dict(content["config"])
@@ -196,14 +199,15 @@ def _model_digest(state: Mapping[str, Tensor], config: ModelConfig, metadata: Mo
 
 
 def load_weights_only(path: Path) -> Any:
-    """``torch.load(path, map_location="cpu", weights_only=True)`` with a clear `CellfastError` for anything that cannot be read that way."""
+    """``torch.load(path, map_location="cpu", weights_only=True)`` with a clear `CellfastError` for anything that cannot be
+    read that way."""
     if not path.is_file():
         raise CellfastError(f"the weights file {path} does not exist or is not a file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  torch raises a dozen kinds for a file that is not its own
+    except Exception as error:  # torch raises a dozen kinds for a file that is not its own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CellfastError(
             f"{path} cannot be read as a weights file: {first[:200]}. Expected a file of tensors written by torch.save "
@@ -213,7 +217,8 @@ def load_weights_only(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What was taken from a weights file: names loaded, names of the file left unused, names of the model left at their random start."""
+    """What was taken from a weights file: names loaded, names of the file left unused, names of the model left at their random
+    start."""
 
     loaded: list[str]
     unused: list[str]
@@ -234,8 +239,10 @@ class WeightsReport:
 def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
     """Start ``model`` from a file: a cellfast model, or a state_dict of a torchvision ResNet (ImageNet weights among them).
 
-    The whole encoder must be there with fitting shapes. A classifier (``fc.*``) is not used; a projection head is taken where all of it fits.
-    A first convolution for another number of input channels is adapted by `adapt_input_channels`: each channel gets the mean filter, scaled by
+    The whole encoder must be there with fitting shapes. A classifier (``fc.*``) is not used; a projection head is taken where
+    all of it fits.
+    A first convolution for another number of input channels is adapted by `adapt_input_channels`: each channel gets the mean
+    filter, scaled by
     K / C. Prefixes ``module.``, ``encoder.`` and ``backbone.`` are removed.
 
     Raises:
@@ -274,7 +281,8 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
         if convolution is not None and convolution.ndim == 4 and convolution.shape[-1] == 7 and model.config.stem != "imagenet":
             hint = ". The file's first convolution is 7×7: use --stem imagenet"
         raise CellfastError(
-            f"the weights {path} do not fit the encoder {model.config.encoder} with stem {model.config.stem}: {_shorten(problems, 8, '; ')}{hint}"
+            f"the weights {path} do not fit the encoder {model.config.encoder} with stem {model.config.stem}: "
+            f"{_shorten(problems, 8, '; ')}{hint}"
         )
     head = {name: value for name, value in given.items() if name.startswith("projection.")}
     target_head = {f"projection.{name}": value for name, value in model.projection.state_dict().items()}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from cellfast.errors import CellfastError
 
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "cnn4")
-# Name → (kernel, stride, max pooling after it). A ResNet's cost is that of its body, which sees size/4 (imagenet, small), size/2 (dense)
+# Name → (kernel, stride, max pooling after it). A ResNet's cost is that of its body, which sees size/4 (imagenet, small),
+# size/2 (dense)
 # or the full size (full): relative cost 1 : 1 : 4 : 16. ResNet-18, 3 channels, 96 px: 0.33, 0.32, 1.25 and 5.00 GMAC per view.
 STEMS: dict[str, tuple[int, int, bool]] = {
     "imagenet": (7, 2, True),
@@ -30,13 +31,16 @@ class ModelConfig:
     Args:
         encoder: one of `ENCODERS`.
         num_channels: channels of a crop.
-        stem: first layers of a ResNet, one of `STEMS`: ``imagenet`` (7×7 stride 2, max pooling; takes ImageNet weights), ``small`` (3×3 stride 2,
-            max pooling; finer first filters at the same cost, for 64–112 px crops), ``dense`` (3×3 stride 2, no pooling; 4 × the cost), ``full`` (3×3
+        stem: first layers of a ResNet, one of `STEMS`: ``imagenet`` (7×7 stride 2, max pooling; takes ImageNet weights),
+            ``small`` (3×3 stride 2,
+            max pooling; finer first filters at the same cost, for 64–112 px crops), ``dense`` (3×3 stride 2, no pooling; 4 ×
+            the cost), ``full`` (3×3
             stride 1, no pooling; 16 × the cost, for crops of 32–48 px). ``cnn4`` has one architecture and does not look at it.
         projection_dim: columns D of z.
         projection_layers: linear layers of the projection head, with ReLU between them.
         projection_hidden: width of the head's hidden layers; None: as wide as h.
-        projection_batch_norm: BatchNorm before each ReLU of the head, as in SimCLR; the reference implementation of Perakis et al. has none.
+        projection_batch_norm: BatchNorm before each ReLU of the head, as in SimCLR; the reference implementation of Perakis et
+            al. has none.
 
     Raises:
         CellfastError: a value outside its range, with the values there are.
@@ -81,7 +85,8 @@ class ModelConfig:
 class CNN4(nn.Module):
     """Four times 3×3 convolution, ReLU and 2×2 max pooling, then the mean over positions: [B, C, s, s] → [B, 64].
 
-    Source: the 4-layer CNN baseline of Perakis et al. (arXiv 2103.16670). The paper gives no widths; 16, 32, 64 and 64 without BatchNorm are ours.
+    Source: the 4-layer CNN baseline of Perakis et al. (arXiv 2103.16670). The paper gives no widths; 16, 32, 64 and 64 without
+        BatchNorm are ours.
     It has no BatchNorm, so every cell's features depend on that cell alone, in training too.
     """
 
@@ -156,7 +161,8 @@ class SimCLR(nn.Module):
 
 
 def build_model(config: ModelConfig, seed: int) -> SimCLR:
-    """A randomly initialised model in channels_last; the same seed gives the same weights and the global generator stays as it was."""
+    """A randomly initialised model in channels_last; the same seed gives the same weights and the global generator stays as it
+    was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SimCLR(config)
@@ -169,7 +175,8 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def multiply_accumulates(config: ModelConfig, size: int) -> int:
-    """Multiply-accumulate operations of one view of ``size`` px through encoder and head (convolutions and linear layers), forward only.
+    """Multiply-accumulate operations of one view of ``size`` px through encoder and head (convolutions and linear layers),
+    forward only.
 
     A training step costs about 3 × this per view, 6 × per cell. Nothing is computed: the shapes are followed on the meta device.
     """
@@ -194,7 +201,8 @@ def multiply_accumulates(config: ModelConfig, size: int) -> int:
 def adapt_input_channels(weight: Tensor, num_channels: int) -> Tensor:
     """The first convolution's weight [O, K, k, k] for another number of input channels: [O, C, k, k].
 
-    Equivalent to ``weight.mean(1, keepdim=True).repeat(1, C, 1, 1) * K / C``: every channel gets the mean filter, scaled so that an image whose
+    Equivalent to ``weight.mean(1, keepdim=True).repeat(1, C, 1, 1) * K / C``: every channel gets the mean filter, scaled so
+    that an image whose
     channels are all equal gives the same response as before. With K = C the weight is returned unchanged.
     """
     if weight.shape[1] == num_channels:

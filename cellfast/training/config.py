@@ -1,0 +1,374 @@
+"""What a training run is: every value with its default, limits and help; recipes; YAML and command-line overrides. Imports no
+torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cellfast.atomic import write_text
+from cellfast.errors import CellfastError
+
+# As in cellfast.models, which imports torch; a test compares them.
+ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "cnn4")
+STEMS = ("imagenet", "small", "dense", "full")
+
+
+def _value(
+    default: Any,
+    help_text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    group: str,
+) -> Any:
+    metadata = {"help": help_text, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "group": group}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Every value of a training run; each is a YAML key and a command-line option of its own name (``batch_size`` →
+    ``--batch-size``).
+
+    Raises:
+        CellfastError: a value of the wrong type or outside its range, naming key, limits and what was given.
+    """
+
+    recipe: str = _value("default", "Set of defaults to start from.", group="Recipe")
+
+    encoder: str = _value("resnet18", "Encoder.", choices=ENCODERS, group="Model")
+    stem: str = _value(
+        "small",
+        "First layers of a ResNet. imagenet: 7x7 stride 2 + pooling; small: 3x3 stride 2 + pooling, same cost; dense: no "
+        "pooling, 4x the "
+        "cost; full: stride 1, 16x. cnn4 has no choice of stem.",
+        choices=STEMS,
+        group="Model",
+    )
+    projection_dim: int = _value(128, "Columns of the projection z.", minimum=1, group="Model")
+    projection_layers: int = _value(2, "Linear layers of the projection head.", minimum=1, group="Model")
+    projection_hidden: int | None = _value(
+        None, "Width of the head's hidden layers; null: as wide as h.", minimum=1, group="Model"
+    )
+    projection_batch_norm: bool = _value(False, "BatchNorm in the projection head.", group="Model")
+    weights: str | None = _value(
+        None, "Start from this file: a torchvision ResNet's state_dict (also ImageNet's) or a cellfast model.", group="Model"
+    )
+
+    output_size: int | None = _value(
+        None,
+        "Side in px of the views the encoder sees; null: 6/7 of the crop size, to a multiple of 8 (112 -> 96).",
+        minimum=16,
+        group="Input",
+    )
+    scaling: str = _value(
+        "screen",
+        "Intensity scaling: the medians over plates (screen) or each plate's own (plate).",
+        choices=("screen", "plate"),
+        group="Input",
+    )
+    augment: dict[str, Any] = _value(  # noqa: RUF009
+        {"preset": "default"}, "Augmentation preset; single values with --set augment.NAME=VALUE.", group="Input"
+    )
+    plates: list[str] = _value([], "Train on these plates only (comma-separated); none given: all.", group="Input")  # noqa: RUF009
+    hold_out_plates: list[str] = _value([], "Leave these plates out of training and validation.", group="Input")  # noqa: RUF009
+    loader: str = _value("mmap", "Who gathers the cells.", choices=("mmap", "dali"), group="Input")
+
+    temperature: float = _value(0.1, "Temperature of NT-Xent.", minimum=0.01, group="Loss")
+    batch_norm: str = _value(
+        "joint",
+        "BatchNorm statistics over both views (joint), or one forward pass per view as the reference implementation (per-view).",
+        choices=("joint", "per-view"),
+        group="Loss",
+    )
+
+    batch_size: int = _value(
+        256, "Cells per minibatch over all processes; each gives two views.", minimum=2, group="Optimisation"
+    )
+    epochs: int = _value(100, "Passes over the training cells.", minimum=0, group="Optimisation")
+    steps: int | None = _value(
+        None,
+        "Minibatches in all, instead of epochs; 0 writes a randomly initialised model (the baseline).",
+        minimum=0,
+        group="Optimisation",
+    )
+    optimizer: str = _value("adamw", "Optimiser.", choices=("adamw", "adam", "lars"), group="Optimisation")
+    lr: float = _value(1e-3, "Peak learning rate (not scaled by the minibatch).", above=0, group="Optimisation")
+    weight_decay: float = _value(
+        1e-4,
+        "Weight decay (adam: L2 as torch.optim.Adam; adamw and lars: not on biases and BatchNorm).",
+        minimum=0,
+        group="Optimisation",
+    )
+    momentum: float = _value(0.9, "Momentum of LARS.", minimum=0, maximum=1, group="Optimisation")
+    schedule: str = _value(
+        "cosine",
+        "Learning rate after the warm-up: cosine or constant per step; perakis2021: constant for 10 epochs, then a cosine "
+        "per epoch whose "
+        "half period is as many epochs as an epoch has minibatches.",
+        choices=("cosine", "constant", "perakis2021"),
+        group="Optimisation",
+    )
+    warmup: float = _value(
+        0.05, "Fraction of all steps in which the learning rate rises.", minimum=0, maximum=1, group="Optimisation"
+    )
+    final_lr: float = _value(
+        0.0, "Learning rate at the end, as a fraction of the peak.", minimum=0, maximum=1, group="Optimisation"
+    )
+    clip_grad_norm: float | None = _value(None, "Clip the gradient's norm to this.", above=0, group="Optimisation")
+
+    validation: str = _value(
+        "well",
+        "What is held out for validation: whole wells, random cells, or nothing.",
+        choices=("well", "random", "none"),
+        group="Validation",
+    )
+    validation_fraction: float = _value(0.05, "Fraction of wells or cells held out.", above=0, maximum=0.9, group="Validation")
+    validation_cells: int = _value(
+        2048, "At most so many held-out cells are used in each validation.", minimum=2, group="Validation"
+    )
+    validate_every: int = _value(
+        1, "Epochs between validations; the last step is always validated.", minimum=1, group="Validation"
+    )
+
+    seed: int = _value(0, "Seed of weights, order, views and held-out cells.", minimum=0, maximum=2**31 - 1, group="Running")
+    device: str = _value(
+        "auto", "Where to compute; auto: CUDA where there is a GPU.", choices=("auto", "cpu", "cuda"), group="Running"
+    )
+    amp: bool = _value(False, "bfloat16 autocast.", group="Running")
+    compile: bool = _value(False, "torch.compile the model.", group="Running")
+    threads: int | None = _value(None, "CPU threads; null: torch's choice.", minimum=1, group="Running")
+    checkpoint_every: int = _value(
+        500, "Steps between checkpoints; one is also written after every epoch.", minimum=1, group="Running"
+    )
+    log_every: int = _value(10, "Steps between lines of metrics.jsonl and TensorBoard.", minimum=1, group="Running")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.augment, str):
+            self.augment = {"preset": self.augment}
+        for key, hint in field_types().items():
+            setattr(self, key, _checked(key, getattr(self, key), hint))
+        self.augment = {"preset": "default", **self.augment}
+        if self.recipe not in RECIPES:
+            raise CellfastError(f"recipe: {self.recipe!r} is not known: choose one of {', '.join(RECIPES)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain YAML values, in the order of the declaration."""
+        return asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all values as YAML, atomically; `resolve_config` with this file gives the same configuration."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=False)
+        write_text(path, "# Every value of this run: cellfast train SCREEN -o RUN --config THIS_FILE repeats it.\n" + text)
+
+
+# perakis2021: the public implementation's last configuration. Deviations: views as cellfast.augment's preset says; ImageNet
+# weights are not
+# downloaded (give the file with --weights); the loss is the same function.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "perakis2021": {
+        "encoder": "resnet50",
+        "stem": "imagenet",
+        "projection_dim": 256,
+        "augment": {"preset": "perakis2021"},
+        "temperature": 0.1,
+        "batch_norm": "per-view",
+        "batch_size": 256,
+        "epochs": 600,
+        "optimizer": "adam",
+        "lr": 3e-4,
+        "weight_decay": 1e-5,
+        "schedule": "perakis2021",
+        "warmup": 0.0,
+        "validation": "random",
+        "validation_fraction": 0.05,
+    },
+    # A few minutes on two CPU cores: see docs; measured on the simulated screen of `cellfast demo`.
+    "demo": {
+        "batch_size": 128,
+        "epochs": 2,
+        "lr": 2e-3,
+        "validation_cells": 512,
+    },
+}
+
+
+def field_types() -> dict[str, Any]:
+    """Key → type of every value."""
+    return typing.get_type_hints(TrainConfig)
+
+
+def field_default(key: str) -> Any:
+    """The default of ``key`` in the default recipe."""
+    for entry in fields(TrainConfig):
+        if entry.name == key:
+            return entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
+    raise KeyError(key)
+
+
+def _field(key: str) -> Any:
+    return next(entry for entry in fields(TrainConfig) if entry.name == key)
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type of ``key``, within its limits; YAML's habit of reading 3e-4 as text is undone."""
+    limits = _field(key).metadata
+    optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    if optional:
+        if value is None:
+            return None
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    kind = typing.get_origin(hint) or hint
+
+    def wrong(expected: str) -> CellfastError:
+        return CellfastError(f"{key}: expected {expected}, got {value!r}")
+
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+    elif kind in (int, float):
+        expected = "a whole number" if kind is int else "a number"
+        for name, words in (("minimum", "of at least"), ("above", "above"), ("maximum", "of at most")):
+            if limits[name] is not None:
+                expected += f"{' and' if words != 'of at least' and ' at least' in expected else ''} {words} {limits[name]:g}"
+        if isinstance(value, str):
+            try:
+                value = float(value) if kind is float else int(value)
+            except ValueError:
+                raise wrong(expected) from None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong(expected)
+        if kind is int:
+            if value != int(value):
+                raise wrong(expected)
+            value = int(value)
+        else:
+            value = float(value)
+            if not math.isfinite(value):
+                raise wrong(expected)
+        low, above, high = limits["minimum"], limits["above"], limits["maximum"]
+        if (low is not None and value < low) or (above is not None and value <= above) or (high is not None and value > high):
+            raise wrong(expected)
+    elif kind is str:
+        if limits["choices"]:
+            # YAML reads a bare `none`-like word as text but `no` as false; only text can be a choice.
+            if value not in limits["choices"]:
+                raise wrong(f"one of {', '.join(limits['choices'])}")
+        elif not isinstance(value, str):
+            raise wrong("text")
+    elif kind is list:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, int)) for part in value):
+            raise wrong("a list of names")
+        value = [str(part) for part in value]
+    elif kind is dict:
+        if not isinstance(value, Mapping):
+            raise wrong("a mapping of names to values")
+        value = dict(value)
+    return value
+
+
+def check_keys(keys: typing.Iterable[str], where: str) -> None:
+    """Raise `CellfastError` naming the nearest known key for every key that does not exist."""
+    known = [entry.name for entry in fields(TrainConfig)]
+    problems = []
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5)
+            problems.append(f"{key!r}" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
+    if problems:
+        raise CellfastError(
+            f"{where}: unknown {'key' if len(problems) == 1 else 'keys'} {', '.join(problems)}. Known: {', '.join(known)}"
+        )
+
+
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of a YAML file; unknown keys and anything but a mapping raise `CellfastError`."""
+    path = Path(path)
+    if not path.is_file():
+        raise CellfastError(f"the configuration {path} does not exist or is not a file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CellfastError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise CellfastError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
+    check_keys(values, str(path))
+    return values
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """``key=value`` of ``--set`` as a key and a YAML value, e.g. ``lr=3e-4``, ``augment.rotation_deg=90``, ``plates=[A, B]``."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise CellfastError(f"--set {text!r}: expected key=value, e.g. --set lr=3e-4")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise CellfastError(f"--set {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def resolve_config(
+    recipe: str | None = None, file: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The configuration of a run: defaults, then the recipe, then the YAML file, then ``overrides`` (``augment.NAME`` sets one
+    value).
+
+    Raises:
+        CellfastError: unknown keys (with the nearest known ones), values out of range, or contradicting recipes or durations.
+    """
+    from_file = read_config_file(file) if file else {}
+    overrides = dict(overrides or {})
+    if "recipe" in overrides:
+        recipe = overrides.pop("recipe")
+    if recipe and "recipe" in from_file and from_file["recipe"] != recipe:
+        raise CellfastError(f"--recipe {recipe} contradicts {file}, whose recipe is {from_file['recipe']}: give one of them")
+    name = recipe or from_file.get("recipe", "default")
+    if name not in RECIPES:
+        raise CellfastError(f"recipe: {name!r} is not known: choose one of {', '.join(RECIPES)}")
+    if overrides.get("epochs") is not None and overrides.get("steps") is not None:
+        raise CellfastError(
+            f"epochs ({overrides['epochs']}) and steps ({overrides['steps']}) both say how long to train: give one"
+        )
+    values: dict[str, Any] = {**RECIPES[name], **from_file, "recipe": name}
+    augment = values.get("augment", {})
+    augment = {"preset": augment} if isinstance(augment, str) else dict(augment or {})
+    single = {key: overrides.pop(key) for key in list(overrides) if key.startswith("augment.")}
+    if "augment" in overrides:
+        given = overrides.pop("augment")
+        # Another preset starts anew: single values of the old one would be a mixture nobody asked for.
+        augment = {"preset": given} if isinstance(given, str) else dict(given)
+    for key, value in single.items():
+        augment[key.removeprefix("augment.")] = value
+    check_keys(overrides, "--set")
+    values.update(overrides)
+    if augment:
+        values["augment"] = augment
+    # The one that was said last decides: steps of a file or recipe end where the command line says epochs.
+    if "epochs" in overrides:
+        values["steps"] = None
+    return TrainConfig(**values)
+
+
+def automatic_output_size(crop_size: int) -> int:
+    """Side of the views for crops of ``crop_size`` px: 6/7 of it to the nearest multiple of 8, at least 16 (112 → 96, 96 → 80,
+    56 → 48)."""
+    return min(crop_size, max(16, 8 * round(crop_size * 6 / 7 / 8)))
