@@ -1,0 +1,417 @@
+"""Drawing cells: outlines, chromatin, microtubules, actin, all cells of a field at once with array operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from cellfast.screens.simulate.phenotypes import BASELINE, INDEX
+
+DNA, TUBULIN, ACTIN = 0, 1, 2
+STATES = ("interphase", "mitotic", "monopolar", "apoptotic", "fragmented", "binucleate")
+INTERPHASE, MITOTIC, MONOPOLAR, APOPTOTIC, FRAGMENTED, BINUCLEATE = range(len(STATES))
+_NUM_ANGLES = 512
+
+
+@dataclass
+class Cells:
+    """The cells of one field, as columns: centres in canvas px, phenotype values [N, K], states [N], orientation [N] in rad."""
+
+    y: np.ndarray
+    x: np.ndarray
+    values: np.ndarray
+    state: np.ndarray
+    orientation: np.ndarray
+    scale: float
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.values[:, INDEX[name]]
+
+    @property
+    def rounded(self) -> np.ndarray:
+        return (self.state == MITOTIC) | (self.state == MONOPOLAR) | (self.state == APOPTOTIC)
+
+    @property
+    def cell_radius(self) -> np.ndarray:
+        """Mean radius of the cells in px; rounded cells have pulled in."""
+        shrink = np.where(self.state == APOPTOTIC, 0.42, np.where(self.rounded, 0.60, 1.0))
+        return self["cell_size"] * shrink * self.scale
+
+    @property
+    def nucleus_radius(self) -> np.ndarray:
+        """Mean radius of the DNA in px."""
+        factor = np.array([1.0, 0.72, 0.86, 0.62, 1.12, 1.1])[self.state]
+        return self["nucleus_size"] * factor * self.scale
+
+
+def draw_states(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The state of each cell (index into ``STATES``), drawn with the probabilities in its phenotype values [N, K]."""
+    chances = np.stack([values[:, INDEX[name]] for name in STATES[1:]], axis=1)
+    bounds = np.cumsum(chances / np.maximum(1.0, chances.sum(axis=1, keepdims=True) / 0.97), axis=1)
+    drawn = rng.random(len(values))[:, None]
+    return np.where(drawn[:, 0] < bounds[:, -1], 1 + (drawn >= bounds).sum(axis=1), INTERPHASE)
+
+
+class NoiseBank:
+    """A tile of smooth noise per grain (fine, coarse), zero mean and unit variance, cut at random places for each field."""
+
+    def __init__(self, scale: float, seed: np.random.SeedSequence, size: int = 1024) -> None:
+        rng = np.random.default_rng(seed)
+        self.size = size
+        self._tiles = []
+        for sigma in (1.3 * scale, 3.6 * scale, 9.0 * scale):
+            tile = ndimage.gaussian_filter(rng.standard_normal((size, size), dtype=np.float32), max(sigma, 0.6), mode="wrap")
+            self._tiles.append(tile / tile.std())
+
+    def cut(self, grain: int, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """A float32 array of ``shape`` from tile ``grain`` (0 fine, 1 coarse, 2 broad), wrapped round at the edges."""
+        offset = rng.integers(0, self.size, 2)
+        rows, columns = ((np.arange(n) + o) % self.size for n, o in zip(shape, offset))
+        return self._tiles[grain][rows[:, None], columns]
+
+
+def _outlines(
+    radius: np.ndarray,
+    elongation: np.ndarray,
+    angle: np.ndarray,
+    waves: np.ndarray,
+    corners: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Radius by angle, float32 [N, 512]: an ellipse with smooth waves (harmonics 2 to 6) and pointed corners."""
+    theta = np.linspace(-np.pi, np.pi, _NUM_ANGLES, endpoint=False)
+    turned = theta[None] - angle[:, None]
+    stretch = elongation[:, None]
+    shape = 1.0 / np.sqrt((np.cos(turned) / stretch) ** 2 + (np.sin(turned) * stretch) ** 2)
+    count = len(radius)
+    for harmonic in range(2, 7):
+        phase, size = rng.uniform(0, 2 * np.pi, count), rng.normal(0, 1, count)
+        shape = shape * (1 + (waves * size)[:, None] / harmonic**0.5 * np.cos(harmonic * theta[None] + phase[:, None]))
+    if np.any(corners > 0):
+        for _ in range(5):
+            place, height, width = rng.uniform(-np.pi, np.pi, count), rng.random(count) ** 1.5, rng.uniform(0.10, 0.30, count)
+            away = np.abs((theta[None] - place[:, None] + np.pi) % (2 * np.pi) - np.pi)
+            shape = shape + (corners * height * 1.6)[:, None] * np.exp(-away / width[:, None])
+        shape = shape / (1 + 0.45 * corners)[:, None]
+    return (np.clip(shape, 0.3, 2.6) * radius[:, None]).astype(np.float32)
+
+
+def _relative_distance(outline: np.ndarray, half: int, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    """Distance from the centre over the outline's radius in that direction, float32 [N, 2·half+1, 2·half+1]; 1 is the border."""
+    axis = np.arange(-half, half + 1, dtype=np.float32)
+    yy = axis[None, :, None] - dy[:, None, None].astype(np.float32)
+    xx = axis[None, None, :] - dx[:, None, None].astype(np.float32)
+    angle = ((np.arctan2(yy, xx) + np.float32(np.pi)) * np.float32(_NUM_ANGLES / (2 * np.pi))).astype(np.int32) % _NUM_ANGLES
+    border = np.take_along_axis(outline, angle.reshape(len(outline), -1), axis=1).reshape(angle.shape)
+    return np.sqrt(yy * yy + xx * xx) / border
+
+
+def _windows(cells: Cells, half: int, shape: tuple[int, int]) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """For each cell the part of the canvas its patch covers, and the part of the patch that lies on the canvas."""
+    windows = []
+    for cy, cx in zip(np.floor(cells.y).astype(int), np.floor(cells.x).astype(int)):
+        y0, y1, x0, x1 = max(cy - half, 0), min(cy + half + 1, shape[0]), max(cx - half, 0), min(cx + half + 1, shape[1])
+        y1, x1 = max(y1, y0), max(x1, x0)
+        canvas = (slice(y0, y1), slice(x0, x1))
+        patch = (slice(y0 - cy + half, y1 - cy + half), slice(x0 - cx + half, x1 - cx + half))
+        windows.append((canvas, patch))
+    return windows
+
+
+@dataclass
+class Territory:
+    """Who owns each canvas pixel: label int32 [H, W] (−1: nobody), relative distance to the owner's border, distance to the edge in px."""
+
+    label: np.ndarray
+    depth: np.ndarray
+    edge_px: np.ndarray
+
+
+def divide_canvas(cells: Cells, shape: tuple[int, int], rng: np.random.Generator) -> Territory:
+    """Give each pixel to the cell it lies deepest in: cells that meet share a border instead of overlapping."""
+    radius = cells.cell_radius
+    rounded = cells.rounded
+    outline = _outlines(
+        radius,
+        np.where(rounded, 1.0 + 0.05 * rng.random(len(cells)), cells["cell_elongation"]),
+        cells.orientation,
+        np.where(rounded, 0.02, cells["cell_irregularity"]),
+        np.where(rounded, 0.0, cells["protrusion"]),
+        rng,
+    )
+    half = int(np.ceil(min(outline.max(), 2.4 * radius.max()))) + 1
+    relative = _relative_distance(outline, half, cells.y % 1, cells.x % 1)
+    # Far from every cell: any number well beyond a border will do, and unlike infinity it can be subtracted.
+    first = np.full(shape, 1e3, np.float32)
+    second = np.full(shape, 1e3, np.float32)
+    label = np.full(shape, -1, np.int32)
+    for i, (canvas, patch) in enumerate(_windows(cells, half, shape)):
+        mine = relative[i][patch]
+        if rounded[i]:
+            # Rounded cells lie on top of their neighbours.
+            mine = np.where(mine < 1, mine * np.float32(0.35), mine)
+        best, next_best = first[canvas], second[canvas]
+        wins = (mine < best) & (mine < 1)
+        next_best[...] = np.where(wins, best, np.minimum(next_best, mine))
+        np.copyto(best, mine, where=wins)
+        np.copyto(label[canvas], i, where=wins)
+    inside = label >= 0
+    depth = np.where(inside, first, 1.0)
+    gap = np.minimum(1.0 - first, 0.5 * (second - first))
+    edge = np.where(inside, gap, 0.0) * radius.astype(np.float32)[label]
+    return Territory(label, depth, np.maximum(edge, 0).astype(np.float32))
+
+
+def draw_dna(cells: Cells, shape: tuple[int, int], noise: NoiseBank, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The DNA channel and the nuclear mask, float32 [H, W] each; a nucleus of the baseline is about 1 bright."""
+    radius, state, count = cells.nucleus_radius, cells.state, len(cells)
+    elongation = np.where(
+        state == MITOTIC, 1.65, np.where(np.isin(state, (MONOPOLAR, APOPTOTIC)), 1.05, cells["nucleus_elongation"])
+    )
+    lobes = np.where(np.isin(state, (MITOTIC, APOPTOTIC)), 0.05, cells["nucleus_lobes"])
+    outline = _outlines(radius, elongation, cells.orientation + rng.normal(0, 0.3, count), lobes, np.zeros(count), rng)
+    half = int(np.ceil(max(outline.max(), 1.75 * radius.max()))) + 2
+    level = _relative_distance(outline, half, cells.y % 1, cells.x % 1)
+    distance = (1.0 - level) * radius.astype(np.float32)[:, None, None]
+    _split_nuclei(distance, cells, radius, half, rng)
+    soft = np.clip(distance / max(1.6 * cells.scale, 0.9) + 0.5, 0, 1)
+    # A flattened ellipsoid: brightness rises quickly from the border and is nearly even inside.
+    body = soft * (0.72 + 0.28 * np.clip(distance / radius.astype(np.float32)[:, None, None], 0, 1) ** 0.5)
+    ring = state == MONOPOLAR
+    if ring.any():
+        body[ring] = soft[ring] * np.exp(-(((level[ring] - 0.72) / 0.27) ** 2)) * 1.1
+    body *= _nucleoli(cells, radius, half, rng)
+    bright = cells["dna"] * np.array([1.0, 2.1, 1.9, 2.6, 1.0, 1.0])[state]
+    canvas, mask = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    fine, coarse = noise.cut(0, shape, rng), noise.cut(1, shape, rng)
+    contrast = np.where(np.isin(state, (MITOTIC, MONOPOLAR, APOPTOTIC)), 1.5, 1.0)
+    a_fine, a_coarse = cells["chromatin_fine"] * contrast, cells["chromatin_coarse"] * contrast
+    for i, (place, patch) in enumerate(_windows(cells, half, shape)):
+        texture = 1 + np.float32(a_fine[i]) * fine[place] + np.float32(a_coarse[i]) * coarse[place]
+        painted = body[i][patch] * np.maximum(texture, 0.1) * np.float32(bright[i])
+        np.maximum(canvas[place], painted, out=canvas[place])
+        np.maximum(mask[place], soft[i][patch], out=mask[place])
+    return canvas, mask
+
+
+def _split_nuclei(distance: np.ndarray, cells: Cells, radius: np.ndarray, half: int, rng: np.random.Generator) -> None:
+    """Replace, in place, the distance [N, P, P] of cells with two nuclei, micronuclei or apoptotic bodies by that of several discs."""
+    axis = np.arange(-half, half + 1, dtype=np.float32)
+    for state, least, most, spread, low, high in ((BINUCLEATE, 2, 2, 0.62, 0.66, 0.76), (FRAGMENTED, 3, 6, 0.72, 0.26, 0.58),
+                                                  (APOPTOTIC, 2, 5, 0.60, 0.30, 0.62)):  # fmt: skip
+        for i in np.flatnonzero(cells.state == state):
+            pieces = int(rng.integers(least, most + 1))
+            angle = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(pieces) / pieces + rng.normal(0, 0.2, pieces)
+            away = spread * radius[i] * rng.uniform(0.8, 1.2, pieces)
+            size = radius[i] * rng.uniform(low, high, pieces)
+            merged = np.full(distance.shape[1:], -np.inf, np.float32)
+            for a, d, s in zip(angle, away, size):
+                yy = axis - np.float32(cells.y[i] % 1 + d * np.sin(a))
+                xx = axis - np.float32(cells.x[i] % 1 + d * np.cos(a))
+                np.maximum(merged, np.float32(s) - np.sqrt(yy[:, None] ** 2 + xx[None] ** 2), out=merged)
+            distance[i] = merged
+
+
+def _nucleoli(cells: Cells, radius: np.ndarray, half: int, rng: np.random.Generator) -> np.ndarray:
+    """Factor float32 [N, P, P] that darkens two or three spots of each nucleus."""
+    axis = np.arange(-half, half + 1, dtype=np.float32)
+    factor = np.ones((len(cells), 2 * half + 1, 2 * half + 1), np.float32)
+    depth = np.where(cells.rounded, 0.0, cells["nucleoli"]).astype(np.float32)
+    for spot in range(3):
+        present = 1.0 if spot < 2 else (rng.random(len(cells)) < 0.5)
+        angle, away = rng.uniform(0, 2 * np.pi, len(cells)), radius * 0.62 * np.sqrt(rng.random(len(cells)))
+        size = (radius * rng.uniform(0.14, 0.24, len(cells))).astype(np.float32)
+        rows = np.exp(-(((axis[None] - (away * np.sin(angle))[:, None]) / size[:, None]) ** 2)).astype(np.float32)
+        columns = np.exp(-(((axis[None] - (away * np.cos(angle))[:, None]) / size[:, None]) ** 2)).astype(np.float32)
+        factor -= (depth * present).astype(np.float32)[:, None, None] * rows[:, :, None] * columns[:, None, :]
+    return np.maximum(factor, 0.1)
+
+
+def _splat(y: np.ndarray, x: np.ndarray, weight: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Add points to a float32 canvas, each shared between its four nearest pixels; points outside are left out."""
+    fy, fx = np.floor(y), np.floor(x)
+    keep = (fy >= 0) & (fx >= 0) & (fy < shape[0] - 1) & (fx < shape[1] - 1)
+    y, x, weight, fy, fx = y[keep], x[keep], weight[keep], fy[keep], fx[keep]
+    dy, dx = y - fy, x - fx
+    start = fy.astype(np.int64) * shape[1] + fx.astype(np.int64)
+    index = np.concatenate([start, start + 1, start + shape[1], start + shape[1] + 1])
+    share = np.concatenate([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])
+    share *= np.tile(weight, 4)
+    return np.bincount(index, share, shape[0] * shape[1]).reshape(shape).astype(np.float32)
+
+
+def trace_filaments(
+    label: np.ndarray,
+    owner: np.ndarray,
+    y: np.ndarray,
+    x: np.ndarray,
+    angle: np.ndarray,
+    weight: np.ndarray,
+    curl: np.ndarray,
+    length: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    follow_border: bool,
+    step: float = 0.8,
+) -> np.ndarray:
+    """Draw filaments as persistent random walks inside their cells, float32 canvas of ``label``'s shape.
+
+    Args:
+        label: int32 [H, W], the owner of each pixel. owner: int [F], the cell of each filament.
+        y, x, angle: float [F], start in px and direction in rad. weight: float [F], brightness per px of length.
+        curl: float [F], standard deviation of the turn per px^0.5. length: float [F] in px.
+        follow_border: at the border of the cell turn along it; otherwise end there.
+    """
+    height, width = label.shape
+    y, x, angle = y.astype(np.float32), x.astype(np.float32), angle.astype(np.float32)
+    side = np.where(rng.random(len(y)) < 0.5, np.float32(-1), np.float32(1))
+    alive = np.ones(len(y), bool)
+    steps = int(np.ceil(length.max() / step)) if len(y) else 0
+    turn = (curl * np.sqrt(step)).astype(np.float32)
+    path_y, path_x, path_weight = [], [], []
+    weight = (weight * step).astype(np.float32)
+    for number in range(steps):
+        if number % 8 == 0:
+            # Walks that ended are dropped now and then, so that the arrays shrink with the number still growing.
+            alive &= length > number * step
+            keep = np.flatnonzero(alive)
+            if len(keep) == 0:
+                break
+            y, x, angle, side, turn, weight, owner, length = (a[keep] for a in (y, x, angle, side, turn, weight, owner, length))
+            alive = np.ones(len(y), bool)
+        angle = angle + turn * rng.standard_normal(len(y), dtype=np.float32)
+        new_y, new_x = y + np.float32(step) * np.sin(angle), x + np.float32(step) * np.cos(angle)
+        row, column = np.clip(new_y.astype(np.int32), 0, height - 1), np.clip(new_x.astype(np.int32), 0, width - 1)
+        inside = label[row, column] == owner
+        if follow_border:
+            angle = np.where(inside, angle, angle + side * np.float32(0.6))
+            y, x = np.where(inside, new_y, y), np.where(inside, new_x, x)
+        else:
+            alive &= inside
+            y, x = new_y, new_x
+        path_y.append(y)
+        path_x.append(x)
+        path_weight.append(np.where(inside & alive, weight, np.float32(0)))
+    if not path_y:
+        return np.zeros(label.shape, np.float32)
+    return _splat(np.concatenate(path_y), np.concatenate(path_x), np.concatenate(path_weight), label.shape)
+
+
+def draw_tubulin(
+    cells: Cells, territory: Territory, nuclei: np.ndarray, noise: NoiseBank, rng: np.random.Generator
+) -> np.ndarray:
+    """The tubulin channel, float32 [H, W]: microtubules from the centrosome, even tubulin, a perinuclear ring, spindles, aggresomes."""
+    label, scale, count = territory.label, cells.scale, len(cells)
+    radius, nucleus = cells.cell_radius, cells.nucleus_radius
+    bundles = np.where(cells.rounded, 0.0, cells["bundling"])
+    drawn = np.where(cells.rounded, 40.0, cells["filaments"] * (1 - bundles))
+    drawn = np.where(cells.state == APOPTOTIC, 6.0, drawn)
+    number = np.maximum(np.rint(drawn * np.sqrt(scale)), 0).astype(int)
+    owner = np.repeat(np.arange(count), number)
+    total = len(owner)
+    # Each bundle carries the microtubules that were not drawn singly.
+    share = (1 / (1 - bundles))[owner] * np.exp(rng.normal(0, 0.35, total))
+    around = rng.uniform(0, 2 * np.pi, total)
+    start = nucleus[owner] * np.where(cells.rounded[owner], 0.15, rng.uniform(0.85, 1.25, total))
+    y = cells.y[owner] + start * np.sin(around)
+    x = cells.x[owner] + start * np.cos(around)
+    angle = around + rng.normal(0, 1, total) * np.where(cells.rounded, 0.1, cells["spread"])[owner]
+    length = radius[owner] * np.where(cells.rounded[owner], 0.75, rng.uniform(0.35, 1.25, total))
+    curl = cells["curl"][owner] / np.sqrt(scale)
+    filaments = trace_filaments(label, owner, y, x, angle, share, curl, length, rng, follow_border=True)
+    filaments = ndimage.gaussian_filter(filaments, 0.5 * max(scale, 0.5) + 0.2, truncate=3)
+    inside = label >= 0
+
+    def per_pixel(values: np.ndarray) -> np.ndarray:
+        return np.where(inside, values.astype(np.float32)[label], np.float32(0))
+
+    border = np.minimum(territory.edge_px / np.float32(2.5 * scale), 1)
+    thick = border * (0.35 + 0.65 * np.sqrt(np.maximum(1 - territory.depth, 0)))
+    spread = noise.cut(0, label.shape, rng)
+    diffuse = per_pixel(cells["tubulin_diffuse"] * np.where(cells.rounded, 2.6, 1.0)) * thick * (1 + 0.10 * spread)
+    # Distance from the owner's nucleus, through the nuclear mask's blur: bright just outside it.
+    halo = ndimage.gaussian_filter(nuclei, 3.0 * scale, truncate=2.5)
+    ring = per_pixel(np.where(cells.rounded, 0.0, cells["perinuclear"])) * halo * (1 - nuclei) * 2.0 * border
+    channel = 0.55 * filaments * np.float32(1 / np.sqrt(scale)) + 0.9 * diffuse + 0.55 * ring
+    channel *= 1 - 0.35 * nuclei * per_pixel(np.where(cells.rounded, 0.0, 1.0))
+    channel *= per_pixel(cells["tubulin"] * np.where(cells.rounded, 1.9, 1.0))
+    spot = np.where(cells.rounded, 0.0, cells["aggresome"])
+    where = rng.uniform(0, 2 * np.pi, count)
+    points = _splat(
+        cells.y + 1.25 * nucleus * np.sin(where),
+        cells.x + 1.25 * nucleus * np.cos(where),
+        spot * cells["tubulin"] * 200 * scale**2,
+        label.shape,
+    )
+    return channel + ndimage.gaussian_filter(points, 3.4 * scale, truncate=2.5)
+
+
+def draw_actin(cells: Cells, territory: Territory, nuclei: np.ndarray, noise: NoiseBank, rng: np.random.Generator) -> np.ndarray:
+    """The actin channel, float32 [H, W]: cortex, stress fibres along the cell, spots, an even part."""
+    label, scale, count = territory.label, cells.scale, len(cells)
+    radius, inside = cells.cell_radius, territory.label >= 0
+
+    def per_pixel(values: np.ndarray) -> np.ndarray:
+        return np.where(inside, values.astype(np.float32)[label], np.float32(0))
+
+    number = np.rint(np.where(cells.rounded, 0, cells["fibres"]) * np.sqrt(scale)).astype(int)
+    owner = np.repeat(np.arange(count), number)
+    total = len(owner)
+    along = np.where(rng.random(total) < 0.5, 0.0, np.pi) + cells.orientation[owner]
+    away, around = radius[owner] * 0.85 * np.sqrt(rng.random(total)), rng.uniform(0, 2 * np.pi, total)
+    y, x = cells.y[owner] + away * np.sin(around), cells.x[owner] + away * np.cos(around)
+    angle = along + rng.normal(0, 0.22, total)
+    length = radius[owner] * rng.uniform(0.5, 1.5, total)
+    curl = np.full(total, 0.02) / np.sqrt(scale)
+    weight = np.exp(rng.normal(0, 0.4, total))
+    fibres = trace_filaments(label, owner, y, x, angle, weight, curl, length, rng, follow_border=False)
+    fibres = ndimage.gaussian_filter(fibres, 0.75 * scale + 0.2, truncate=3)
+    spots = rng.poisson(cells["puncta"])
+    owner = np.repeat(np.arange(count), spots)
+    away, around = radius[owner] * np.sqrt(rng.random(len(owner))), rng.uniform(0, 2 * np.pi, len(owner))
+    y, x = cells.y[owner] + away * np.sin(around), cells.x[owner] + away * np.cos(around)
+    row, column = np.clip(y.astype(int), 0, label.shape[0] - 1), np.clip(x.astype(int), 0, label.shape[1] - 1)
+    size = np.where(label[row, column] == owner, np.exp(rng.normal(0, 0.5, len(owner))), 0.0)
+    puncta = ndimage.gaussian_filter(_splat(y, x, size * 24 * scale**2, label.shape), 1.5 * scale, truncate=3)
+
+    uneven = np.maximum(1 + per_pixel(cells["ruffles"] * 1.2) * noise.cut(1, label.shape, rng), 0.05)
+    cortex = np.exp(-((territory.edge_px / np.float32(2.6 * scale)) ** 2)) * inside * uneven
+    thick = np.minimum(territory.edge_px / np.float32(2.0 * scale), 1) * (0.5 + 0.5 * np.sqrt(np.maximum(1 - territory.depth, 0)))
+    texture = 1 + 0.13 * noise.cut(0, label.shape, rng) + 0.12 * noise.cut(1, label.shape, rng)
+    even = thick * np.maximum(texture, 0.2) * per_pixel(np.where(cells.rounded, 1.8, 0.55)) * (1 - 0.35 * nuclei)
+    channel = 0.95 * cortex * per_pixel(cells["cortex"]) + 0.55 * fibres * np.float32(1 / np.sqrt(scale)) + 0.9 * puncta + even
+    return channel * per_pixel(cells["actin"] * np.where(cells.rounded, 1.6, 1.0))
+
+
+def draw_cells(cells: Cells, shape: tuple[int, int], noise: NoiseBank, rng: np.random.Generator) -> np.ndarray:
+    """Draw all cells of a field without optics or noise: float32 [3, H, W] (DNA, tubulin, actin), typical brightness about 1."""
+    if len(cells) == 0:
+        return np.zeros((3, *shape), np.float32)
+    territory = divide_canvas(cells, shape, rng)
+    dna, nuclei = draw_dna(cells, shape, noise, rng)
+    return np.stack([dna, draw_tubulin(cells, territory, nuclei, noise, rng), draw_actin(cells, territory, nuclei, noise, rng)])
+
+
+def draw_cell(size: int, scale: float = 1.0, *, state: str = "interphase", seed: int = 0, **changes: float) -> np.ndarray:
+    """Draw one cell in the middle of a float32 [3, size, size] image; ``changes`` set phenotype parameters by name.
+
+    Raises:
+        ValueError: an unknown state or parameter name.
+    """
+    if state not in STATES:
+        raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
+    unknown = set(changes) - set(INDEX)
+    if unknown:
+        raise ValueError(f"unknown phenotype parameters {sorted(unknown)}; known: {', '.join(INDEX)}")
+    values = BASELINE.copy()
+    for name, value in changes.items():
+        values[INDEX[name]] = value
+    middle = np.array([size / 2])
+    cells = Cells(middle, middle, values[None], np.array([STATES.index(state)]), np.array([0.6]), scale)
+    rng = np.random.default_rng(seed)
+    return draw_cells(cells, (size, size), NoiseBank(scale, np.random.SeedSequence(seed), 256), rng)
