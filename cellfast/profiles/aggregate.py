@@ -1,0 +1,138 @@
+"""Cells to sites and wells, wells to treatments: exact means and medians over groups of rows, in memory or streamed from files."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+METHODS = ("mean", "median")
+
+
+@dataclass
+class GroupedProfiles:
+    """Aggregates of groups of rows.
+
+    Attributes:
+        values: float64 [groups, D]; NaN where a group has no finite value of a feature.
+        counts: int64 [groups], rows per group.
+        num_nan: NaN values left out.
+        num_inf: infinite values left out.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+    num_nan: int
+    num_inf: int
+
+
+def num_threads() -> int:
+    """Threads to use: the processors this process may run on, or ``OMP_NUM_THREADS`` if that is less."""
+    available = len(os.sched_getaffinity(0))
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(available, int(limit))) if limit.isdigit() else available
+
+
+class GroupSums:
+    """Running sums of groups over blocks of rows, in float64.
+
+    Equivalent to ``pandas.DataFrame.groupby(codes).mean()`` over everything added: values that are not finite are left out, feature by feature.
+    """
+
+    def __init__(self, num_groups: int, num_features: int) -> None:
+        self.sums = np.zeros((num_groups, num_features))
+        self.counts = np.zeros(num_groups, np.int64)
+        self._missing: np.ndarray | None = None
+        self.num_nan = self.num_inf = 0
+
+    def add(self, block: np.ndarray, codes: np.ndarray, first_column: int = 0) -> None:
+        """Add block float [n, d] of columns first_column…; codes int32 [n] are the groups, negative ones are skipped."""
+        from cellfast.profiles import kernels
+
+        stop = first_column + block.shape[1]
+        sums = self.sums[:, first_column:stop]
+        if first_column == 0:
+            self.counts += np.bincount(codes[codes >= 0], minlength=len(self.counts))
+        # Finite sums mean finite input (a sum cannot become finite again): the careful pass is only for blocks that need it.
+        with np.errstate(all="ignore"):
+            total = block.sum(dtype=np.float64)
+        if np.isfinite(total):
+            kernels.add_rows(block, codes, sums)
+            return
+        if self._missing is None:
+            self._missing = np.zeros(self.sums.shape, np.int64)
+        num_nan, num_inf = kernels.add_finite_rows(block, codes, sums, self._missing[:, first_column:stop])
+        self.num_nan += num_nan
+        self.num_inf += num_inf
+
+    def result(self) -> GroupedProfiles:
+        """The means so far."""
+        counts = self.counts[:, None] if self._missing is None else self.counts[:, None] - self._missing
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return GroupedProfiles(self.sums / counts, self.counts, self.num_nan, self.num_inf)
+
+
+def group_means(values: np.ndarray, codes: np.ndarray, num_groups: int) -> GroupedProfiles:
+    """Means of groups of rows: ``pandas.DataFrame(values).groupby(codes).mean()`` in float64.
+
+    Args:
+        values: float32 or float64 [n, d]; NaN and ±inf are left out and counted.
+        codes: integers [n], the group of each row, 0 … num_groups − 1; negative: left out.
+        num_groups: number of groups.
+    """
+    codes = np.ascontiguousarray(codes, np.int32)
+    _check(values, codes, num_groups)
+    sums = GroupSums(num_groups, values.shape[1])
+    threads = num_threads()
+    if values.size < 1 << 22 or threads == 1 or values.shape[1] < 2 * threads:
+        sums.add(values, codes)
+        return sums.result()
+    # Threads take slabs of columns: no two write the same sums, and the result does not depend on their number.
+    edges = np.linspace(0, values.shape[1], threads + 1).astype(int)
+    parts = [GroupSums(num_groups, b - a) for a, b in zip(edges[:-1], edges[1:])]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part, a, b: part.add(values[:, a:b], codes), parts, edges[:-1], edges[1:]))
+    results = [part.result() for part in parts]
+    joined = np.concatenate([r.values for r in results], axis=1)
+    return GroupedProfiles(joined, parts[0].counts, sum(p.num_nan for p in parts), sum(p.num_inf for p in parts))
+
+
+def group_medians(values: np.ndarray, codes: np.ndarray, num_groups: int) -> GroupedProfiles:
+    """Exact medians of groups of rows: ``pandas.DataFrame(values).groupby(codes).median()``, the mean of the middle two for even counts.
+
+    Args and result as ``group_means``.
+    """
+    from cellfast.profiles import kernels
+
+    codes = np.ascontiguousarray(codes, np.int32)
+    _check(values, codes, num_groups)
+    order, starts = kernels.group_rows(codes, num_groups)
+    medians = np.empty((num_groups, values.shape[1]))
+    missing = np.zeros((num_groups, values.shape[1]), np.int64)
+    threads = num_threads() if values.size >= 1 << 18 else 1
+    # Equal numbers of rows, not of groups, for each thread; several shares each so that one long group does not hold up the end.
+    edges = np.unique(np.searchsorted(starts, np.linspace(0, starts[-1], 8 * threads + 1)[1:-1])) if threads > 1 else np.empty(0, int)
+    edges = np.unique(np.concatenate([[0], edges, [num_groups]])).astype(int)
+
+    def work(first: int, last: int) -> tuple[int, int]:
+        return kernels.grouped_median(values, order, starts, first, last, medians, missing)
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(work, edges[:-1], edges[1:]))
+    return GroupedProfiles(medians, np.diff(starts), sum(f[0] for f in found), sum(f[1] for f in found))
+
+
+def aggregate(values: np.ndarray, codes: np.ndarray, num_groups: int, method: str) -> GroupedProfiles:
+    """``group_means`` or ``group_medians`` by name."""
+    if method not in METHODS:
+        raise ValueError(f"method must be mean or median, got {method!r}")
+    return group_means(values, codes, num_groups) if method == "mean" else group_medians(values, codes, num_groups)
+
+
+def _check(values: np.ndarray, codes: np.ndarray, num_groups: int) -> None:
+    if values.ndim != 2 or len(values) != len(codes):
+        raise ValueError(f"values must have shape [{len(codes)}, features] for {len(codes)} codes, got {list(values.shape)}")
+    if len(codes) and codes.max() >= num_groups:
+        raise ValueError(f"codes must be below num_groups = {num_groups}, got {codes.max()}")
