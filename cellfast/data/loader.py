@@ -1,0 +1,261 @@
+"""Minibatches of a screen's cells: shuffled, gathered ahead on a thread into reused buffers, resumable within an epoch."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cellfast.data.gather import RowGather
+from cellfast.data.sampler import RowSampler
+from cellfast.data.warm import available_memory, read_files
+from cellfast.errors import CellfastError
+from cellfast.progress import Progress
+
+BACKENDS = ("mmap", "dali")
+
+
+class Batch(NamedTuple):
+    """A minibatch: ``crops`` uint8 or uint16 [B, C, S, S] on the loader's device, ``rows`` int64 [B], global rows, on the CPU."""
+
+    crops: torch.Tensor
+    rows: torch.Tensor
+
+
+class Loader:
+    """Iterate over minibatches of a screen's cells; each ``iter()`` runs one epoch.
+
+    A batch is valid until the next one is asked for: its memory is then filled again. The order of rows and the ranks' pieces are
+    those of :class:`cellfast.data.sampler.RowSampler`. An epoch left by ``break`` counts as begun: the next ``iter()`` runs the
+    next epoch, unless :meth:`load_state_dict` came between.
+
+    Args:
+        screen: a ``cellfast.screens.Screen``.
+        batch_size: cells per minibatch and rank.
+        rows: global rows to use, or None for all.
+        shuffle: a full permutation by (seed, epoch), or the rows in their order.
+        drop_last: leave out the last, smaller minibatch.
+        rank, world_size: this process's piece of each global minibatch of ``world_size * batch_size`` rows.
+        backend: ``mmap`` (memory maps and a copy; the fastest on a CPU) or ``dali`` (NVIDIA DALI); both give the same pixels.
+        device: where ``crops`` lie. For a GPU the buffers are pinned and copied on a stream of their own.
+        prefetch: minibatches made ahead.
+        read: ``mmap``, ``pread`` (reads each row from the file: no mapped pages in this process's memory, fast from a cold disk),
+            or ``auto``: mmap where the store fits in free memory. For the ``mmap`` backend.
+        warm: read the files into the page cache before the first minibatch: True, False, or ``auto`` (where the store fits in
+            free memory). What was decided stands in :attr:`notes`.
+        threads: threads that copy; None is 1 for mmap and 8 for pread.
+
+    Raises:
+        CellfastError: options out of range (named), an empty selection, or DALI missing.
+    """
+
+    def __init__(
+        self,
+        screen: Any,
+        batch_size: int,
+        *,
+        rows: np.ndarray | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        backend: str = "mmap",
+        device: str | torch.device = "cpu",
+        prefetch: int = 2,
+        read: str = "auto",
+        warm: bool | str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise CellfastError(f"unknown loader {backend!r}: choose one of {', '.join(BACKENDS)}")
+        if prefetch < 1:
+            raise CellfastError(f"prefetch must be at least 1, got {prefetch}")
+        if read not in ("auto", "mmap", "pread"):
+            raise CellfastError(f"read must be auto, mmap or pread, got {read!r}")
+        if warm not in (True, False, "auto"):
+            raise CellfastError(f"warm must be True, False or 'auto', got {warm!r}")
+        self.sampler = RowSampler(
+            screen.num_cells, batch_size, rows=rows, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank,
+            world_size=world_size,
+        )  # fmt: skip
+        self.backend, self.device, self.prefetch = backend, torch.device(device), prefetch
+        self.epoch, self._step, self._begun = 0, 0, False
+        self._screen, self._pipeline = screen, None
+        self.notes: list[str] = []
+        self._open(screen, read, warm, threads)
+
+    def _open(self, screen: Any, read: str, warm: bool | str, threads: int | None) -> None:
+        size = screen.num_cells * len(screen.channel_names) * screen.crop_size**2 * np.dtype(screen.dtype).itemsize
+        free = available_memory()
+        # Room for the process itself and the files that others keep in the page cache.
+        fits = size < 0.8 * free
+        sizes = f"store {size / 2**30:.2f} GiB, free memory {free / 2**30:.1f} GiB"
+        if self.backend == "dali":
+            from cellfast.data.dali import require_dali
+
+            require_dali()
+            read = "mmap"
+        elif read == "auto":
+            read = "mmap" if fits else "pread"
+        self._gather = RowGather(screen, read=read, threads=threads or (1 if read == "mmap" else 8))
+        self.notes.append(f"loader {self.backend}, rows by {read}: {sizes}")
+        self._warm = fits if warm == "auto" else bool(warm)
+        if not self._warm:
+            self.notes.append(f"files not warmed: {'larger than 80 % of free memory' if warm == 'auto' else 'warm is off'}")
+
+    def __len__(self) -> int:
+        """Minibatches per epoch, the same on every rank."""
+        return len(self.sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-serialisable: minibatches handed out in this epoch count as seen."""
+        return {"epoch": self.epoch, "step": self._step, **self.sampler.fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken: the next ``iter()`` runs the rest of that epoch.
+
+        Raises:
+            CellfastError: the state belongs to other rows, another seed, minibatch size or number of ranks (each difference
+                named).
+        """
+        mine = self.sampler.fingerprint()
+        missing = sorted(({"epoch", "step"} | set(mine)) - set(state))
+        if missing:
+            raise CellfastError(f"this is not a loader's state: {', '.join(missing)} missing")
+        differences = [f"{key} was {state[key]}, is {mine[key]}" for key in mine if state[key] != mine[key]]
+        if differences:
+            raise CellfastError(
+                f"the loader's state belongs to another run ({'; '.join(differences)}): resume with the same data and options"
+            )
+        self.epoch, self._step, self._begun = int(state["epoch"]), int(state["step"]), False
+        if self._step >= len(self):
+            self.epoch, self._step = self.epoch + 1, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._begun:
+            self.epoch, self._step = self.epoch + 1, 0
+        self._begun = True
+        return self._run(self.epoch, self._step)
+
+    def _run(self, epoch: int, first: int) -> Iterator[Batch]:
+        self._warm_once()
+        indices = range(first, len(self))
+        if self.backend == "dali":
+            from cellfast.data.dali import CropPipeline
+
+            if self._pipeline is None:
+                self._pipeline = CropPipeline(self._gather, self.sampler.batch_size, self.device, prefetch=self.prefetch)
+            batches = self._pipeline.run(self.sampler, epoch, indices)
+        else:
+            batches = _prefetched(self._gather, self.sampler, epoch, indices, self.device, self.prefetch)
+        try:
+            for index, batch in zip(indices, batches):
+                if self.epoch == epoch:
+                    self._step = index + 1
+                yield batch
+        finally:
+            batches.close()
+        if self.epoch == epoch:
+            self.epoch, self._step, self._begun = epoch + 1, 0, False
+
+    def _warm_once(self) -> None:
+        if not self._warm:
+            return
+        self._warm = False
+        pieces = self._gather.pieces()
+        total = sum(length for _, _, length in pieces)
+        with Progress("warm the crop store", total >> 20, "MiB", enabled=total > 4 << 30) as progress:
+            read, seconds = read_files(pieces, advance=lambda got: progress.advance(got >> 20))
+        self.notes.append(f"files warmed: {read / 2**30:.2f} GiB in {seconds:.1f} s")
+
+    def close(self) -> None:
+        """Release files, maps and pipelines; iterators still running end with an error."""
+        self._pipeline = None
+        self._gather.close()
+
+
+@dataclass
+class _Slot:
+    """One reused buffer; on a GPU, ``host`` is pinned and ``crops`` lies on the device."""
+
+    host: torch.Tensor
+    crops: torch.Tensor
+    array: np.ndarray
+    copied: Any = None  # CUDA event: the copy to the device has ended
+    used: Any = None  # CUDA event: the consumer's work on the batch has ended
+
+
+def _prefetched(
+    gather: RowGather, sampler: RowSampler, epoch: int, indices: range, device: torch.device, prefetch: int
+) -> Iterator[Batch]:
+    """Gather minibatches on a thread, ``prefetch`` ahead of the consumer, who holds one buffer more."""
+    if len(indices) == 0:
+        return
+    shape, dtype = (sampler.batch_size, *gather.row_shape), torch.from_numpy(np.empty(0, gather.dtype)).dtype
+    cuda = device.type == "cuda"
+    free: queue.Queue[_Slot | None] = queue.Queue()
+    ready: queue.Queue[Any] = queue.Queue()
+    for _ in range(min(prefetch, len(indices)) + 1):
+        host = torch.empty(shape, dtype=dtype, pin_memory=cuda)
+        crops = torch.empty(shape, dtype=dtype, device=device) if cuda else host
+        free.put(_Slot(host, crops, host.numpy()))
+    # The thread knows the queues but not the generator: an abandoned generator is collected and its `finally` ends the thread.
+    stop = threading.Event()
+    worker = threading.Thread(
+        target=_fill, args=(gather, sampler, epoch, indices, device, free, ready, stop), name="cellfast-loader", daemon=True
+    )  # fmt: skip
+    worker.start()
+    try:
+        for _ in indices:
+            got = ready.get()
+            if isinstance(got, BaseException):
+                raise got
+            slot, rows = got
+            if cuda:
+                torch.cuda.current_stream(device).wait_event(slot.copied)
+            yield Batch(slot.crops[: len(rows)], torch.from_numpy(rows))
+            if cuda:
+                slot.used = torch.cuda.current_stream(device).record_event()
+            free.put(slot)
+    finally:
+        stop.set()
+        free.put(None)
+        worker.join()
+
+
+def _fill(
+    gather: RowGather,
+    sampler: RowSampler,
+    epoch: int,
+    indices: range,
+    device: torch.device,
+    free: queue.Queue,
+    ready: queue.Queue,
+    stop: threading.Event,
+) -> None:
+    try:
+        cuda = device.type == "cuda"
+        stream = torch.cuda.Stream(device) if cuda else None
+        for index in indices:
+            slot = free.get()
+            if slot is None or stop.is_set():
+                return
+            rows = sampler.batch(epoch, index)
+            if slot.copied is not None:
+                slot.copied.synchronize()  # the pinned buffer is still being read by the previous copy
+            gather.copy(rows, slot.array[: len(rows)])
+            if cuda:
+                with torch.cuda.stream(stream):
+                    if slot.used is not None:
+                        stream.wait_event(slot.used)  # the device buffer is still being read by the consumer's kernels
+                    slot.crops[: len(rows)].copy_(slot.host[: len(rows)], non_blocking=True)
+                    slot.copied = stream.record_event()
+            ready.put((slot, rows))
+    except BaseException as error:
+        ready.put(error)
