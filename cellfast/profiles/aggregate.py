@@ -113,7 +113,9 @@ def group_medians(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Gro
     missing = np.zeros((num_groups, values.shape[1]), np.int64)
     threads = num_threads() if values.size >= 1 << 18 else 1
     # Equal numbers of rows, not of groups, for each thread; several shares each so that one long group does not hold up the end.
-    edges = np.unique(np.searchsorted(starts, np.linspace(0, starts[-1], 8 * threads + 1)[1:-1])) if threads > 1 else np.empty(0, int)
+    edges = (
+        np.unique(np.searchsorted(starts, np.linspace(0, starts[-1], 8 * threads + 1)[1:-1])) if threads > 1 else np.empty(0, int)
+    )
     edges = np.unique(np.concatenate([[0], edges, [num_groups]])).astype(int)
 
     def work(first: int, last: int) -> tuple[int, int]:

@@ -73,7 +73,9 @@ def parse_column_overrides(overrides: Iterable[str]) -> dict[str, str]:
     return chosen
 
 
-def find_metadata_columns(columns: Sequence[str], overrides: Mapping[str, str] | None = None, where: str = "the table") -> dict[str, str]:
+def find_metadata_columns(
+    columns: Sequence[str], overrides: Mapping[str, str] | None = None, where: str = "the table"
+) -> dict[str, str]:
     """Map canonical metadata names to the columns of a table that hold them; what is not there is left out.
 
     Order of preference: an override, the canonical name itself, then the aliases of the field in their listed order, with or without

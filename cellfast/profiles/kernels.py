@@ -144,7 +144,9 @@ def grouped_median(values, order, starts, first, last, medians, num_missing):
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
-def best_of_block(similarity, row0, col0, mirror, offset, compound, batch, overlap, candidate, candidate_b, best, index, best_b, index_b, peak):
+def best_of_block(
+    similarity, row0, col0, mirror, offset, compound, batch, overlap, candidate, candidate_b, best, index, best_b, index_b, peak
+):
     """Offer one block of similarities [rows, cols] of profiles row0…, col0… to the best lists of both rules.
 
     A pair is allowed for NSC when its ``compound`` codes differ and the other profile is a ``candidate``; for NSCB when also its batches differ and

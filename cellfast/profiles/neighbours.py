@@ -139,7 +139,9 @@ def prepare(features: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     x = np.array(features, dtype=np.float64)
     bad = ~np.isfinite(x).all(axis=1)
     if bad.any():
-        raise CellfastError(f"{bad.sum()} of {len(x)} profiles hold NaN or infinite values (first: row {np.flatnonzero(bad)[0]}): remove or repair them first.")
+        raise CellfastError(
+            f"{bad.sum()} of {len(x)} profiles hold NaN or infinite values (first: row {np.flatnonzero(bad)[0]}): remove or repair them first."
+        )
     if metric == "euclidean":
         x -= x.mean(axis=0)
         return x, 0.5 * np.einsum("ij,ij->i", x, x)
@@ -158,7 +160,9 @@ def prepare(features: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     return x, np.zeros(len(x))
 
 
-def nearest_neighbours(features: np.ndarray, pairs: AllowedPairs, metric: str = "cosine", k: int = 1) -> tuple[Neighbours, Neighbours]:
+def nearest_neighbours(
+    features: np.ndarray, pairs: AllowedPairs, metric: str = "cosine", k: int = 1
+) -> tuple[Neighbours, Neighbours]:
     """The k nearest allowed profiles of every profile under NSC and NSCB.
 
     Equivalent to a float64 distance matrix with forbidden pairs set to infinity and a stable sort of each row. Products are made in float32

@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from cellfast.profiles.table import _PROVENANCE_KEY, canonical_metadata
 ROWS_PER_BATCH = 16384
 
 
-class FeatureFile:
+class FeatureFile(Protocol):
     """One file of rows: its metadata, and its features in blocks of columns.
 
     Attributes:
@@ -34,17 +34,22 @@ class FeatureFile:
     num_rows: int
     all_columns: list[str]
     numeric_columns: list[str]
+    provenance: dict[str, Any]
 
     def frame(self, columns: Sequence[str]) -> pd.DataFrame:
         """The named columns as a DataFrame [num_rows, …]."""
-        raise NotImplementedError
+        ...
+
+    def dtype(self, columns: Sequence[str]) -> type:
+        """float32 if all the named columns are stored so, else float64."""
+        ...
 
     def batches(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
         """The named columns as float arrays [≤ ROWS_PER_BATCH, len(columns)], in row order; a batch is valid until the next is asked for."""
-        raise NotImplementedError
+        ...
 
 
-class ParquetFile(FeatureFile):
+class ParquetFile:
     """A parquet file; only the asked columns of one row group are decoded at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +61,9 @@ class ParquetFile(FeatureFile):
             self._parquet = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
             schema = self._parquet.schema_arrow
         except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-            raise CellfastError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}). Write it again, or remove it.") from None
+            raise CellfastError(
+                f"{path}: not a readable parquet file ({str(error).splitlines()[0]}). Write it again, or remove it."
+            ) from None
         self.num_rows = self._parquet.metadata.num_rows
         self.all_columns = schema.names
         self.numeric_columns = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
@@ -80,7 +87,7 @@ class ParquetFile(FeatureFile):
             yield block
 
 
-class CsvFile(FeatureFile):
+class CsvFile:
     """A CSV or CSV.gz file; numbers are read as float64."""
 
     def __init__(self, path: Path) -> None:
@@ -116,7 +123,7 @@ class CsvFile(FeatureFile):
             yield frame[list(columns)].iloc[start : start + ROWS_PER_BATCH].to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-class NpzFile(FeatureFile):
+class NpzFile:
     """A DeepProfiler npz: ``features`` [N, D], ``metadata`` (a dictionary that needs pickle is refused), ``locations`` [N, 2].
 
     DeepProfiler writes ``<plate>/<well>/<site>.npz`` or ``<plate>_<well>_<site>.npz``: plate, well and site are taken from the path, as the
@@ -129,7 +136,9 @@ class NpzFile(FeatureFile):
         try:
             with np.load(path, allow_pickle=False) as archive:
                 if "features" not in archive.files:
-                    raise CellfastError(f"{path}: a DeepProfiler npz has an array 'features'; this one has {', '.join(archive.files) or 'none'}.")
+                    raise CellfastError(
+                        f"{path}: a DeepProfiler npz has an array 'features'; this one has {', '.join(archive.files) or 'none'}."
+                    )
                 self._features = archive["features"]
         except (zipfile.BadZipFile, OSError, ValueError) as error:
             if isinstance(error, CellfastError):
@@ -165,7 +174,7 @@ class NpzFile(FeatureFile):
             yield self._features[start : start + ROWS_PER_BATCH][:, chosen].astype(self.dtype(columns))
 
 
-def _open_file(path: Path) -> Any:
+def _open_file(path: Path) -> FeatureFile:
     name = path.name.lower()
     if name.endswith((".parquet", ".pq")):
         return ParquetFile(path)
@@ -183,11 +192,15 @@ def _list_files(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.glob("*.parquet") if not p.name.startswith("."))
             if not inside:
-                inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith((".parquet", ".npz")) and not p.name.startswith("."))
+                inside = sorted(
+                    p for p in path.rglob("*") if p.name.lower().endswith((".parquet", ".npz")) and not p.name.startswith(".")
+                )
             if not inside:
                 inside = sorted(p for p in path.iterdir() if p.name.lower().endswith((".csv", ".csv.gz")))
             if not inside:
-                raise CellfastError(f"{path}: no .parquet, .npz or .csv file in this folder. `cellfast embed` writes one parquet file per plate.")
+                raise CellfastError(
+                    f"{path}: no .parquet, .npz or .csv file in this folder. `cellfast embed` writes one parquet file per plate."
+                )
             files.extend(inside)
         elif path.is_file():
             files.append(path)
@@ -216,13 +229,19 @@ class FeatureSource:
         first = next((f for f in self.files if f.num_rows > 0), self.files[0])
         self.num_rows = sum(f.num_rows for f in self.files)
         if self.num_rows == 0:
-            raise CellfastError(f"{self.files[0].path}: no rows{' in any of the files' if len(self.files) > 1 else ''}. There is nothing to profile.")
+            raise CellfastError(
+                f"{self.files[0].path}: no rows{' in any of the files' if len(self.files) > 1 else ''}. There is nothing to profile."
+            )
         for file in self.files:
             if len(set(file.all_columns)) != len(file.all_columns):
                 doubled = sorted({c for c in file.all_columns if file.all_columns.count(c) > 1})
-                raise CellfastError(f"{file.path}: duplicate column names: {', '.join(doubled[:5])}. Each column must have a name of its own.")
+                raise CellfastError(
+                    f"{file.path}: duplicate column names: {', '.join(doubled[:5])}. Each column must have a name of its own."
+                )
             self._found.append(names.find_metadata_columns(file.all_columns, overrides, str(file.path)))
-        self.feature_names = names.infer_features(first.numeric_columns, self._found[self.files.index(first)].values(), patterns, str(first.path))
+        self.feature_names = names.infer_features(
+            first.numeric_columns, self._found[self.files.index(first)].values(), patterns, str(first.path)
+        )
         for file in self.files:
             missing = [c for c in self.feature_names if c not in set(file.all_columns)]
             if missing and file.num_rows:
@@ -244,7 +263,8 @@ class FeatureSource:
         keep = [
             c
             for c in file.all_columns
-            if c not in features and (c in recognised or c.lower().startswith("metadata_") or "_metadata_" in c.lower() or c not in numeric)
+            if c not in features
+            and (c in recognised or c.lower().startswith("metadata_") or "_metadata_" in c.lower() or c not in numeric)
         ]
         return canonical_metadata(file.frame(keep), found)
 

@@ -50,7 +50,9 @@ class ProfileTable:
 
     def with_features(self, features: np.ndarray, feature_names: list[str] | None = None) -> ProfileTable:
         """The same rows with other features [N, D']."""
-        return ProfileTable(self.metadata, features, self.feature_names if feature_names is None else feature_names, self.provenance)
+        return ProfileTable(
+            self.metadata, features, self.feature_names if feature_names is None else feature_names, self.provenance
+        )
 
     def column(self, name: str) -> np.ndarray:
         """One metadata column as an array [N].
@@ -72,6 +74,7 @@ def write_profiles(table: ProfileTable, path: str | os.PathLike[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_output(path)
     path = Path(path)
     frame = table.metadata
     if path.name.lower().endswith((".csv", ".csv.gz")):
@@ -79,8 +82,6 @@ def write_profiles(table: ProfileTable, path: str | os.PathLike[str]) -> None:
         with atomic_path(path) as temporary:
             whole.to_csv(temporary, index=False, compression="gzip" if path.name.lower().endswith(".gz") else None)
         return
-    if path.suffix.lower() != ".parquet":
-        raise CellfastError(f"Profiles are written as .parquet, .csv or .csv.gz; got '{path.name}'.")
     metadata = pa.Table.from_pandas(frame, preserve_index=False)
     arrays = list(metadata.columns) + [pa.array(np.ascontiguousarray(column)) for column in table.features.T]
     arrow = pa.table(dict(zip([*metadata.column_names, *table.feature_names], arrays)))
@@ -88,6 +89,12 @@ def write_profiles(table: ProfileTable, path: str | os.PathLike[str]) -> None:
     arrow = arrow.replace_schema_metadata({_PROVENANCE_KEY: json.dumps(table.provenance).encode()})
     with atomic_path(path) as temporary:
         pq.write_table(arrow, temporary)
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise ``CellfastError`` unless profiles can be written under this name: called before the work, not after it."""
+    if not Path(path).name.lower().endswith((".parquet", ".csv", ".csv.gz")):
+        raise CellfastError(f"Profiles are written as .parquet, .csv or .csv.gz; got '{Path(path).name}'.")
 
 
 def canonical_metadata(frame: pd.DataFrame, found: dict[str, str]) -> pd.DataFrame:
@@ -106,7 +113,9 @@ def canonical_metadata(frame: pd.DataFrame, found: dict[str, str]) -> pd.DataFra
             result[canonical] = text_column(column)
     if names.WELL in result:
         codes, wells = pd.factorize(result[names.WELL])
-        result[names.WELL] = pd.Series(np.array([names.normalize_well(w) for w in wells], dtype=object)[codes], index=frame.index, dtype="str")
+        result[names.WELL] = pd.Series(
+            np.array([names.normalize_well(w) for w in wells], dtype=object)[codes], index=frame.index, dtype="str"
+        )
     taken = set(found.values())
     for column in frame.columns:
         if column in taken:
@@ -151,7 +160,9 @@ def add_batch(metadata: pd.DataFrame, pattern: str | None = None) -> tuple[pd.Da
         raise CellfastError(f"--batch-pattern '{pattern}' is not a regular expression: {error}.") from None
     if pattern and any(b is None for b in matched):
         plate = next(str(p) for p, b in zip(unique, matched) if b is None)
-        raise CellfastError(f"--batch-pattern '{pattern}' does not match plate '{plate}': give a pattern that matches every plate name.")
+        raise CellfastError(
+            f"--batch-pattern '{pattern}' does not match plate '{plate}': give a pattern that matches every plate name."
+        )
     if any(b is not None for b in matched):
         source = f"plate name, pattern {pattern or '^(Week[0-9]+)_'}"
         matched = [b if b is not None else str(p) for p, b in zip(unique, matched)]

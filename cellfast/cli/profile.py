@@ -1,0 +1,150 @@
+"""``cellfast profile``: cells to wells to treatments, normalised on controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="INPUT...")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Profiles to write: .parquet, .csv or .csv.gz."
+)
+@click.option(
+    "--level",
+    type=click.Choice(["cell", "site", "well", "treatment"]),
+    default="treatment",
+    show_default=True,
+    help="What is written.",
+)
+@click.option(
+    "--normalize", "steps", multiple=True, metavar="STEP",
+    help="none, standardize, mad_robustize, sphering, coral or tvn (sphering, then CORAL per batch); repeat for several steps, done in the order given. A step may "
+    "carry options of its own: standardize:by=all,controls=all. Default: standardize:by=all,controls=all, then tvn.",
+)  # fmt: skip
+@click.option(
+    "--by",
+    type=click.Choice(["plate", "batch", "all"]),
+    help="Fit per plate, per batch, or once. Default: z-scores per plate, sphering once, CORAL per batch.",
+)
+@click.option(
+    "--controls",
+    metavar="QUERY",
+    help="Rows to fit on, e.g. \"Metadata_Compound == 'DMSO'\"; 'all' takes every row. Default: DMSO.",
+)
+@click.option(
+    "--lambda",
+    "lam",
+    metavar="VALUE",
+    help="Regularisation of sphering: auto (Ledoit-Wolf; default), a number, or a multiple of the mean eigenvalue as 0.1x.",
+)
+@click.option(
+    "--epsilon",
+    type=click.FloatRange(min=0),
+    help="Sphering with pycytominer's regularisation instead of --lambda: added to the singular values.",
+)
+@click.option(
+    "--rotation",
+    type=click.Choice(["pca", "zca", "pca-cor", "zca-cor"]),
+    help="Axes of sphered profiles. Default: pca; zca where fitted per plate or batch.",
+)
+@click.option(
+    "--cell-aggregate", type=click.Choice(["mean", "median"]), default="mean", show_default=True, help="Cells to sites and wells."
+)
+@click.option(
+    "--aggregate", type=click.Choice(["mean", "median"]), default="median", show_default=True, help="Wells to treatments."
+)
+@click.option(
+    "--normalize-at",
+    type=click.Choice(["cell", "site", "well"]),
+    default="well",
+    show_default=True,
+    help="The level that is normalised.",
+)
+@click.option(
+    "--metadata",
+    type=click.Path(path_type=Path),
+    help="Table of plate, well, compound, concentration, such as BBBC021_v1_image.csv.",
+)
+@click.option("--moa", type=click.Path(path_type=Path), help="Table of compound, concentration, MoA, such as BBBC021_v1_moa.csv.")
+@click.option(
+    "--features",
+    multiple=True,
+    metavar="PATTERN",
+    help="Prefix or regular expression of feature names; repeat for several. Default: inferred.",
+)
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="NAME=COLUMN",
+    help="Where plate, well, site, batch, compound, concentration or moa is, if not found.",
+)
+@click.option(
+    "--batch-pattern", metavar="REGEX", help="Take the batch from the plate name: the first group of this regular expression."
+)
+@click.option(
+    "--select",
+    "rules",
+    multiple=True,
+    type=click.Choice(["variance", "correlation", "nan"]),
+    help="Feature selection after normalisation; repeat for several.",
+)
+@click.option(
+    "--missing-cutoff",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="Features missing in more than this share of wells are dropped.",
+)
+@click.option(
+    "--wells-output",
+    type=click.Path(path_type=Path),
+    help="Write the normalised wells too (for replicate reproducibility in evaluate --wells).",
+)
+def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
+    """Aggregate cells to wells and treatments, normalised on control wells.
+
+    INPUT is a folder of embeddings (cellfast embed), or .parquet, .csv, .csv.gz or DeepProfiler .npz files of cells or wells. What was read, joined, left out
+    and fitted is printed, and written as JSON beside the profiles.
+    """
+    from cellfast.atomic import write_json
+    from cellfast.profiles.build import ProfileOptions, build_profiles
+    from cellfast.profiles.columns import parse_column_overrides
+    from cellfast.profiles.normalize import DEFAULT_STEPS, Step, parse_steps
+    from cellfast.profiles.report import profile_lines
+    from cellfast.profiles.table import check_output, write_profiles
+
+    check_output(output)
+    wells_output = options.pop("wells_output")
+    if wells_output is not None:
+        check_output(wells_output)
+        if options["level"] != "treatment":
+            raise click.UsageError("--wells-output goes with --level treatment: --level well writes the wells itself.")
+    texts = options.pop("steps")
+    if options["epsilon"] is not None and options["lam"] is not None:
+        raise click.UsageError("--epsilon and --lambda are two ways to regularise: give one.")
+    # The default chain z-scores over all wells; --by and --controls given alone are meant for the step on controls.
+    defaults = Step(
+        "none", options.pop("by"), options["controls"], options.pop("lam"), options.pop("rotation"), options.pop("epsilon")
+    )
+    built = build_profiles(
+        inputs,
+        ProfileOptions(
+            steps=parse_steps(texts or DEFAULT_STEPS, defaults),
+            columns=parse_column_overrides(options.pop("columns")),
+            select=options.pop("rules"),
+            **options,
+        ),
+    )
+    write_profiles(built.profiles, output)
+    if wells_output is not None and built.wells is not None:
+        write_profiles(built.wells, wells_output)
+    report = output.with_name(output.name.split(".")[0] + ".report.json")
+    write_json(report, built.report)
+    for line in profile_lines(built.report):
+        click.echo(line)
+    click.echo(f"profiles {output}  report {report}" + (f"  wells {wells_output}" if wells_output else ""))

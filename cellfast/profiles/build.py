@@ -1,0 +1,285 @@
+"""From cells (or wells) in files to normalised profiles: the work of ``cellfast profile``, with a report of every decision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cellfast.errors import CellfastError
+from cellfast.profiles import columns as names
+from cellfast.profiles.aggregate import METHODS, aggregate
+from cellfast.profiles.annotate import find_controls, join_moa, join_plate_map
+from cellfast.profiles.normalize import DEFAULT_STEPS, Step, natural_key, normalize_profiles, parse_steps
+from cellfast.profiles.select import drop_missing, select_features
+from cellfast.profiles.sources import open_source
+from cellfast.profiles.streaming import CELL_COUNT, read_cells, read_units
+from cellfast.profiles.table import ProfileTable, add_batch
+
+LEVELS = ("cell", "site", "well", "treatment")
+
+CONTROL, NUM_WELLS, SEPARATOR = "Metadata_Control", "Metadata_NumWells", ";"
+
+
+@dataclass
+class ProfileOptions:
+    """What ``cellfast profile`` can be told; the defaults are its defaults.
+
+    Attributes:
+        level: what is returned: cell, site, well or treatment profiles.
+        normalize_at: the level normalised: cell, site or well.
+        cell_aggregate: mean or median, cells → sites and wells.
+        aggregate: mean or median, wells → treatments.
+        steps: normalisation steps (``normalize.parse_steps``); None is ``normalize.DEFAULT_STEPS``.
+        controls: query for the controls, the default of steps that name none.
+        metadata: plate map to join (``annotate.join_plate_map``).
+        moa: MoA table to join (``annotate.join_moa``).
+        features: prefixes or regular expressions of feature names.
+        columns: canonical metadata name → column of the input.
+        batch_pattern: regular expression that takes the batch from the plate name.
+        select: feature selection rules, applied after normalisation.
+        missing_cutoff: features missing in more than this share of the wells are dropped.
+    """
+
+    level: str = "treatment"
+    normalize_at: str = "well"
+    cell_aggregate: str = "mean"
+    aggregate: str = "median"
+    steps: Sequence[Step] | None = None
+    controls: str | None = None
+    metadata: str | os.PathLike[str] | None = None
+    moa: str | os.PathLike[str] | None = None
+    features: Sequence[str] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+    batch_pattern: str | None = None
+    select: Sequence[str] = ()
+    missing_cutoff: float = 0.05
+
+
+@dataclass
+class BuiltProfiles:
+    """Result of ``build_profiles``.
+
+    Attributes:
+        profiles: the level asked for.
+        wells: the normalised wells the treatments were made of (or the rows of the input if it has no wells).
+        report: what was read, joined, dropped, fitted; JSON-serialisable.
+    """
+
+    profiles: ProfileTable
+    wells: ProfileTable | None
+    report: dict[str, Any]
+
+
+def build_profiles(inputs: Sequence[str | os.PathLike[str]], options: ProfileOptions | None = None) -> BuiltProfiles:
+    """Read features, aggregate cells to wells, normalise on controls, aggregate wells to treatments.
+
+    Cells are streamed: memory is that of the profiles plus a bounded block of columns, unless cells themselves are asked for.
+
+    Raises:
+        CellfastError: whatever the user can mend: files, columns, joins, controls, conflicting metadata.
+    """
+    options = options or ProfileOptions()
+    _check_options(options)
+    steps = (
+        list(options.steps) if options.steps is not None else parse_steps(DEFAULT_STEPS, Step("none", controls=options.controls))
+    )
+    source = open_source(inputs, features=options.features, overrides=options.columns)
+    report: dict[str, Any] = {
+        "inputs": {"files": len(source.files), "rows": source.num_rows, "features": len(source.feature_names)},
+        "level": options.level,
+    }
+    at = "cell" if options.level == "cell" else "site" if options.level == "site" else options.normalize_at
+    table, counts = read_cells(source) if at == "cell" else read_units(source, at, options.cell_aggregate)
+    report["rows"] = counts
+    metadata = table.metadata
+    if options.metadata is not None:
+        metadata, report["metadata_join"] = join_plate_map(metadata, options.metadata)
+    if options.moa is not None:
+        metadata, report["moa_join"] = join_moa(metadata, options.moa)
+    metadata, report["batch_source"] = add_batch(metadata, options.batch_pattern)
+    table = ProfileTable(metadata, table.features, table.feature_names)
+    table, report["missing"] = drop_missing(table, options.missing_cutoff)
+    dtype = source.dtype
+    try:
+        controls, rule = find_controls(table.metadata, options.controls)
+    except CellfastError:
+        # Without controls nothing can be fitted on them, but plain aggregation needs none.
+        if options.controls is not None or any(s.method != "none" and s.controls is None for s in steps):
+            raise
+        controls, rule = np.zeros(len(table), bool), "none found"
+    if rule == "all rows":
+        # "all" says what to fit on; it does not make every well a control.
+        try:
+            controls, _ = find_controls(table.metadata)
+        except CellfastError:
+            controls = np.zeros(len(table), bool)
+    report["controls"] = {"rule": rule, "num": int(controls.sum()), "level": at}
+    table, report["normalization"] = normalize_profiles(table, steps)
+    table = ProfileTable(table.metadata.assign(**{CONTROL: controls}), table.features, table.feature_names)
+    if options.select:
+        table, report["selection"] = select_features(table, options.select)
+    wells: ProfileTable | None = table
+    if at in ("cell", "site"):
+        wells = None
+        if options.level in ("well", "treatment") and at == "cell":
+            table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate, CELL_COUNT, report)
+        elif options.level == "well":
+            table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate, None, report)
+    if options.level == "treatment":
+        table = treatments(table, options.aggregate, report)
+    if wells is not None:
+        wells = wells.with_features(wells.features.astype(dtype))
+    table = table.with_features(table.features.astype(dtype))
+    report["profiles"] = {"rows": len(table), "features": len(table.feature_names)}
+    table.provenance = {
+        "level": options.level,
+        "steps": report["normalization"],
+        "aggregate": options.aggregate,
+        "cell_aggregate": options.cell_aggregate,
+    }
+    if wells is not None and wells is not table:
+        wells.provenance = {**table.provenance, "level": "well"}
+    return BuiltProfiles(table, wells, report)
+
+
+def _check_options(options: ProfileOptions) -> None:
+    for name, value, allowed in (
+        ("--level", options.level, LEVELS),
+        ("--normalize-at", options.normalize_at, ("cell", "site", "well")),
+        ("--cell-aggregate", options.cell_aggregate, METHODS),
+        ("--aggregate", options.aggregate, METHODS),
+    ):
+        if value not in allowed:
+            raise CellfastError(f"{name} must be one of {', '.join(allowed)}; got '{value}'.")
+    if not 0 <= options.missing_cutoff <= 1:
+        raise CellfastError(f"--missing-cutoff must be between 0 and 1, got {options.missing_cutoff}.")
+
+
+def collapse(table: ProfileTable, key: Sequence[str], method: str, count: str | None, report: dict[str, Any]) -> ProfileTable:
+    """One profile per distinct value of the ``key`` columns; other metadata columns stay where they are constant within every group."""
+    lacking = [c for c in key if c not in table.metadata]
+    if lacking:
+        raise CellfastError(f"The input has no column {', '.join(lacking)}, needed for these profiles: name it with --column.")
+    codes, groups = group_codes(table.metadata, key)
+    result = aggregate(table.features, codes, len(groups), method)
+    metadata = groups.copy()
+    for column in table.metadata.columns:
+        if column in key or column == count:
+            continue
+        values = constant_within(table.metadata[column], codes, len(groups))
+        if values is not None:
+            metadata[column] = values
+        elif column in (names.COMPOUND, names.CONCENTRATION, names.MOA):
+            raise CellfastError(
+                f"{_first_conflict(table.metadata, column, codes, groups)}: a well holds one treatment. Look at the metadata."
+            )
+    if count is not None:
+        metadata[count] = result.counts
+    first = [c for c in names.CANONICAL if c in metadata]
+    metadata = metadata[[*first, *[c for c in metadata.columns if c not in first]]]
+    return ProfileTable(metadata, result.values, table.feature_names, table.provenance)
+
+
+def treatments(table: ProfileTable, method: str, report: dict[str, Any] | None = None) -> ProfileTable:
+    """Wells (or sites) → treatments, compound × concentration; the batches and plates a treatment is in are joined by ``;``.
+
+    Rows without a compound are left out and counted in the report.
+
+    Raises:
+        CellfastError: no compound column, no compound at all, a treatment with two MoAs.
+    """
+    report = {} if report is None else report
+    metadata = table.metadata
+    if names.COMPOUND not in metadata or not (metadata[names.COMPOUND] != "").any():
+        raise CellfastError(
+            "Treatment profiles need to know each well's compound, and the input has none: give --metadata CSV (plate, well, compound, "
+            "concentration), name the column with --column compound=COLUMN, or write wells with --level well."
+        )
+    known = (metadata[names.COMPOUND] != "").to_numpy()
+    report["wells_without_compound"] = int((~known).sum())
+    if not known.all():
+        table = table.rows(known)
+        metadata = table.metadata
+    key = [names.COMPOUND] + ([names.CONCENTRATION] if names.CONCENTRATION in metadata else [])
+    rounded = metadata[key].copy()
+    if names.CONCENTRATION in rounded:
+        # Six significant digits: 0.3 and 0.30000001 are one treatment.
+        rounded[names.CONCENTRATION] = [float(f"{v:.6g}") for v in rounded[names.CONCENTRATION]]
+    codes, groups = group_codes(rounded, key)
+    result = aggregate(table.features, codes, len(groups), method)
+    out = groups.copy()
+    for column in metadata.columns:
+        if column in key or column in (names.WELL, names.SITE):
+            continue
+        if column in (names.BATCH, names.PLATE):
+            out[column] = _joined(metadata[column], codes, len(groups))
+        elif column == CELL_COUNT:
+            out[column] = np.bincount(codes, weights=metadata[column].to_numpy(dtype=float), minlength=len(groups)).astype(
+                np.int64
+            )
+        elif column == CONTROL:
+            out[column] = np.bincount(codes, weights=metadata[column], minlength=len(groups)) == result.counts
+        else:
+            values = constant_within(metadata[column], codes, len(groups))
+            if values is not None:
+                out[column] = values
+            elif column == names.MOA:
+                raise CellfastError(
+                    f"{_first_conflict(metadata, column, codes, groups)}: a treatment has one MoA. Look at the --moa table."
+                )
+    out[NUM_WELLS] = result.counts
+    first = [c for c in names.CANONICAL if c in out]
+    out = out[[*first, *[c for c in out.columns if c not in first]]]
+    return ProfileTable(out, result.values, table.feature_names, table.provenance)
+
+
+def group_codes(metadata: pd.DataFrame, key: Sequence[str]) -> tuple[np.ndarray, pd.DataFrame]:
+    """int32 [N] codes of the distinct key values, numbered in natural sort order, and those values [groups, len(key)]."""
+    parts = [pd.factorize(metadata[c], use_na_sentinel=False) for c in key]
+    combined = np.zeros(len(metadata), np.int64)
+    for codes, values in parts:
+        combined = combined * max(len(values), 1) + codes
+    unique, first, codes = np.unique(combined, return_index=True, return_inverse=True)
+    groups = metadata[list(key)].iloc[first].reset_index(drop=True)
+
+    def sort_key(i: int) -> list[Any]:
+        row = groups.iloc[i] if len(key) > 1 else [groups.iloc[i, 0]]
+        return [(0, v, []) if isinstance(v, float) and v == v else (1, 0.0, natural_key(str(v))) for v in row]
+
+    order = np.array(sorted(range(len(unique)), key=sort_key), np.int64).reshape(-1)
+    rank = np.empty(len(unique), np.int32)
+    rank[order] = np.arange(len(unique), dtype=np.int32)
+    return rank[codes.reshape(-1)], groups.iloc[order].reset_index(drop=True)
+
+
+def constant_within(column: pd.Series, codes: np.ndarray, num_groups: int) -> pd.Series | None:
+    """The column's value in each group if it is the same throughout every group, else None."""
+    values, unique = pd.factorize(column, use_na_sentinel=False)
+    low = np.full(num_groups, np.iinfo(np.int64).max)
+    high = np.full(num_groups, -1)
+    np.minimum.at(low, codes, values)
+    np.maximum.at(high, codes, values)
+    if (low != high).any():
+        return None
+    return pd.Series(unique.take(low) if hasattr(unique, "take") else unique[low]).reset_index(drop=True)
+
+
+def _joined(column: pd.Series, codes: np.ndarray, num_groups: int) -> pd.Series:
+    members: list[set[str]] = [set() for _ in range(num_groups)]
+    for code, value in zip(codes, column):
+        members[code].add(str(value))
+    return pd.Series([SEPARATOR.join(sorted(m - {""}, key=natural_key)) for m in members], dtype="str")
+
+
+def _first_conflict(metadata: pd.DataFrame, column: str, codes: np.ndarray, groups: pd.DataFrame) -> str:
+    for code in range(len(groups)):
+        found = sorted({str(v) for v in metadata[column].to_numpy()[codes == code]})
+        if len(found) > 1:
+            where = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in groups.iloc[code])
+            return f"{where} has {len(found)} values of {column}: {', '.join(found[:4])}"
+    raise AssertionError("no conflict")

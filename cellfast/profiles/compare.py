@@ -1,0 +1,86 @@
+"""Two evaluations of the same treatments: the paired difference of their scores, with its interval."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellfast.errors import CellfastError
+from cellfast.profiles.intervals import bootstrap_accuracies, bootstrap_weights, percentile_interval
+
+
+def load_result(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a RESULT.json of ``cellfast evaluate``.
+
+    Raises:
+        CellfastError: no such file, not JSON, or not such a result.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CellfastError(f"{path}: no such file.")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["treatments"]:
+            _ = row["id"], row["compound"], row["nsc_evaluated"], row["nsc_correct"], row["nscb_evaluated"], row["nscb_correct"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CellfastError(f"{path}: not a result of cellfast evaluate ({type(error).__name__}: {error}).") from None
+    return result
+
+
+def compare_results(a: dict[str, Any], b: dict[str, Any], num_resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    """B − A on the treatments evaluated in both: difference of accuracy, its 95 % bootstrap interval over compounds, exact McNemar p-value.
+
+    Args:
+        a, b: from ``load_result``.
+
+    Raises:
+        CellfastError: no treatment is evaluated in both.
+    """
+    rows_a, rows_b = ({row["id"]: row for row in result["treatments"]} for result in (a, b))
+    common = [i for i in rows_a if i in rows_b]
+    if not common:
+        raise CellfastError(
+            "The two results have no treatment in common: compare evaluations of the same screen at the same level."
+        )
+    compounds = {name: i for i, name in enumerate(sorted({rows_a[i]["compound"] for i in common}))}
+    compound = np.array([compounds[rows_a[i]["compound"]] for i in common])
+    weights = bootstrap_weights(compound, num_resamples, seed)
+    report: dict[str, Any] = {
+        "num_common": len(common),
+        "num_only_a": len(rows_a) - len(common),
+        "num_only_b": len(rows_b) - len(common),
+    }
+    for rule in ("nsc", "nscb"):
+        both = np.array([rows_a[i][f"{rule}_evaluated"] and rows_b[i][f"{rule}_evaluated"] for i in common])
+        right = [np.array([rows[i][f"{rule}_correct"] for i in common], bool) & both for rows in (rows_a, rows_b)]
+        total = int(both.sum())
+        only_a, only_b = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+        resampled = bootstrap_accuracies(right[1], both, compound, weights) - bootstrap_accuracies(
+            right[0], both, compound, weights
+        )
+        report[rule] = {
+            "num_evaluated_in_both": total,
+            "accuracy_a": int(right[0].sum()) / total if total else None,
+            "accuracy_b": int(right[1].sum()) / total if total else None,
+            "difference": (int(right[1].sum()) - int(right[0].sum())) / total if total else None,
+            "interval_95": percentile_interval(resampled) if total else None,
+            "only_a_right": only_a,
+            "only_b_right": only_b,
+            "mcnemar_p_value": mcnemar(only_a, only_b) if total else None,
+        }
+    return report
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided McNemar test: how likely so uneven a split of the discordant pairs is if both are equally good.
+
+    Doses of one compound are not independent: the interval over compounds is the stronger statement.
+    """
+    from math import comb
+
+    n, low = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2.0 * sum(comb(n, i) for i in range(low + 1)) / 2**n)

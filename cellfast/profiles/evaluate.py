@@ -1,0 +1,280 @@
+"""NSC and NSCB: is the nearest profile of another compound (and another batch) one of the same mechanism of action?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cellfast.errors import CellfastError
+from cellfast.profiles import columns as names
+from cellfast.profiles.annotate import find_controls
+from cellfast.profiles.build import CONTROL, SEPARATOR, treatments
+from cellfast.profiles.intervals import (
+    bootstrap_accuracies,
+    bootstrap_weights,
+    majority_vote,
+    percentile_interval,
+    permutation_p_value,
+)
+from cellfast.profiles.mean_average_precision import moa_precision, replicate_precision
+from cellfast.profiles.neighbours import BATCH_RULES, METRICS, AllowedPairs, batch_codes, nearest_neighbours
+from cellfast.profiles.replicates import replicate_reproducibility
+from cellfast.profiles.table import ProfileTable, add_batch
+
+ONE_BATCH_RULES = ("exclude", "queries", "keep")
+
+
+@dataclass
+class EvaluationOptions:
+    """What ``cellfast evaluate`` can be told; the defaults are its defaults.
+
+    Attributes:
+        level: ``treatment`` (several rows of one treatment are made one by ``aggregate``) or ``well`` (rows as they are).
+        aggregate: mean or median.
+        metric: cosine, correlation or euclidean.
+        k: neighbours that vote.
+        batch_rule: ``joined``, ``overlap`` or ``plates`` (``neighbours.batch_codes``).
+        batch_pattern: regular expression that takes the batch from the plate name.
+        one_batch_moas: MoAs that occur in one batch only under NSCB: ``exclude`` as queries and candidates, as ``queries`` only, or ``keep``.
+        controls: query for the rows left out as controls.
+        num_resamples: bootstrap resamples.
+        num_permutations: random assignments of MoAs.
+        average_precision: compute mean average precision.
+        seed: of the bootstrap and the permutations.
+    """
+
+    level: str = "treatment"
+    aggregate: str = "median"
+    metric: str = "cosine"
+    k: int = 1
+    batch_rule: str = "joined"
+    batch_pattern: str | None = None
+    one_batch_moas: str = "exclude"
+    controls: str | None = None
+    num_resamples: int = 10_000
+    num_permutations: int = 1_000
+    average_precision: bool = True
+    seed: int = 0
+
+
+@dataclass
+class Evaluation:
+    """Result of ``evaluate_profiles``.
+
+    Attributes:
+        result: what is written to RESULT.json.
+        profiles: the evaluated profiles, in the order of ``table``.
+        table: one row per profile: identity, pool sizes, neighbours, distances, right or wrong.
+    """
+
+    result: dict[str, Any]
+    profiles: ProfileTable
+    table: pd.DataFrame
+
+
+def evaluate_profiles(
+    profiles: ProfileTable, options: EvaluationOptions | None = None, wells: ProfileTable | None = None
+) -> Evaluation:
+    """Score profiles by the MoA of their nearest allowed neighbours.
+
+    NSC: candidates of the same compound are left out. NSCB: those of the same batch as well. Drop = NSC − NSCB. A profile without candidates is
+    not evaluated under that rule, and counted.
+
+    Args:
+        profiles: treatments or wells with compound and MoA.
+        options: see ``EvaluationOptions``.
+        wells: the wells of these treatments, for replicate reproducibility and precision; taken from ``profiles`` where it holds wells.
+
+    Raises:
+        CellfastError: no MoA, fewer than two compounds, profiles that are not finite or have no direction.
+
+    Source: Ljosa et al. 2013 (NSC), Ando et al. 2017 (NSCB).
+    """
+    options = options or EvaluationOptions()
+    _check_options(options)
+    profiles, counts = _choose_rows(profiles, options)
+    if options.level == "treatment":
+        codes = profiles.metadata[[c for c in (names.COMPOUND, names.CONCENTRATION) if c in profiles.metadata]]
+        counts["rows_per_treatment_aggregated"] = bool(codes.duplicated().any())
+        if counts["rows_per_treatment_aggregated"]:
+            wells = profiles if wells is None else wells
+            profiles = treatments(profiles, options.aggregate)
+    elif wells is None:
+        wells = profiles
+    metadata = profiles.metadata
+    compound, compounds = pd.factorize(metadata[names.COMPOUND], sort=True)
+    moa, moas = pd.factorize(metadata[names.MOA], sort=True)
+    if len(compounds) < 2:
+        raise CellfastError(
+            f"NSC needs profiles of at least two compounds with a MoA; found {len(compounds)} ({', '.join(compounds)})."
+        )
+    batches = batch_sets(metadata, options.batch_rule)
+    words, overlap = batch_codes(batches, options.batch_rule)
+    one_batch = _one_batch_moas(moa, len(moas), batches)
+    excluded = np.isin(moa, one_batch) if options.one_batch_moas != "keep" else np.zeros(len(moa), bool)
+    candidate_b = ~excluded if options.one_batch_moas == "exclude" else np.ones(len(moa), bool)
+    pairs = AllowedPairs(compound.astype(np.int64), words, overlap, np.ones(len(moa), bool), candidate_b)
+    found = nearest_neighbours(profiles.features, pairs, options.metric, options.k)
+    weights = bootstrap_weights(compound, options.num_resamples, options.seed)
+    result: dict[str, Any] = {"nsc": {}, "nscb": {}, "drop": None}
+    labels = _labels(metadata)
+    table = _identity(metadata)
+    resampled = []
+    for rule, neighbours in zip(("nsc", "nscb"), found):
+        evaluated = neighbours.index[:, 0] >= 0
+        if rule == "nscb":
+            evaluated &= ~excluded
+        called = majority_vote(moa, neighbours.index)
+        correct = evaluated & (called == moa)
+        score = _score(correct, evaluated, compound, moa, moas, called)
+        resampled.append(bootstrap_accuracies(correct, evaluated, compound, weights))
+        score["interval_95"] = percentile_interval(resampled[-1])
+        score["p_value"] = permutation_p_value(
+            moa, compound, neighbours.index, evaluated, int(correct.sum()), options.num_permutations, options.seed
+        )
+        no_candidates = neighbours.index[:, 0] < 0
+        score["excluded"] = {
+            "no_candidates": _named(labels, no_candidates & ~(excluded if rule == "nscb" else False)),
+            "one_batch_moa": _named(labels, excluded if rule == "nscb" else np.zeros(len(moa), bool)),
+        }
+        pool = neighbours.pool_size
+        score["candidate_pool_size"] = {"min": int(pool.min()), "median": float(np.median(pool)), "max": int(pool.max())}
+        result[rule] = score
+        table[f"{rule}_evaluated"] = evaluated
+        table[f"{rule}_correct"] = correct
+        table[f"{rule}_called_moa"] = [moas[c] if e else "" for c, e in zip(called, evaluated)]
+        table[f"{rule}_neighbour"] = [labels[i] if i >= 0 else "" for i in neighbours.index[:, 0]]
+        table[f"{rule}_neighbour_moa"] = [moas[moa[i]] if i >= 0 else "" for i in neighbours.index[:, 0]]
+        table[f"{rule}_distance"] = neighbours.distance[:, 0]
+        table[f"{rule}_pool_size"] = pool
+    if result["nsc"]["accuracy"] is not None and result["nscb"]["accuracy"] is not None:
+        result["drop"] = result["nsc"]["accuracy"] - result["nscb"]["accuracy"]
+    result["drop_interval_95"] = percentile_interval(resampled[0] - resampled[1])
+    per_moa = [np.unique(compound[moa == m]).size for m in range(len(moas))]
+    result["one_batch_moas"] = [str(moas[m]) for m in one_batch]
+    result["one_compound_moas"] = [str(moas[m]) for m in range(len(moas)) if per_moa[m] == 1]
+    result["counts"] = {**counts, "profiles": len(profiles), "compounds": len(compounds), "moas": len(moas),
+                        "batches": len({b for s in batches for b in s}), "features": len(profiles.feature_names)}  # fmt: skip
+    result["replicate_reproducibility"] = None
+    result["mean_average_precision"] = None
+    if options.average_precision:
+        result["mean_average_precision"] = {"moa": moa_precision(profiles, options.metric)}
+    if wells is not None and options.average_precision:
+        chosen, _ = _choose_rows(wells, options)
+        result["replicate_reproducibility"] = replicate_reproducibility(chosen, options.metric, options.seed)
+        result["mean_average_precision"]["treatment"] = replicate_precision(chosen, options.metric)
+    result["options"] = {k: v for k, v in vars(options).items()}
+    return Evaluation(result, profiles, table)
+
+
+def _check_options(options: EvaluationOptions) -> None:
+    for name, value, allowed in (
+        ("--level", options.level, ("treatment", "well")),
+        ("--aggregate", options.aggregate, ("mean", "median")),
+        ("--metric", options.metric, METRICS),
+        ("--batch-rule", options.batch_rule, BATCH_RULES),
+        ("--one-batch-moas", options.one_batch_moas, ONE_BATCH_RULES),
+    ):
+        if value not in allowed:
+            raise CellfastError(f"{name} must be one of {', '.join(allowed)}; got '{value}'.")
+
+
+def _choose_rows(table: ProfileTable, options: EvaluationOptions) -> tuple[ProfileTable, dict[str, Any]]:
+    """Leave out controls, rows without a compound and rows without a MoA; counts of each."""
+    metadata = table.metadata
+    for column, how in (
+        (names.COMPOUND, "--column compound=COLUMN, or --metadata CSV"),
+        (names.MOA, "--column moa=COLUMN, or --moa CSV"),
+    ):
+        if column not in metadata or not (metadata[column] != "").any():
+            raise CellfastError(f"The profiles have no {column}; their metadata: {', '.join(metadata.columns)}. Give {how}.")
+    metadata, source = add_batch(metadata, options.batch_pattern)
+    table = ProfileTable(metadata, table.features, table.feature_names, table.provenance)
+    if options.controls is not None:
+        controls, rule = find_controls(metadata, options.controls)
+    elif CONTROL in metadata:
+        controls, rule = metadata[CONTROL].to_numpy(dtype=bool), CONTROL
+    else:
+        try:
+            controls, rule = find_controls(metadata)
+        except CellfastError:
+            # Treated profiles alone are a complete input here.
+            controls, rule = np.zeros(len(metadata), bool), "none found"
+    no_compound = ~controls & (metadata[names.COMPOUND] == "").to_numpy()
+    no_moa = ~controls & ~no_compound & (metadata[names.MOA] == "").to_numpy()
+    keep = ~(controls | no_compound | no_moa)
+    if not keep.any():
+        raise CellfastError(
+            f"No profile is left to evaluate: {len(metadata)} rows, {int(controls.sum())} controls ({rule}), {int(no_compound.sum())} without a compound, "
+            f"{int(no_moa.sum())} without a MoA."
+        )
+    counts = {"rows": len(metadata), "controls": int(controls.sum()), "controls_rule": rule, "without_compound": int(no_compound.sum()),
+              "without_moa": int(no_moa.sum()), "without_moa_compounds": sorted(set(metadata[names.COMPOUND][no_moa])), "batch_source": source}  # fmt: skip
+    return (table if keep.all() else table.rows(keep)), counts
+
+
+def batch_sets(metadata: pd.DataFrame, rule: str) -> list[tuple[str, ...]]:
+    """The batches (for the rule ``plates`` the plates) each profile is in, from the ``;``-joined metadata column.
+
+    Raises:
+        CellfastError: the column is missing.
+    """
+    column = names.PLATE if rule == "plates" else names.BATCH
+    if column not in metadata:
+        if rule == "plates":
+            raise CellfastError(f"--batch-rule plates needs {names.PLATE}; the profiles have {', '.join(metadata.columns)}.")
+        raise CellfastError(
+            f"NSCB needs {names.BATCH}; the profiles have {', '.join(metadata.columns)}. Name it with --column batch=COLUMN."
+        )
+    # A comma joins batches in tables of other tools; none of ours has one in a batch name.
+    return [tuple(p.strip() for p in str(v).replace(",", SEPARATOR).split(SEPARATOR) if p.strip()) for v in metadata[column]]
+
+
+def _one_batch_moas(moa: np.ndarray, num: int, batches: list[tuple[str, ...]]) -> list[int]:
+    found: list[set[str]] = [set() for _ in range(num)]
+    for m, names_ in zip(moa, batches):
+        found[m].update(names_)
+    return [m for m in range(num) if len(found[m]) == 1]
+
+
+def _score(
+    correct: np.ndarray, evaluated: np.ndarray, compound: np.ndarray, moa: np.ndarray, moas: pd.Index, called: np.ndarray
+) -> dict[str, Any]:
+    total = int(evaluated.sum())
+    present = [m for m in range(len(moas)) if (moa[evaluated] == m).any() or (called[evaluated] == m).any()]
+    confusion = [[int((evaluated & (moa == t) & (called == c)).sum()) for c in present] for t in present]
+    by_compound = [correct[rows].mean() for c in np.unique(compound[evaluated]) if (rows := evaluated & (compound == c)).any()]
+    most = np.bincount(moa[evaluated], minlength=len(moas)) if total else np.zeros(len(moas))
+    return {
+        "accuracy": int(correct.sum()) / total if total else None,
+        "num_correct": int(correct.sum()),
+        "num_evaluated": total,
+        "num_excluded": int((~evaluated).sum()),
+        "compound_macro_accuracy": float(np.mean(by_compound)) if by_compound else None,
+        "majority_baseline": {"moa": str(moas[most.argmax()]), "accuracy": float(most.max() / total)} if total else None,
+        "per_moa": {
+            str(moas[m]): {"num_correct": int(correct[moa == m].sum()), "num_evaluated": int(evaluated[moa == m].sum())}
+            for m in range(len(moas))
+        },
+        "confusion": {"moas": [str(moas[m]) for m in present], "counts": confusion},
+    }
+
+
+def _labels(metadata: pd.DataFrame) -> list[str]:
+    parts = [c for c in (names.COMPOUND, names.CONCENTRATION) if c in metadata]
+    if metadata[parts].duplicated().any():
+        parts += [c for c in (names.PLATE, names.WELL) if c in metadata]
+    rows = zip(*[metadata[c].tolist() for c in parts])
+    return [" ".join(("" if v != v else f"{v:g}") if isinstance(v, float) else str(v) for v in row).strip() for row in rows]
+
+
+def _identity(metadata: pd.DataFrame) -> pd.DataFrame:
+    keep = [c for c in names.CANONICAL if c in metadata and c != names.SITE]
+    return metadata[keep].reset_index(drop=True).copy()
+
+
+def _named(labels: list[str], mask: np.ndarray) -> list[str]:
+    return [labels[i] for i in np.flatnonzero(mask)]

@@ -1,0 +1,166 @@
+"""The reports of ``profile`` and ``evaluate`` as lines of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def profile_lines(report: dict[str, Any]) -> list[str]:
+    """What was read, joined, left out and fitted, for people."""
+    rows, inputs = report["rows"], report["inputs"]
+    lines = [
+        f"read      {inputs['rows']:,} rows of {inputs['features']} features from {inputs['files']} file{'s' if inputs['files'] != 1 else ''}"
+    ]
+    for unit in ("well", "site"):
+        if f"{unit}s" in rows:
+            low, middle, high = rows[f"cells_per_{unit}"]
+            one = f"; {rows[f'one_cell_{unit}s']:,} {unit}s have one" if rows[f"one_cell_{unit}s"] and high > 1 else ""
+            per = f"rows per {unit}: {low:,} to {high:,}, median {middle:g}{one}" if high > 1 else f"one row per {unit}"
+            lines.append(f"{unit}s     {rows[f'{unit}s']:,}; {per}")
+    if rows.get("note"):
+        lines.append(f"note      {rows['note']}")
+    if rows.get("nan_values_left_out") or rows.get("infinite_values_left_out"):
+        lines.append(
+            f"left out  {rows['nan_values_left_out']:,} NaN and {rows['infinite_values_left_out']:,} infinite values, feature by feature"
+        )
+    if rows.get("metadata_not_constant"):
+        lines.append(f"metadata  not carried over, as it varies within wells: {', '.join(rows['metadata_not_constant'])}")
+    if "metadata_join" in report:
+        join = report["metadata_join"]
+        lines.append(
+            f"plate map {join['rows_joined']:,} of {join['rows']:,} rows joined"
+            + _listed(join["wells_not_joined"], "wells not", join["not_joined"])
+        )
+    if "moa_join" in report:
+        join = report["moa_join"]
+        lines.append(
+            f"MoA       {join['treatments_joined']} of {join['treatments']} treatments joined"
+            + _listed(join["treatments_not_joined"], "not", join["not_joined"])
+        )
+    lines.append(f"batch     from {report['batch_source']}")
+    missing = report["missing"]
+    if missing["dropped_features"]:
+        lines.append("dropped   " + _features(missing["dropped_features"]))
+    if missing["dropped_rows"]:
+        lines.append(
+            f"dropped   {len(missing['dropped_rows'])} rows with missing values{_listed(len(missing['dropped_rows']), 'rows', missing['dropped_rows'])}"
+        )
+    lines.append(f"controls  {report['controls']['num']:,} {report['controls']['level']}s ({report['controls']['rule']})")
+    if not report["normalization"]:
+        lines.append("normalise none")
+    for step in report["normalization"]:
+        lines.append("normalise " + _step(step))
+        if step.get("dropped_features"):
+            lines.append("dropped   " + _features(step["dropped_features"]))
+    if report.get("selection"):
+        lines.append("selected  " + _features(report["selection"]))
+    if report.get("wells_without_compound"):
+        lines.append(f"left out  {report['wells_without_compound']:,} wells without a compound")
+    lines.append(
+        f"written   {report['profiles']['rows']:,} {report['level']} profiles of {report['profiles']['features']} features"
+    )
+    return lines
+
+
+def _step(step: dict[str, Any]) -> str:
+    fitted = f"on {step['num_controls']:,} rows ({step['controls']})" + (
+        f", once per {step['by']} ({step['groups']})" if step["by"] != "all" else ""
+    )
+    if step["step"] == "sphering":
+        low, high = step["rank"]
+        rank = f"rank {low}" if low == high else f"rank {low} to {high}"
+        text = f"sphering ({step['rotation']}) {fitted}; {rank} of {step['num_features']} features"
+        if step["shrinkage"] is not None and step["shrinkage"][0] is not None:
+            text += f"; Ledoit-Wolf shrinkage {_range(step['shrinkage'])}"
+        if step["lambda"] is not None and step["lambda"][0] is not None:
+            text += f", lambda {_range(step['lambda'])} = {_range(step['lambda_over_mean_eigenvalue'])} of the mean eigenvalue"
+        if high < step["num_features"]:
+            text += "; fewer independent controls than features: the directions they do not vary in are scaled by the regularisation alone"
+        return text
+    if step["step"] == "coral":
+        return f"CORAL {fitted}, lambda {step['lambda']:g}; fewest controls in a {step['by']}: {step['fewest_controls']}"
+    return f"{step['step']} {fitted}"
+
+
+def _range(values: list[float | None]) -> str:
+    present = [v for v in values if v is not None]
+    if not present:
+        return "n/a"
+    return f"{present[0]:.4g}" if len(set(present)) == 1 else f"{min(present):.4g} to {max(present):.4g}"
+
+
+def _features(dropped: dict[str, str]) -> str:
+    shown = list(dropped)[:8]
+    return (
+        f"{len(dropped)} features: "
+        + ", ".join(f"{name} ({dropped[name]})" for name in shown)
+        + (" …" if len(dropped) > len(shown) else "")
+    )
+
+
+def _listed(count: int, what: str, shown: list[str]) -> str:
+    return f"; {count} {what}: {', '.join(shown[:8])}{' …' if count > 8 else ''}" if count else ""
+
+
+def evaluation_lines(result: dict[str, Any]) -> list[str]:
+    """Scores with counts, intervals and what was left out, for people."""
+    counts = result["counts"]
+    lines = [
+        f"profiles  {counts['profiles']:,} {result['options']['level']}s of {counts['compounds']} compounds, {counts['moas']} MoAs, {counts['batches']} batches; "
+        f"{counts['controls']:,} control rows left out ({counts['controls_rule']})"
+    ]
+    if counts["without_moa"] or counts["without_compound"]:
+        lines.append(
+            f"left out  {counts['without_moa']:,} rows without a MoA ({', '.join(counts['without_moa_compounds'][:8])}{' …' if len(counts['without_moa_compounds']) > 8 else ''}), "
+            f"{counts['without_compound']:,} without a compound"
+        )
+    for rule in ("nsc", "nscb"):
+        score = result[rule]
+        if score["accuracy"] is None:
+            lines.append(f"{rule.upper():<9} not defined: no profile has a candidate")
+        else:
+            interval = score["interval_95"]
+            lines.append(
+                f"{rule.upper():<9} {100 * score['accuracy']:.1f} %  ({score['num_correct']}/{score['num_evaluated']})  95 % interval {100 * interval[0]:.1f} to "
+                f"{100 * interval[1]:.1f} %, p = {score['p_value']:.2g}; over compounds {100 * score['compound_macro_accuracy']:.1f} %; "
+                f"always '{score['majority_baseline']['moa']}': {100 * score['majority_baseline']['accuracy']:.1f} %"
+            )
+        for reason, named in score["excluded"].items():
+            if named:
+                lines.append(
+                    f"          {len(named)} not evaluated ({reason.replace('_', ' ')}): {', '.join(named[:8])}{' …' if len(named) > 8 else ''}"
+                )
+    if result["drop"] is not None:
+        low, high = result["drop_interval_95"]
+        lines.append(f"drop      {100 * result['drop']:.1f} points  95 % interval {100 * low:.1f} to {100 * high:.1f}")
+    if result["one_batch_moas"]:
+        how = {"exclude": "left out of NSCB as queries and candidates", "queries": "left out of NSCB as queries", "keep": "kept"}
+        lines.append(f"one batch {', '.join(result['one_batch_moas'])}: {how[result['options']['one_batch_moas']]}")
+    if result["one_compound_moas"]:
+        lines.append(f"note      MoAs of a single compound can never be right: {', '.join(result['one_compound_moas'])}")
+    if result["replicate_reproducibility"]:
+        r = result["replicate_reproducibility"]
+        lines.append(
+            f"replicate {r['percent_replicating']:.1f} % of {r['num_treatments']} treatments reproducible ({r['num_single_well_treatments']} with one well left out); "
+            f"median similarity {r['median_replicate_similarity']:.3f}"
+        )
+    for what, precision in (result["mean_average_precision"] or {}).items():
+        if precision:
+            lines.append(f"mAP       per {what}: {precision['mean']:.4f} over {precision['num_groups']} groups")
+    return lines
+
+
+def comparison_lines(report: dict[str, Any]) -> list[str]:
+    """A paired comparison, for people."""
+    lines = [f"common    {report['num_common']} profiles; only in A {report['num_only_a']}, only in B {report['num_only_b']}"]
+    for rule in ("nsc", "nscb"):
+        r = report[rule]
+        if r["difference"] is None:
+            lines.append(f"{rule.upper():<9} no profile is evaluated in both")
+        else:
+            low, high = r["interval_95"]
+            lines.append(
+                f"{rule.upper():<9} A {100 * r['accuracy_a']:.1f} %, B {100 * r['accuracy_b']:.1f} % of {r['num_evaluated_in_both']}; B - A {100 * r['difference']:+.1f} points, "
+                f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}; only A right {r['only_a_right']}, only B right {r['only_b_right']} (McNemar p = {r['mcnemar_p_value']:.2g})"
+            )
+    return lines

@@ -1,0 +1,79 @@
+"""Reading profiles for evaluation, and writing RESULT.json, the per-treatment table and the pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellfast.atomic import atomic_path, write_json
+from cellfast.profiles import columns as names
+from cellfast.profiles.annotate import join_moa, join_plate_map
+from cellfast.profiles.evaluate import Evaluation
+from cellfast.profiles.table import ProfileTable, read_profiles
+
+
+def read_annotated(
+    path: str | os.PathLike[str],
+    metadata: str | os.PathLike[str] | None = None,
+    moa: str | os.PathLike[str] | None = None,
+    features: Sequence[str] = (),
+    columns: dict[str, str] | None = None,
+) -> ProfileTable:
+    """Read profiles and join a plate map and MoAs where they are given.
+
+    Raises:
+        CellfastError: as ``read_profiles``, ``join_plate_map`` and ``join_moa``.
+    """
+    table = read_profiles(path, tuple(features), columns)
+    frame = table.metadata
+    if metadata is not None:
+        frame, _ = join_plate_map(frame, metadata)
+    if moa is not None:
+        frame, _ = join_moa(frame, moa)
+    return ProfileTable(frame, table.features, table.feature_names, table.provenance)
+
+
+def write_result(evaluation: Evaluation, output: str | os.PathLike[str], map_method: str | None = "tsne") -> list[Path]:
+    """Write RESULT.json, ``<stem>_treatments.csv`` and, unless ``map_method`` is None, the pictures; returns the paths, the result last.
+
+    The result is written last: where it is, everything is.
+    """
+    output = Path(output)
+    written: list[Path] = []
+    if map_method is not None:
+        from cellfast.profiles.plots import write_pictures
+
+        written += write_pictures(evaluation, output.with_suffix(""), map_method, evaluation.result["options"]["seed"])
+    path = output.with_name(f"{output.stem}_{evaluation.result['options']['level']}s.csv")
+    with atomic_path(path) as temporary:
+        evaluation.table.to_csv(temporary, index=False)
+    written.append(path)
+    write_json(output, {**evaluation.result, "treatments": _rows(evaluation)})
+    return [*written, output]
+
+
+def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    table = evaluation.table
+    key = [c for c in (names.COMPOUND, names.CONCENTRATION) if c in table]
+    if table[key].duplicated().any():
+        key += [c for c in (names.PLATE, names.WELL) if c in table]
+    fields = [c for c in table.columns if c.startswith(("nsc_", "nscb_"))]
+    rows = []
+    for record in table.to_dict("records"):
+        row = {"id": " ".join(_shown(record[c]) for c in key), "compound": record[names.COMPOUND], "moa": record[names.MOA]}
+        rows.append({**row, **{f: _plain(record[f]) for f in fields}})
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
