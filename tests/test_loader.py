@@ -236,6 +236,31 @@ def test_a_store_larger_than_memory_is_read_by_row_and_not_mapped(screen, monkey
     np.testing.assert_array_equal(crops, all_crops(screen)[rows])
 
 
+def test_reading_by_row_keeps_the_store_out_of_this_process(tmp_path):
+    """300 MB pass through; mapped they would all be resident."""
+
+    def resident_mb() -> float:
+        fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["VmRSS"].split()[0]) / 1024
+
+    path, shape = tmp_path / "plate.bin", (3000, 1, 224, 224)
+    with open(path, "wb") as handle:
+        handle.truncate(int(np.prod(shape)) * 2)  # a sparse file: no disk is needed
+    crops = np.memmap(path, np.uint16, "r", 0, shape)
+    screen = SimpleNamespace(
+        plates=[SimpleNamespace(path=path, crops=lambda: crops)], channel_names=["c"], crop_size=224, dtype=np.dtype(np.uint16),
+        num_cells=3000, offsets=np.array([0, 3000]),
+    )  # fmt: skip
+    collected = Loader(screen, 50, read="pread", warm=False)
+    next(iter(collected))
+    before = resident_mb()
+    assert sum(len(batch.rows) for batch in collected) == 3000
+    by_row = resident_mb() - before
+    assert sum(len(batch.rows) for batch in Loader(screen, 50, read="mmap", warm=False)) == 3000
+    assert by_row < 60
+    assert resident_mb() - before > 200
+
+
 def test_warming_reads_the_pieces_asked_for(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"x" * 20_000_000)

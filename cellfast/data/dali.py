@@ -231,8 +231,8 @@ class Hdf5Fields:
 class TiffFields:
     """Fields of one single-page greyscale TIFF per channel, decoded by DALI on ``num_threads`` threads.
 
-    Equivalent to ``tifffile.imread`` of every file. Planar, multi-page and colour files are refused by name: DALI would return wrong
-    or partial pixels of them without a word.
+    Equivalent to ``tifffile.imread`` of every file. Planar, multi-page and colour files are refused by name: DALI would return
+    wrong or partial pixels of them without a word.
 
     Args:
         files: for each field its C paths, in channel order.
