@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -91,7 +92,7 @@ def group_means(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Group
         return sums.result()
     # Threads take slabs of columns: no two write the same sums, and the result does not depend on their number.
     edges = np.linspace(0, values.shape[1], threads + 1).astype(int)
-    parts = [GroupSums(num_groups, b - a) for a, b in zip(edges[:-1], edges[1:])]
+    parts = [GroupSums(num_groups, b - a) for a, b in pairwise(edges)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda part, a, b: part.add(values[:, a:b], codes), parts, edges[:-1], edges[1:]))
     results = [part.result() for part in parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -73,7 +74,7 @@ class AllowedPairs:
         # Candidates of the same compound and the same batch were taken off twice.
         order = np.argsort(self.compound, kind="stable")
         bounds = np.flatnonzero(np.diff(self.compound[order], prepend=-1, append=-1))
-        for start, stop in zip(bounds[:-1], bounds[1:]):
+        for start, stop in pairwise(bounds):
             rows = order[start:stop]
             counted: dict[int, float] = {}
             for r in rows[candidate[rows]]:
