@@ -1,0 +1,20 @@
+"""What a screen is: image tables, wells, locations, images, the crop store, ingest, simulation."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Screen": "cellfast.screens.crop_store",
+    "PlateStore": "cellfast.screens.crop_store",
+    "PlateWriter": "cellfast.screens.crop_writer",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'cellfast.screens' has no attribute '{name}'")
