@@ -129,6 +129,17 @@ def test_cells_of_tiff_fields(tmp_path, fields, cells, compression, dtype):
         np.testing.assert_array_equal(crop, cut(values, field_index[row], centers[row], 16))
 
 
+def test_palette_inverted_and_turned_tiffs_keep_their_stored_values(tmp_path, fields):
+    values = (fields[0] >> 8).astype(np.uint8)
+    palette = np.random.default_rng(0).integers(0, 65535, (3, 256), dtype=np.uint16)
+    files = [tmp_path / "palette.tif", tmp_path / "inverted.tif", tmp_path / "turned.tif"]
+    tifffile.imwrite(files[0], values[0], photometric="palette", colormap=palette)
+    tifffile.imwrite(files[1], values[1], photometric="miniswhite")
+    tifffile.imwrite(files[2], values[2], extratags=[(274, "H", 1, 3, True)])
+    (got,) = TiffFields([files]).read([0])
+    np.testing.assert_array_equal(np.stack(got), values)
+
+
 def test_tiffs_that_dali_would_misread_are_refused_by_name(tmp_path, fields):
     good = tmp_path / "good.tif"
     tifffile.imwrite(good, fields[0, 0])
@@ -194,3 +205,18 @@ def test_the_same_pixels_on_a_gpu(tmp_path):
     for batch in Loader(screen, 16, backend="dali", device="cuda"):
         assert batch.crops.is_cuda
         assert torch.equal(batch.crops.to(torch.int32), expected[batch.rows.cuda()])
+
+
+@pytest.mark.data
+def test_real_fields_decode_as_tifffile_does(real_data):
+    """ExampleHuman's (8-bit) and ExampleSBS's TIFFs, cells anywhere in them."""
+    human = sorted((real_data / "cellprofiler" / "ExampleHuman").glob("*.tif"))
+    plate = sorted((real_data / "cellprofiler" / "ExampleSBS").glob("Channel1-*.tif"))[:4]
+    for files in ([human], [[path] for path in plate]):
+        expected = np.stack([np.stack([tifffile.imread(path) for path in channels]) for channels in files])
+        rng = np.random.default_rng(0)
+        field_index = np.sort(rng.integers(0, len(files), 40))
+        centers = rng.uniform(0, 1, (40, 2)) * (expected.shape[-1] - 1, expected.shape[-2] - 1)
+        crops, rows = run(FieldCellPipeline(TiffFields(files), field_index, centers, 64, 16), RowSampler(40, 16))
+        for crop, row in zip(crops, rows):
+            np.testing.assert_array_equal(crop, cut(expected, field_index[row], centers[row], 64))

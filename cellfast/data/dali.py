@@ -232,7 +232,8 @@ class TiffFields:
     """Fields of one single-page greyscale TIFF per channel, decoded by DALI on ``num_threads`` threads.
 
     Equivalent to ``tifffile.imread`` of every file. Planar, multi-page and colour files are refused by name: DALI would return
-    wrong or partial pixels of them without a word.
+    wrong or partial pixels of them without a word. Greyscale files with a palette, an inverted scale or a turned orientation,
+    whose values DALI would convert, are read by tifffile instead.
 
     Args:
         files: for each field its C paths, in channel order.
@@ -247,7 +248,7 @@ class TiffFields:
         self.files = [[Path(path) for path in channels] for channels in files]
         self.num_fields, self.num_channels = len(self.files), len(self.files[0])
         self._batch_size = batch_size
-        self.dtype = _greyscale_tiff_dtype(self.files[0][0])
+        self.dtype, _ = _greyscale_tiff(self.files[0][0])
         dali = require_dali()
         self._pipe = dali.Pipeline(batch_size=batch_size, num_threads=num_threads, device_id=None, prefetch_queue_depth=1)
         with self._pipe:
@@ -262,16 +263,32 @@ class TiffFields:
         paths = [path for index in indices for path in self.files[index]]
         planes: list[np.ndarray] = []
         for start in range(0, len(paths), self._batch_size):
-            part = paths[start : start + self._batch_size]
-            for path in part:
-                dtype = _greyscale_tiff_dtype(path)
-                if dtype != self.dtype:
-                    raise CellfastError(f"{path} is {dtype}, the first file is {self.dtype}: all fields must have the same depth")
-            self._pipe.feed_input("encoded", [np.fromfile(path, dtype=np.uint8) for path in part])
-            (images,) = self._pipe.run()
-            planes += [np.array(images.at(i))[..., 0] for i in range(len(part))]
+            planes += self._decode(paths[start : start + self._batch_size])
         c = self.num_channels
         return [planes[i * c : (i + 1) * c] for i in range(len(indices))]
+
+    def _decode(self, paths: Sequence[Path]) -> list[np.ndarray]:
+        import tifffile
+
+        planes: dict[int, np.ndarray] = {}
+        plain: list[int] = []
+        for i, path in enumerate(paths):
+            dtype, as_stored = _greyscale_tiff(path)
+            if dtype != self.dtype:
+                raise CellfastError(f"{path} is {dtype}, the first file is {self.dtype}: all fields must have the same depth")
+            if as_stored:
+                plain.append(i)
+            else:
+                planes[i] = tifffile.imread(path)
+        if plain:
+            self._pipe.feed_input("encoded", [np.fromfile(paths[i], dtype=np.uint8) for i in plain])
+            (images,) = self._pipe.run()
+            for position, i in enumerate(plain):
+                image = np.array(images.at(position))
+                if image.ndim != 3 or image.shape[2] != 1:
+                    raise CellfastError(f"{paths[i]} decodes to shape {list(image.shape)}: expected one greyscale plane")
+                planes[i] = image[..., 0]
+        return [planes[i] for i in range(len(paths))]
 
 
 class FieldCellPipeline:
@@ -362,20 +379,20 @@ def window_starts(centers: np.ndarray, crop_size: int) -> np.ndarray:
     return np.ascontiguousarray(pixel[:, ::-1] - crop_size // 2)
 
 
-def _greyscale_tiff_dtype(path: Path) -> np.dtype:
-    """The depth of a single-page greyscale TIFF; everything else is refused."""
+def _greyscale_tiff(path: Path) -> tuple[np.dtype, bool]:
+    """The depth of a single-page greyscale TIFF, and whether DALI decodes its values as stored; other files are refused."""
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as tiff:
             page, pages = tiff.pages[0], len(tiff.pages)
-            shape, dtype = page.shape, page.dtype
+            shape, dtype, photometric, oriented = page.shape, page.dtype, page.photometric, page.tags.valueof(274, 1)
     except (OSError, ValueError, IndexError, struct.error) as error:
         raise CellfastError(f"{path} cannot be read as TIFF ({error})") from error
     if pages != 1 or len(shape) != 2 or dtype not in (np.dtype(np.uint16), np.dtype(np.uint8)):
         found = f"{pages} page(s) of {dtype} {shape}"
         raise CellfastError(f"{path} must be a single-page greyscale TIFF of 8 or 16 bits, got {found}")
-    return np.dtype(dtype)
+    return np.dtype(dtype), photometric == tifffile.PHOTOMETRIC.MINISBLACK and oriented == 1
 
 
 def _dali_type(dali: Any, dtype: np.dtype) -> Any:
