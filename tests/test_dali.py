@@ -14,10 +14,12 @@ from test_loader import all_crops, collect, make_screen
 
 from cellfast.data import Loader, RowSampler
 from cellfast.errors import CellfastError
+from cellfast.screens import PlateWriter, Screen
+from cellfast.screens.cutting import crop_origins, cut_crops
 
 pytest.importorskip("nvidia.dali")
 
-from cellfast.data.dali import FieldCellPipeline, Hdf5Fields, TiffFields, window_starts
+from cellfast.data.dali import FieldCellPipeline, Hdf5Fields, TiffFields
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +195,36 @@ def test_without_dali_the_message_says_what_to_install(tmp_path, monkeypatch):
         Loader(make_screen(tmp_path), 4, backend="dali")
 
 
-def test_window_starts_put_the_centroid_pixel_at_half_the_size():
-    starts = window_starts(np.array([[10.0, 20.0], [10.4, 20.6]]), 8)
-    assert starts.tolist() == [[16, 6], [17, 6]]
+@pytest.mark.parametrize("backend", ["mmap", "dali"])
+def test_a_screen_and_its_fields_give_the_same_cells(tmp_path, fields, cells, backend):
+    """Rows of the crop store through either loader, and the store's centroids cut out of the fields by DALI."""
+    field_index, centers = cells
+    centers = centers.astype(np.float32)
+    centers[5:9] = [(10.5, 11.5), (11.5, 12.5), (12.5, 10.5), (20.5, 21.5)]  # halves round to even
+    plates = {"P1": [0, 1, 2], "P2": [3, 4]}
+    for plate, members in plates.items():
+        path = tmp_path / "screen" / "plates" / f"{plate}.h5"
+        with PlateWriter(
+            path, plate=plate, batch="B", channel_names=["a", "b", "c"], crop_size=16, dtype=np.uint16, capacity=30, border="pad"
+        ) as writer:
+            for field in members:
+                own = centers[field_index == field]
+                crops = cut_crops(list(fields[field]), crop_origins(own[:, 1], own[:, 0], 16), 16)
+                writer.append_field(
+                    crops, well=f"A{field + 1:02d}", site=field, object_number=np.arange(len(own)), center_y=own[:, 1],
+                    center_x=own[:, 0], padded=np.zeros(len(own), bool),
+                )  # fmt: skip
+    screen = Screen.open(tmp_path / "screen")
+    table = screen.metadata()
+    with h5py.File(tmp_path / "fields.h5", "w") as handle:
+        handle["fields"] = fields
+    positions = table[["Metadata_Center_X", "Metadata_Center_Y"]].to_numpy()
+    pipeline = FieldCellPipeline(Hdf5Fields(tmp_path / "fields.h5"), table["Metadata_Site"].to_numpy(), positions, 16, 7)
+    from_fields, rows = run(pipeline, RowSampler(30, 7, seed=3))
+    from_store, store_rows = collect(Loader(screen, 7, seed=3, backend=backend))
+    np.testing.assert_array_equal(rows, store_rows)
+    np.testing.assert_array_equal(from_fields, from_store)
+    np.testing.assert_array_equal(from_store, all_crops(screen)[rows])
 
 
 @pytest.mark.cuda

@@ -20,6 +20,7 @@ from cellfast.data.gather import RowGather
 from cellfast.data.loader import Batch
 from cellfast.data.sampler import RowSampler
 from cellfast.errors import CellfastError
+from cellfast.screens.cutting import crop_origins
 
 
 def require_dali() -> Any:
@@ -294,7 +295,7 @@ class TiffFields:
 class FieldCellPipeline:
     """Cells cut from whole fields by DALI: cell i is the S × S window of its field with the centroid's pixel at index S // 2.
 
-    The same pixels as ``cellfast.screens`` cuts at ingest with padded borders: what lies outside the field is zero.
+    The pixels of ``cellfast.screens.cutting.cut_crops(planes, origins, S, border="pad")``: what lies outside the field is zero.
 
     Args:
         source: whole fields.
@@ -324,7 +325,7 @@ class FieldCellPipeline:
             raise CellfastError(
                 f"centers must be {len(self._field)} finite (x, y) pairs, one for each cell, got shape {list(centers.shape)}"
             )
-        self._start = window_starts(centers, crop_size)
+        self._start = crop_origins(centers[:, 1], centers[:, 0], crop_size).astype(np.int32)
         self._cache: dict[int, list[np.ndarray]] = {}
         device = torch.device(device)
         self._empty = torch.empty(
@@ -371,12 +372,6 @@ class FieldCellPipeline:
         self._cache = {index: field for index, field in self._cache.items() if index in needed}
         self._cache.update(zip(missing, self._source.read(missing) if missing else []))
         return [self._cache[index] for index in wanted.tolist()]
-
-
-def window_starts(centers: np.ndarray, crop_size: int) -> np.ndarray:
-    """(y, x) of the first pixel of each window, int32 [N, 2], from (x, y) centroids: the nearest pixel lies at index S // 2."""
-    pixel = np.floor(np.asarray(centers, dtype=np.float64) + 0.5).astype(np.int32)
-    return np.ascontiguousarray(pixel[:, ::-1] - crop_size // 2)
 
 
 def _greyscale_tiff(path: Path) -> tuple[np.dtype, bool]:
