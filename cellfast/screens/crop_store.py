@@ -47,7 +47,7 @@ class PlateStore:
     """One plate's crop store, opened read-only; all checks are done when it is made, the pixels are mapped when asked for.
 
     Attributes:
-        path, plate, batch, border, options: as written.
+        path, plate, batch, border, options, ledger: as written.
         num_cells, num_channels, crop_size: N, C, S of the pixels [N, C, S, S].
         dtype: ``np.uint8`` or ``np.uint16``.
         channel_names: list of C names.
@@ -117,6 +117,7 @@ class PlateStore:
         self.scale_high = handle[schema.CHANNELS]["scale_high"][...].astype(np.float64)
         self._cells = {name: handle[schema.CELLS][name][...] for name in schema.CELL_COLUMNS}
         self._fields = {name: handle[schema.FIELDS][name][...] for name in schema.FIELD_COLUMNS}
+        self.ledger: dict[str, Any] | None = json.loads(handle["ledger"].asstr()[()])
         self.source_files = handle[schema.FIELDS]["source_files"].asstr()[...]
         wells = handle[schema.WELLS]
         self._wells = {name: wells[name].asstr()[...].astype(object) for name in schema.WELL_TEXT}

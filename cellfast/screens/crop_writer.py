@@ -93,6 +93,8 @@ class PlateWriter:
                 f"{self.path.name}: channel names must be one or more different names, got {list(self.channel_names)}"
             )
         self.capacity, self.border, self.pixel_size_um, self.options = int(capacity), border, pixel_size_um, dict(options or {})
+        # The plate's ledger (JSON-able), stored in the file so that both appear together.
+        self.ledger: dict[str, Any] | None = None
         self.num_cells = 0
         self._cells: dict[str, list[np.ndarray]] = {name: [] for name in schema.CELL_COLUMNS}
         self._fields: dict[str, list[int]] = {name: [] for name in schema.FIELD_COLUMNS}
@@ -173,6 +175,18 @@ class PlateWriter:
         self._sources.append(tuple(source_files) or ("",) * len(self.channel_names))
         self.num_cells += n
 
+    @property
+    def well_names(self) -> list[str]:
+        """Wells seen so far, in order of appearance."""
+        return list(self._wells)
+
+    def cells_per_well(self) -> np.ndarray:
+        """int64 [number of wells]: cells written so far, in the order of `well_names`."""
+        counts = np.zeros(len(self._wells), dtype=np.int64)
+        for field, cells in enumerate(self._cells["field"]):
+            counts[self._fields["well"][field]] += len(cells)
+        return counts
+
     def _well(self, well: str, compound: str, concentration: float, moa: str) -> int:
         treatment = (compound, float(concentration), moa)
         row = self._wells.get(well)
@@ -230,6 +244,7 @@ class PlateWriter:
         low, high = scale_from_histogram(self._histogram)
         channels.create_dataset("scale_low", data=low)
         channels.create_dataset("scale_high", data=high)
+        handle.create_dataset("ledger", data=json.dumps(self.ledger, ensure_ascii=False), dtype=text)
         attributes = handle.attrs
         attributes["plate"], attributes["batch"], attributes["border"] = self.plate, self.batch, self.border
         attributes["crop_size"] = self.crop_size

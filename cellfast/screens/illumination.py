@@ -1,0 +1,67 @@
+"""Illumination functions: what a plane is divided by so that the field is evenly lit."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cellfast.errors import CellfastError
+
+
+@dataclass
+class Illumination:
+    """Functions from a folder: ``<plate>_<channel>.npy``, ``<plate>_Illum<channel>.npy`` (CellProfiler's name) or, for all plates, ``<channel>.npy``.
+
+    Each is a float array [H, W] of positive, finite values. A plane becomes ``round(plane / (f / mean(f)))``, clipped to its type:
+    the mean brightness of a field stays about what it was.
+    """
+
+    folder: Path
+    description: str = ""
+    _loaded: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        files = sorted(self.folder.glob("*.npy")) if self.folder.is_dir() else []
+        if not files:
+            raise CellfastError(
+                f"{self.folder}: expected a folder with illumination functions <channel>.npy or <plate>_<channel>.npy, found none"
+            )
+        content = hashlib.sha256()
+        for file in files:
+            content.update(file.name.encode())
+            content.update(file.read_bytes())
+        self.description = f"{len(files)} functions, sha256 {content.hexdigest()[:16]}"
+
+    def function(self, plate: str, channel: str) -> np.ndarray:
+        """The function of a plate's channel, divided by its mean, float32 [H, W].
+
+        Raises:
+            CellfastError: none for this channel, not readable, or with values that are not positive and finite.
+        """
+        names = (f"{plate}_{channel}.npy", f"{plate}_Illum{channel}.npy", f"{channel}.npy", f"Illum{channel}.npy")
+        file = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+        if file is None:
+            raise CellfastError(
+                f"{self.folder}: no illumination function for plate {plate}, channel {channel}; expected one of {', '.join(names)}"
+            )
+        if file.name not in self._loaded:
+            try:
+                values = np.load(file, allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                raise CellfastError(f"{file}: not a readable .npy array ({error})") from error
+            if values.ndim != 2 or not np.isfinite(values).all() or not (values > 0).all():
+                raise CellfastError(f"{file}: expected positive, finite values [H, W], got {values.dtype} {values.shape}")
+            self._loaded[file.name] = (values / values.mean()).astype(np.float32)
+        return self._loaded[file.name]
+
+    def correct(self, plane: np.ndarray, plate: str, channel: str) -> np.ndarray:
+        """The plane [H, W] divided by its function, in its own dtype."""
+        function = self.function(plate, channel)
+        if function.shape != plane.shape:
+            raise CellfastError(
+                f"illumination function of plate {plate}, channel {channel}: expected shape {plane.shape}, got {function.shape}"
+            )
+        return np.clip(np.rint(plane / function), 0, np.iinfo(plane.dtype).max).astype(plane.dtype)

@@ -1,0 +1,179 @@
+"""What both ingests share: finished plates are recognised, plates run side by side, the ledger closes the account."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cellfast.errors import CellfastError
+from cellfast.progress import Progress
+from cellfast.screens.crop_store import PlateStore
+from cellfast.screens.crop_writer import plate_file_name
+from cellfast.screens.ledger import PlateLedger
+
+# Set in each worker process by `_begin_worker`: how many fields or files are done, over all workers.
+_counter: Any = None
+
+
+@dataclass(frozen=True)
+class PlateTask:
+    """One plate's share of an ingest; ``payload`` is for the function that does the work."""
+
+    plate: str
+    path: Path
+    units: int
+    options: dict[str, Any]
+    payload: Any
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of ``value`` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def plate_path(screen: Path, plate: str) -> Path:
+    """Where a plate's store lies in a screen folder."""
+    return screen / "plates" / plate_file_name(plate)
+
+
+def finished_ledger(task: PlateTask) -> PlateLedger | None:
+    """The ledger of a plate that an earlier run finished with the same options, or None when there is none.
+
+    Raises:
+        CellfastError: the plate is there but was made otherwise (names the option), or it is damaged.
+    """
+    if not task.path.exists():
+        return None
+    store = PlateStore(task.path)
+    wanted = json.loads(json.dumps(task.options))
+    for name in sorted(set(wanted) | set(store.options)):
+        if wanted.get(name) != store.options.get(name):
+            raise CellfastError(
+                f"{task.path}: this plate was made with {name} = {store.options.get(name)!r}, now {name} = {wanted.get(name)!r} is asked for; "
+                "ingest into another folder, or use --force to make it again"
+            )
+    if store.ledger is None:
+        raise CellfastError(f"{task.path}: the plate carries no ledger; use --force to make it again")
+    known = {f.name for f in fields(PlateLedger)}
+    return PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
+
+
+def _begin_worker(counter: Any) -> None:
+    global _counter
+    _counter = counter
+
+
+def count_unit(units: int = 1) -> None:
+    """Tell the progress bar that ``units`` more are done; called where the work is done."""
+    if _counter is not None:
+        with _counter.get_lock():
+            _counter.value += units
+
+
+def run_plates(
+    tasks: Sequence[PlateTask],
+    work: Callable[[PlateTask], PlateLedger],
+    *,
+    workers: int,
+    force: bool,
+    unit: str,
+    show_progress: bool = True,
+) -> list[PlateLedger]:
+    """Do every plate that is not finished, ``workers`` at a time in processes of their own, and return all ledgers in order of ``tasks``.
+
+    The first error stops the plates that have not begun; those under way end, those finished stay.
+    """
+    ledgers: dict[str, PlateLedger] = {}
+    todo: list[PlateTask] = []
+    for task in tasks:
+        ledger = None if force else finished_ledger(task)
+        if ledger is None:
+            todo.append(task)
+        else:
+            ledgers[task.plate] = ledger
+    with Progress("ingest", sum(task.units for task in todo), unit, enabled=show_progress and bool(todo)) as progress:
+        if ledgers:
+            progress.message(f"ingest: {len(ledgers)} of {len(tasks)} plates were finished before and are kept")
+        if workers <= 1 or len(todo) <= 1:
+            global _counter
+            _counter = _Inline(progress)
+            try:
+                for task in todo:
+                    ledgers[task.plate] = work(task)
+            finally:
+                _counter = None
+        elif todo:
+            _run_parallel(todo, work, ledgers, workers, progress)
+    return [ledgers[task.plate] for task in tasks]
+
+
+class _Inline:
+    """Stands in for the shared counter where the work runs in this process."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._done = 0
+
+    def get_lock(self) -> _Inline:
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    @property
+    def value(self) -> int:
+        return self._done
+
+    @value.setter
+    def value(self, done: int) -> None:
+        self._progress.advance(done - self._done)
+        self._done = done
+
+
+def _run_parallel(
+    todo: list[PlateTask],
+    work: Callable[[PlateTask], PlateLedger],
+    ledgers: dict[str, PlateLedger],
+    workers: int,
+    progress: Progress,
+) -> None:
+    # spawn: a fork would copy locks of HDF5 and of thread pools in the state another thread left them in.
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_begin_worker, initargs=(counter,)) as pool:
+        plate_of = {pool.submit(work, task): task.plate for task in todo}
+        pending = set(plate_of)
+        shown = 0
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
+                progress.advance(counter.value - shown)
+                shown = counter.value
+                for future in finished:
+                    ledgers[plate_of[future]] = future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def default_workers() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def remove_abandoned(screen: Path, older_than_s: float = 24 * 3600.0) -> None:
+    """Remove partial files that a killed ingest left more than a day ago."""
+    for partial in (screen / "plates").glob(".*.partial.h5"):
+        if time.time() - partial.stat().st_mtime > older_than_s:
+            partial.unlink(missing_ok=True)

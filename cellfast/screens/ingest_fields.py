@@ -1,0 +1,302 @@
+"""Fields of view + locations → crop stores, one per plate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellfast.errors import CellfastError
+from cellfast.screens import schema
+from cellfast.screens.crop_writer import PlateWriter
+from cellfast.screens.cutting import BORDERS, crop_origins, cut_crops, inside
+from cellfast.screens.illumination import Illumination
+from cellfast.screens.image_table import Field, ImageTable
+from cellfast.screens.images import ImageError, image_info, read_plane
+from cellfast.screens.ingest import PlateTask, count_unit, digest, plate_path, remove_abandoned, run_plates
+from cellfast.screens.ledger import Ledger, PlateLedger
+from cellfast.screens.locations import LocationError, Locations, LocationSource
+
+PROBED_FIELDS = 15
+
+
+@dataclass(frozen=True)
+class FieldIngestOptions:
+    """How fields become crops.
+
+    Attributes:
+        crop_size: side of a crop, px; leave a margin for rotation, e.g. 112 for views of 96.
+        border: ``pad`` (zeros), ``reflect``, or ``drop`` the cells whose crop reaches over the field's edge; counted each way.
+        pixel_size_um: size of a pixel, µm; None when unknown.
+        batch_regex: group 1 of it in the plate's name is the experimental batch; None: ``^(Week\\d+)_``, else the plate.
+        strict: stop at the first field that cannot be used.
+    """
+
+    crop_size: int = 112
+    border: str = "pad"
+    pixel_size_um: float | None = None
+    batch_regex: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop_size < 8 or self.crop_size > 1024:
+            raise CellfastError(f"--crop-size must lie in 8..1024 px, got {self.crop_size}")
+        if self.border not in BORDERS:
+            raise CellfastError(f"--border must be one of {', '.join(BORDERS)}, got {self.border!r}")
+        if self.pixel_size_um is not None and not 0 < self.pixel_size_um < 1000:
+            raise CellfastError(f"--pixel-size-um must be a positive number of µm, got {self.pixel_size_um}")
+
+
+@dataclass(frozen=True)
+class _PlateWork:
+    """What a worker process needs for one plate."""
+
+    fields: tuple[Field, ...]
+    channel_names: tuple[str, ...]
+    locations: LocationSource
+    illumination: Illumination | None
+    options: FieldIngestOptions
+    shape: tuple[int, int]
+    dtype: str
+
+
+def check_channels(table: ImageTable) -> None:
+    """Raise `CellfastError` when a field names one file for two channels."""
+    for field in table.fields:
+        named = [file for file in field.files if file]
+        if len(set(named)) < len(named):
+            twice = next(file for file, count in Counter(named).items() if count > 1)
+            channels = [name for name, file in zip(table.channel_names, field.files) if file == twice]
+            raise CellfastError(
+                f"plate {field.plate}, well {field.well}, site {field.site}: channels {' and '.join(channels)} name the same file, {twice}; "
+                "correct the image table, or choose other channels with --channels"
+            )
+
+
+def probe_images(table: ImageTable) -> tuple[tuple[int, int], np.dtype]:
+    """The size and the pixel type most of up to 15 fields, spread over the table, have in all channels.
+
+    Raises:
+        CellfastError: none of them can be read (says why for the first three).
+    """
+    positions = np.unique(np.linspace(0, len(table.fields) - 1, min(PROBED_FIELDS, len(table.fields))).astype(int))
+    seen: Counter[tuple[tuple[int, int], np.dtype]] = Counter()
+    errors = []
+    for position in positions:
+        for file in table.fields[position].files:
+            try:
+                if not file:
+                    raise ImageError("no file named for a channel", "file missing")
+                seen[image_info(file)] += 1
+            except ImageError as error:
+                errors.append(str(error))
+    if not seen:
+        raise CellfastError(
+            f"none of {len(positions)} fields tried can be read; check --image-root. " + "; ".join(dict.fromkeys(errors[:3]))
+        )
+    (shape, dtype), _ = seen.most_common(1)[0]
+    return shape, np.dtype(dtype)
+
+
+def ingest_fields(
+    table: ImageTable,
+    locations: LocationSource,
+    screen: str | Path,
+    options: FieldIngestOptions | None = None,
+    *,
+    illumination: Illumination | None = None,
+    source: str = "",
+    unmatched: Sequence[str] = (),
+    unused: Sequence[str] = (),
+    workers: int = 1,
+    force: bool = False,
+    show_progress: bool = True,
+) -> Ledger:
+    """Cut every located cell out of its field and write one crop store per plate and the ledger.
+
+    A field that cannot be used (missing, unreadable, planar, multi-page, colour, another size or type than the rest, constant, the same
+    image in two channels) is refused with its reason and the rest goes on, unless ``options.strict``. A plate that an earlier run
+    finished with the same table and options is kept.
+
+    Args:
+        table: fields and channels, treatments joined.
+        locations: where the cells are.
+        screen: folder to write; ``plates/*.h5`` and ``ledger.json`` appear in it.
+        illumination: functions to divide the planes by; None: pixels are stored as read.
+        source: the image table's name, for the ledger.
+        unmatched, unused: what did not join, for the ledger.
+        workers: plates done at the same time.
+        force: make plates again that are there already.
+
+    Raises:
+        CellfastError: nothing usable, two channels with one file, a plate made otherwise before, or (strict) an unusable field.
+    """
+    options = options or FieldIngestOptions()
+    screen = Path(screen)
+    if not table.fields:
+        raise CellfastError(f"{source or 'the image table'} lists no fields")
+    check_channels(table)
+    shape, dtype = probe_images(table)
+    remove_abandoned(screen)
+    by_plate: dict[str, list[Field]] = {}
+    for field in table.fields:
+        by_plate.setdefault(field.plate, []).append(field)
+    tasks = []
+    for plate, fields in sorted(by_plate.items()):
+        described = {
+            "kind": "fields",
+            "channels": list(table.channel_names),
+            "crop_size": options.crop_size,
+            "border": options.border,
+            "pixel_size_um": options.pixel_size_um,
+            "batch": schema.batch_of_plate(plate, options.batch_regex),
+            "locations": locations.description,
+            "illumination": illumination.description if illumination else None,
+            "field_table": digest(
+                [[f.well, f.site, f.image_number, f.files, f.compound, repr(f.concentration), f.moa] for f in fields]
+            ),
+        }
+        work = _PlateWork(tuple(fields), table.channel_names, locations, illumination, options, shape, dtype.name)
+        tasks.append(PlateTask(plate, plate_path(screen, plate), len(fields), described, work))
+    plates = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
+    ledger = Ledger(
+        source=source,
+        locations=locations.description,
+        options=asdict(options),
+        plates=plates,
+        notes=list(table.notes),
+        unmatched_metadata=list(unmatched),
+        unused_metadata=list(unused),
+    )
+    ledger.write(screen)
+    if not any(p.fields_written for p in plates):
+        first = plates[0].refusals[0]["message"] if plates[0].refusals else "no reason noted"
+        raise CellfastError(
+            f"no field could be used; the first was refused because: {first} (all reasons are in {screen / 'ledger.json'})"
+        )
+    return ledger
+
+
+def ingest_plate(task: PlateTask) -> PlateLedger:
+    """Write one plate's crop store and return its ledger; runs in a worker process."""
+    work: _PlateWork = task.payload
+    options = work.options
+    ledger = PlateLedger(task.plate, fields_listed=len(work.fields), wells_listed=len({f.well for f in work.fields}))
+    located: list[tuple[Field, Locations]] = []
+    for field in work.fields:
+        try:
+            found = work.locations.locate(field, lambda channel, field=field: _plane(work, field, channel))
+        except (ImageError, LocationError) as error:
+            _refuse(ledger, field, error, options.strict)
+            continue
+        located.append((field, found))
+    capacity = 0
+    for _, found in located:
+        n = len(found.object_number)
+        if options.border == "drop":
+            n = int(inside(crop_origins(found.y, found.x, options.crop_size), options.crop_size, *work.shape).sum())
+        capacity += n
+    with PlateWriter(
+        task.path,
+        plate=task.plate,
+        batch=task.options["batch"],
+        channel_names=work.channel_names,
+        crop_size=options.crop_size,
+        dtype=work.dtype,
+        capacity=capacity,
+        border=options.border,
+        pixel_size_um=options.pixel_size_um,
+        options=task.options,
+    ) as writer:
+        highest = 0
+        for field, found in located:
+            highest = max(highest, _ingest_field(work, field, found, writer, ledger))
+        if work.dtype == "uint16" and 0 < highest < 256:
+            ledger.warnings.append(f"16-bit files whose values end at {highest}: were 8-bit images saved as 16-bit?")
+        written = {well for well, count in zip(writer.well_names, writer.cells_per_well()) if count}
+        ledger.wells_without_cells = sorted({f.well for f in work.fields} - written)
+        ledger.check()
+        writer.ledger = asdict(ledger)
+    return ledger
+
+
+def _plane(work: _PlateWork, field: Field, channel: int) -> np.ndarray:
+    file = field.files[channel]
+    if not file:
+        raise ImageError(f"channel {work.channel_names[channel]}: the image table names no file", "file missing")
+    return read_plane(file, expect_shape=work.shape, expect_dtype=np.dtype(work.dtype))
+
+
+def _refuse(ledger: PlateLedger, field: Field, error: Any, strict: bool) -> None:
+    where = f"{field.well} site {field.site}"
+    if strict:
+        raise CellfastError(f"plate {field.plate}, {where}: {error} (--strict stops here)")
+    ledger.refuse_field(error.reason, where, str(error))
+    count_unit()
+
+
+def _ingest_field(work: _PlateWork, field: Field, found: Locations, writer: PlateWriter, ledger: PlateLedger) -> int:
+    """Cut one field's cells; returns the highest pixel value seen (0 when the field was refused)."""
+    options = work.options
+    n = len(found.object_number)
+    ledger.cells_found += n + sum(found.dropped.values())
+    for reason, count in found.dropped.items():
+        ledger.drop_cells(reason, count)
+    try:
+        planes = [_plane(work, field, channel) for channel in range(len(work.channel_names))]
+        _check_planes(work, planes)
+    except ImageError as error:
+        _refuse(ledger, field, error, options.strict)
+        ledger.drop_cells(f"field refused: {error.reason}", n)
+        return 0
+    highest = max(int(plane.max()) for plane in planes)
+    if work.illumination is not None:
+        planes = [work.illumination.correct(plane, field.plate, name) for plane, name in zip(planes, work.channel_names)]
+    height, width = work.shape
+    y, x = found.y.astype(np.float64), found.x.astype(np.float64)
+    # A centroid beyond the field is a mistake in the locations (another field's file, swapped axes), not a border cell.
+    in_field = (np.rint(y) >= 0) & (np.rint(y) < height) & (np.rint(x) >= 0) & (np.rint(x) < width)
+    ledger.drop_cells("centroid outside the field", int((~in_field).sum()))
+    origins = crop_origins(y, x, options.crop_size)
+    whole = inside(origins, options.crop_size, height, width)
+    keep = in_field & whole if options.border == "drop" else in_field
+    if options.border == "drop":
+        ledger.drop_cells("crop reaches over the field's edge", int((in_field & ~whole).sum()))
+    crops = cut_crops(planes, origins[keep], options.crop_size, border=options.border)
+    writer.append_field(
+        crops,
+        well=field.well,
+        site=field.site,
+        image_number=field.image_number,
+        source_files=field.files,
+        compound=field.compound,
+        concentration=field.concentration,
+        moa=field.moa,
+        object_number=found.object_number[keep],
+        center_y=found.y[keep],
+        center_x=found.x[keep],
+        padded=~whole[keep],
+    )
+    ledger.fields_written += 1
+    ledger.cells_written += int(keep.sum())
+    ledger.cells_padded += int((~whole[keep]).sum())
+    count_unit()
+    return highest
+
+
+def _check_planes(work: _PlateWork, planes: list[np.ndarray]) -> None:
+    for name, plane in zip(work.channel_names, planes):
+        # One row that varies proves the plane is not constant; only a suspicious one is looked at wholly.
+        if (plane[len(plane) // 2] == plane[0, 0]).all() and (plane == plane[0, 0]).all():
+            raise ImageError(f"channel {name} is constant: every pixel is {int(plane[0, 0])}", "constant image")
+    for i in range(len(planes)):
+        for j in range(i + 1, len(planes)):
+            if (planes[i][0] == planes[j][0]).all() and np.array_equal(planes[i], planes[j]):
+                names = f"{work.channel_names[i]} and {work.channel_names[j]}"
+                raise ImageError(
+                    f"channels {names} hold the same image; is one file listed or saved twice?", "same image in two channels"
+                )

@@ -1,0 +1,135 @@
+"""The ledger of an ingest: every cell that was found is written or dropped with a reason, and the sums must agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cellfast import __version__
+from cellfast.atomic import write_json
+from cellfast.errors import CellfastError
+
+LEDGER_FILE = "ledger.json"
+LEDGER_VERSION = 1
+
+
+@dataclass
+class PlateLedger:
+    """What became of one plate's fields and cells.
+
+    ``cells_found = cells_written + sum(cells_dropped.values())`` and
+    ``fields_listed = fields_written + sum(fields_refused.values())``.
+    """
+
+    plate: str
+    fields_listed: int = 0
+    fields_written: int = 0
+    fields_refused: dict[str, int] = field(default_factory=dict)
+    cells_found: int = 0
+    cells_written: int = 0
+    cells_padded: int = 0
+    cells_dropped: dict[str, int] = field(default_factory=dict)
+    wells_listed: int = 0
+    wells_without_cells: list[str] = field(default_factory=list)
+    refusals: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def refuse_field(self, reason: str, where: str, message: str) -> None:
+        """Count a field that was not read, and remember why."""
+        self.fields_refused[reason] = self.fields_refused.get(reason, 0) + 1
+        self.refusals.append({"reason": reason, "where": where, "message": message})
+
+    def drop_cells(self, reason: str, count: int) -> None:
+        """Count cells that were found and not written."""
+        if count:
+            self.cells_dropped[reason] = self.cells_dropped.get(reason, 0) + int(count)
+
+    def check(self) -> None:
+        """Raise `CellfastError` when the sums do not agree: then a cell was lost, which is a defect of this program."""
+        if self.cells_found != self.cells_written + sum(self.cells_dropped.values()):
+            raise CellfastError(
+                f"plate {self.plate}: {self.cells_found} cells found, but {self.cells_written} written and {dict(self.cells_dropped)} dropped; "
+                "a cell was lost, please report this"
+            )
+        if self.fields_listed != self.fields_written + sum(self.fields_refused.values()):
+            raise CellfastError(
+                f"plate {self.plate}: {self.fields_listed} fields listed, but {self.fields_written} written and "
+                f"{dict(self.fields_refused)} refused; a field was lost, please report this"
+            )
+
+
+@dataclass
+class Ledger:
+    """The ledger of a screen: its plates, what the tables were told apart by, and what did not join."""
+
+    source: str
+    locations: str
+    options: dict[str, Any]
+    plates: list[PlateLedger]
+    notes: list[str] = field(default_factory=list)
+    unmatched_metadata: list[str] = field(default_factory=list)
+    unused_metadata: list[str] = field(default_factory=list)
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over the plates."""
+        dropped: Counter[str] = Counter()
+        refused: Counter[str] = Counter()
+        for plate in self.plates:
+            dropped.update(plate.cells_dropped)
+            refused.update(plate.fields_refused)
+        return {
+            "plates": len(self.plates),
+            "wells_listed": sum(p.wells_listed for p in self.plates),
+            "wells_without_cells": sum(len(p.wells_without_cells) for p in self.plates),
+            "fields_listed": sum(p.fields_listed for p in self.plates),
+            "fields_written": sum(p.fields_written for p in self.plates),
+            "fields_refused": dict(refused),
+            "cells_found": sum(p.cells_found for p in self.plates),
+            "cells_written": sum(p.cells_written for p in self.plates),
+            "cells_padded": sum(p.cells_padded for p in self.plates),
+            "cells_dropped": dict(dropped),
+        }
+
+    def write(self, screen: Path) -> Path:
+        """Check the sums and write ``ledger.json`` in the screen folder, atomically."""
+        for plate in self.plates:
+            plate.check()
+        path = screen / LEDGER_FILE
+        body = {"ledger_version": LEDGER_VERSION, "cellfast_version": __version__, "totals": self.totals(), **asdict(self)}
+        write_json(path, body)
+        return path
+
+    def table(self, limit: int = 12) -> str:
+        """The ledger as text for the screen: sums, reasons, and the first ``limit`` of each kind of complaint."""
+        t = self.totals()
+        lines = [
+            f"{'plates':<26}{t['plates']:>10,}",
+            f"{'wells listed':<26}{t['wells_listed']:>10,}"
+            + (f"   without cells: {t['wells_without_cells']:,}" if t["wells_without_cells"] else ""),
+            f"{'fields listed':<26}{t['fields_listed']:>10,}",
+            f"{'  written':<26}{t['fields_written']:>10,}",
+            *(f"{'  refused: ' + reason:<26}{count:>10,}" for reason, count in sorted(t["fields_refused"].items())),
+            f"{'cells found':<26}{t['cells_found']:>10,}",
+            f"{'  written':<26}{t['cells_written']:>10,}"
+            + (f"   of them padded at the border: {t['cells_padded']:,}" if t["cells_padded"] else ""),
+            *(f"{'  dropped: ' + reason:<26}{count:>10,}" for reason, count in sorted(t["cells_dropped"].items())),
+        ]
+        refusals = [f"{p.plate} {r['where']}: {r['message']}" for p in self.plates for r in p.refusals]
+        empty = [f"{p.plate} {well}" for p in self.plates for well in p.wells_without_cells]
+        warnings = [f"{p.plate}: {w}" for p in self.plates for w in p.warnings]
+        for title, items in (
+            ("Refused", refusals),
+            ("Wells without cells", empty),
+            ("Warnings", warnings),
+            ("Treatments without a row in the metadata", self.unmatched_metadata),
+            ("Metadata rows no field uses", self.unused_metadata),
+            ("Notes", self.notes),
+        ):
+            if items:
+                lines.append(f"{title} ({len(items)}):")
+                lines += [f"  {item}" for item in items[:limit]]
+                if len(items) > limit:
+                    lines.append(f"  … and {len(items) - limit} more in {LEDGER_FILE}")
+        return "\n".join(lines)
