@@ -202,15 +202,16 @@ class PlateWriter:
     def _create(self, path: Path, num_cells: int) -> tuple[h5py.File, h5py.Dataset]:
         # Contiguous data get a file offset only when allocated: ALLOC_TIME_EARLY. The alignment puts that offset on a page.
         # locking=False: file locks fail on some network file systems, and no other process knows the temporary name.
+        shape = (num_cells, len(self.channel_names), self.crop_size, self.crop_size)
+        threshold = max(1, min(1 << 16, self.dtype.itemsize * num_cells * len(self.channel_names) * self.crop_size**2))
         handle = h5py.File(
             path,
             "w",
             libver=("earliest", "v110"),
-            alignment_threshold=1 << 16,
+            alignment_threshold=threshold,
             alignment_interval=schema.PAGE_BYTES,
             locking=False,
         )
-        shape = (num_cells, len(self.channel_names), self.crop_size, self.crop_size)
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plist.set_layout(h5py.h5d.CONTIGUOUS)
         plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)

@@ -1,0 +1,288 @@
+"""The crop store: what is written is read back, and a file that is not right is refused by name."""
+
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+
+from cellfast.errors import CellfastError
+from cellfast.screens import PlateStore, PlateWriter, Screen
+from cellfast.screens.crop_writer import plate_file_name, scale_from_histogram
+from cellfast.screens.schema import METADATA_COLUMNS, batch_of_plate
+from cellfast.screens.summary import format_summary, summarize, write_montage
+
+SIZE = 16
+
+
+def write_plate(
+    screen,
+    plate="Week1_22123",
+    *,
+    capacity=None,
+    dtype=np.uint16,
+    channels=("DNA", "Actin"),
+    seed=0,
+    fields=((("B02"), 1, 5), (("C03"), 2, 3)),
+):
+    rng = np.random.default_rng(seed)
+    path = screen / "plates" / plate_file_name(plate)
+    pixels = []
+    total = sum(n for _, _, n in fields)
+    with PlateWriter(
+        path,
+        plate=plate,
+        batch=batch_of_plate(plate),
+        channel_names=channels,
+        crop_size=SIZE,
+        dtype=dtype,
+        capacity=total if capacity is None else capacity,
+        border="pad",
+        pixel_size_um=0.65,
+    ) as writer:
+        for well, site, n in fields:
+            crops = rng.integers(0, np.iinfo(dtype).max, (n, len(channels), SIZE, SIZE)).astype(dtype)
+            pixels.append(crops)
+            writer.append_field(
+                crops,
+                well=well,
+                site=site,
+                image_number=10 + site,
+                source_files=[f"{c}.tif" for c in channels],
+                compound="DMSO" if well == "B02" else "taxol",
+                concentration=0.0 if well == "B02" else 0.3,
+                moa="DMSO" if well == "B02" else "Microtubule stabilizers",
+                object_number=np.arange(1, n + 1),
+                center_y=np.arange(n) + 0.5,
+                center_x=np.arange(n) + 100.25,
+                padded=np.arange(n) == 0,
+            )
+    return path, np.concatenate(pixels) if pixels else np.zeros((0, len(channels), SIZE, SIZE), dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("capacity", [8, 100])
+def test_what_is_written_is_read_back(tmp_path, dtype, capacity):
+    path, pixels = write_plate(tmp_path, dtype=dtype, capacity=capacity)
+    store = PlateStore(path)
+    crops = store.crops()
+    assert isinstance(crops, np.memmap)
+    assert not crops.flags.writeable
+    assert crops.dtype == dtype
+    np.testing.assert_array_equal(crops, pixels)
+    assert crops.offset % 4096 == 0
+    store.verify()
+    meta = store.metadata()
+    assert list(meta.columns) == list(METADATA_COLUMNS)
+    assert meta["Metadata_Well"].tolist() == ["B02"] * 5 + ["C03"] * 3
+    assert meta["Metadata_ImageNumber"].tolist() == [11] * 5 + [12] * 3
+    assert meta["Metadata_ObjectNumber"].tolist() == [1, 2, 3, 4, 5, 1, 2, 3]
+    assert meta["Metadata_Center_X"].iloc[1] == 101.25
+    assert meta["Metadata_Concentration"].tolist() == [0.0] * 5 + [0.3] * 3
+    assert set(meta["Metadata_Batch"]) == {"Week1"}
+    assert store.pixel_size_um == 0.65
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_layout_is_what_the_schema_says(tmp_path):
+    path, pixels = write_plate(tmp_path)
+    with h5py.File(path) as handle:
+        crops = handle["crops"]
+        assert crops.chunks is None
+        assert crops.id.get_offset() % 4096 == 0
+        np.testing.assert_array_equal(crops[...], pixels)
+        assert handle.attrs["format"] == "cellfast-crop-store"
+        assert handle.attrs["schema_version"] == 1
+        assert handle["fields/source_files"].asstr()[...].tolist() == [["DNA.tif", "Actin.tif"]] * 2
+
+
+def test_rows_of_a_screen_run_through_its_plates_in_order_of_name(tmp_path):
+    _, second = write_plate(tmp_path, "Week2_ÄÖ", seed=2)
+    _, first = write_plate(tmp_path, "Week1_1", seed=1)
+    screen = Screen.open(tmp_path)
+    assert [p.plate for p in screen.plates] == ["Week1_1", "Week2_ÄÖ"]
+    assert screen.offsets.tolist() == [0, 8, 16]
+    both = np.concatenate([p.crops() for p in screen.plates])
+    np.testing.assert_array_equal(both, np.concatenate([first, second]))
+    assert screen.metadata()["Metadata_Plate"].tolist() == ["Week1_1"] * 8 + ["Week2_ÄÖ"] * 8
+
+
+def test_scaling_is_the_percentiles_of_the_pixels():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 3000, (2, 9_973))
+    histogram = np.stack([np.bincount(row, minlength=65536) for row in pixels])
+    low, high = scale_from_histogram(histogram)
+    np.testing.assert_array_equal(low, np.percentile(pixels, 0.1, axis=1, method="inverted_cdf"))
+    np.testing.assert_array_equal(high, np.percentile(pixels, 99.9, axis=1, method="inverted_cdf"))
+    constant = np.zeros((1, 65536), np.int64)
+    constant[0, 7] = 5
+    assert [float(v[0]) for v in scale_from_histogram(constant)] == [7.0, 8.0]
+
+
+def test_a_plate_without_cells_is_a_plate(tmp_path):
+    write_plate(tmp_path, fields=(("B02", 1, 0),))
+    screen = Screen.open(tmp_path)
+    assert screen.num_cells == 0
+    assert screen.plates[0].crops().shape == (0, 2, SIZE, SIZE)
+    assert len(screen.metadata()) == 0
+    with pytest.raises(CellfastError, match="no cells to show"):
+        write_montage(screen, tmp_path / "m.png")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    path = tmp_path / "plates" / "P.h5"
+    with (
+        pytest.raises(RuntimeError, match="disk"),
+        PlateWriter(path, plate="P", batch="P", channel_names=["a"], crop_size=8, dtype=np.uint8, capacity=4, border="pad"),
+    ):
+        raise RuntimeError("disk full")
+    assert list(path.parent.iterdir()) == []
+
+
+def test_two_treatments_in_one_well_are_refused(tmp_path):
+    one = {"object_number": [1], "center_y": [0], "center_x": [0], "padded": [False]}
+    crop = np.zeros((1, 1, 8, 8), np.uint8)
+    path = tmp_path / "P.h5"
+    with PlateWriter(
+        path, plate="P", batch="P", channel_names=["a"], crop_size=8, dtype=np.uint8, capacity=4, border="pad"
+    ) as writer:
+        writer.append_field(crop, well="A01", site=1, compound="x", concentration=1.0, **one)
+        with pytest.raises(CellfastError, match="two treatments in one well"):
+            writer.append_field(crop, well="A01", site=2, compound="y", concentration=1.0, **one)
+    assert PlateStore(path).num_cells == 1
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "x" * 300])
+def test_plate_names_that_cannot_be_files_are_refused(name):
+    with pytest.raises(CellfastError, match="plate name"):
+        plate_file_name(name)
+
+
+def damage_truncate(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def damage_garbage(path):
+    path.write_bytes(b"not hdf5 at all")
+
+
+def damage_newer(path):
+    with h5py.File(path, "r+") as handle:
+        handle.attrs["schema_version"] = 2
+
+
+def damage_unfinished(path):
+    with h5py.File(path, "r+") as handle:
+        del handle.attrs["format"]
+
+
+def damage_foreign(path):
+    with h5py.File(path, "w") as handle:
+        handle["x"] = 1
+
+
+def damage_external_link(path):
+    with h5py.File(path, "r+") as handle:
+        del handle["wells/name"]
+        handle["wells/name"] = h5py.ExternalLink("/etc/passwd", "/x")
+
+
+def damage_soft_link(path):
+    with h5py.File(path, "r+") as handle:
+        handle["more"] = h5py.SoftLink("/crops")
+
+
+def damage_external_storage(path):
+    with h5py.File(path, "r+") as handle:
+        del handle["cells/padded"]
+        handle["cells"].create_dataset("padded", shape=(8,), dtype=bool, external=[("/etc/passwd", 0, 8)])
+
+
+def damage_short_table(path):
+    with h5py.File(path, "r+") as handle:
+        del handle["cells/object_number"]
+        handle["cells/object_number"] = np.arange(3)
+
+
+def damage_index(path):
+    with h5py.File(path, "r+") as handle:
+        handle["cells/field"][0] = 99
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_truncate, "damaged|truncated"),
+        (damage_garbage, "damaged or not a crop store"),
+        (damage_newer, "schema 2.*update cellfast"),
+        (damage_unfinished, "never finished"),
+        (damage_foreign, "expected format"),
+        (damage_external_link, "ExternalLink"),
+        (damage_soft_link, "SoftLink"),
+        (damage_external_storage, "other files"),
+        (damage_short_table, "3 values of cells/object_number"),
+        (damage_index, "cells/field must lie in 0..1"),
+    ],
+)
+def test_a_damaged_store_is_refused_by_name(tmp_path, damage, says):
+    path, _ = write_plate(tmp_path)
+    damage(path)
+    with pytest.raises(CellfastError, match=says) as caught:
+        Screen.open(tmp_path)
+    assert path.name in str(caught.value)
+
+
+def test_verify_finds_a_changed_pixel(tmp_path):
+    path, _ = write_plate(tmp_path)
+    store = PlateStore(path)
+    offset = store.crops().offset
+    with open(path, "r+b") as handle:
+        handle.seek(offset + 3 * 2 * SIZE * SIZE * 2)
+        byte = handle.read(1)
+        handle.seek(-1, 1)
+        handle.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(CellfastError, match=r"1 of 8 cells are damaged \(first: row 3\)"):
+        PlateStore(path).verify()
+
+
+def test_plates_that_do_not_fit_together_are_refused(tmp_path):
+    write_plate(tmp_path, "A")
+    write_plate(tmp_path, "B", channels=("DNA", "ER"))
+    with pytest.raises(CellfastError, match=r"disagree in channel_names: A has .*Actin.*B has .*ER"):
+        Screen.open(tmp_path)
+
+
+def test_missing_screens_say_what_was_expected(tmp_path):
+    with pytest.raises(CellfastError, match="no such screen folder"):
+        Screen.open(tmp_path / "nothing")
+    (tmp_path / "something.txt").write_text("x")
+    with pytest.raises(CellfastError, match=r"found in the folder: something\.txt"):
+        Screen.open(tmp_path)
+
+
+def test_summary_counts(tmp_path):
+    write_plate(tmp_path, "Week1_1")
+    write_plate(tmp_path, "Week2_1")
+    screen = Screen.open(tmp_path)
+    summary = summarize(screen)
+    expected = {
+        "plates": 2,
+        "batches": 2,
+        "wells": 4,
+        "fields": 4,
+        "cells": 16,
+        "cells_padded": 4,
+        "treatments": 1,
+        "compounds": 1,
+        "moas": 1,
+        "control_wells": 2,
+        "control_cells": 10,
+    }
+    assert {key: summary[key] for key in expected} == expected
+    assert "16 (4 padded" in format_summary(summary)
+    write_montage(screen, tmp_path / "m.png", rows=2, columns=3)
+    from PIL import Image
+
+    with Image.open(tmp_path / "m.png") as image:
+        assert image.size == (3 * (2 * 17 + 3), 2 * 18)
