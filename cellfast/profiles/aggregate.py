@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -83,21 +85,21 @@ def group_means(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Group
         codes: integers [n], the group of each row, 0 … num_groups − 1; negative: left out.
         num_groups: number of groups.
     """
+    from cellfast.profiles import kernels
+
     codes = np.ascontiguousarray(codes, np.int32)
     _check(values, codes, num_groups)
-    sums = GroupSums(num_groups, values.shape[1])
-    threads = num_threads()
-    if values.size < 1 << 22 or threads == 1 or values.shape[1] < 2 * threads:
-        sums.add(values, codes)
-        return sums.result()
-    # Threads take slabs of columns: no two write the same sums, and the result does not depend on their number.
-    edges = np.linspace(0, values.shape[1], threads + 1).astype(int)
-    parts = [GroupSums(num_groups, b - a) for a, b in pairwise(edges)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part, a, b: part.add(values[:, a:b], codes), parts, edges[:-1], edges[1:]))
-    results = [part.result() for part in parts]
-    joined = np.concatenate([r.values for r in results], axis=1)
-    return GroupedProfiles(joined, parts[0].counts, sum(p.num_nan for p in parts), sum(p.num_inf for p in parts))
+    order, starts = kernels.group_rows(codes, num_groups)
+    sums = np.zeros((num_groups, values.shape[1]))
+    _by_rows(starts, values.size, lambda first, last: kernels.grouped_sum(values, order, starts, first, last, sums))
+    if np.isfinite(sums).all():
+        counts = np.diff(starts)
+        with np.errstate(invalid="ignore"):
+            return GroupedProfiles(sums / counts[:, None], counts, 0, 0)
+    # Something was not finite: once more, with a look at every value.
+    running = GroupSums(num_groups, values.shape[1])
+    running.add(values, codes)
+    return running.result()
 
 
 def group_medians(values: np.ndarray, codes: np.ndarray, num_groups: int) -> GroupedProfiles:
@@ -112,19 +114,30 @@ def group_medians(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Gro
     order, starts = kernels.group_rows(codes, num_groups)
     medians = np.empty((num_groups, values.shape[1]))
     missing = np.zeros((num_groups, values.shape[1]), np.int64)
-    threads = num_threads() if values.size >= 1 << 18 else 1
-    # Equal numbers of rows, not of groups, for each thread; several shares each so that one long group does not hold up the end.
-    edges = (
-        np.unique(np.searchsorted(starts, np.linspace(0, starts[-1], 8 * threads + 1)[1:-1])) if threads > 1 else np.empty(0, int)
-    )
-    edges = np.unique(np.concatenate([[0], edges, [num_groups]])).astype(int)
+    kind = np.int32 if values.dtype == np.float32 else np.int64
+    mask = kind(np.iinfo(kind).max)
 
     def work(first: int, last: int) -> tuple[int, int]:
-        return kernels.grouped_median(values, order, starts, first, last, medians, missing)
+        longest = int(np.diff(starts[first : last + 1]).max(initial=1))
+        # 64 columns of a row are four cache lines; long groups take fewer, so that the tile stays in the second-level cache.
+        tile = np.empty((min(values.shape[1], 64 if longest <= 4096 else 16), longest), values.dtype)
+        return kernels.grouped_median(values, order, starts, first, last, tile, tile.view(kind), mask, medians, missing)
 
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(work, edges[:-1], edges[1:]))
+    found = _by_rows(starts, values.size, work)
     return GroupedProfiles(medians, np.diff(starts), sum(f[0] for f in found), sum(f[1] for f in found))
+
+
+def _by_rows(starts: np.ndarray, size: int, work: Callable[[int, int], Any]) -> list[Any]:
+    """Call ``work(first, last)`` on consecutive ranges of groups, on threads if there is enough to do; results in order."""
+    num_groups = len(starts) - 1
+    threads = num_threads() if size >= 1 << 18 else 1
+    if threads == 1:
+        return [work(0, num_groups)]
+    # Equal numbers of rows, not of groups; several shares a thread, so that one long group does not hold up the end.
+    inner = np.searchsorted(starts, np.linspace(0, starts[-1], 8 * threads + 1)[1:-1])
+    edges = [int(e) for e in np.unique(np.concatenate([[0], inner, [num_groups]])) if e <= num_groups]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda share: work(*share), pairwise(edges)))
 
 
 def aggregate(values: np.ndarray, codes: np.ndarray, num_groups: int, method: str) -> GroupedProfiles:
