@@ -269,7 +269,8 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
                 problems.append(f"{name}: missing, expected {list(target.shape)}")
             continue
         if name == _first_convolution(model.encoder) and value.ndim == 4 and value.shape[1] != target.shape[1]:
-            adapted = f"{name} adapted from {value.shape[1]} to {target.shape[1]} channels (mean filter × {value.shape[1]}/{target.shape[1]})"
+            before, after = value.shape[1], target.shape[1]
+            adapted = f"{name} adapted from {before} to {after} channels (mean filter × {before}/{after})"
             value = adapt_input_channels(value, target.shape[1])
         if value.shape != target.shape:
             problems.append(f"{name}: expected {list(target.shape)}, found {list(value.shape)}")

@@ -145,7 +145,7 @@ class TrainConfig:
         1, "Epochs between validations; the last step is always validated.", minimum=1, group="Validation"
     )
 
-    seed: int = _value(0, "Seed of weights, order, views and held-out cells.", minimum=0, maximum=2**31 - 1, group="Running")
+    seed: int = _value(0, "Seed of weights, order, views and held-out cells.", minimum=0, maximum=999_999_999, group="Running")
     device: str = _value(
         "auto", "Where to compute; auto: CUDA where there is a GPU.", choices=("auto", "cpu", "cuda"), group="Running"
     )
@@ -243,9 +243,9 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
             raise wrong("true or false")
     elif kind in (int, float):
         expected = "a whole number" if kind is int else "a number"
-        for name, words in (("minimum", "of at least"), ("above", "above"), ("maximum", "of at most")):
-            if limits[name] is not None:
-                expected += f"{' and' if words != 'of at least' and ' at least' in expected else ''} {words} {limits[name]:g}"
+        words = {"minimum": "at least", "above": "more than", "maximum": "at most"}
+        bounds = [f"{word} {limits[name]:g}" for name, word in words.items() if limits[name] is not None]
+        expected += f", {' and '.join(bounds)}" if bounds else ""
         if isinstance(value, str):
             try:
                 value = float(value) if kind is float else int(value)
@@ -284,13 +284,20 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
+# What other programs call these.
+_SYNONYMS = {
+    "learning_rate": "lr", "tau": "temperature", "wd": "weight_decay", "batch": "batch_size", "model": "encoder", "arch": "encoder",
+    "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment", "out_dim": "projection_dim",
+}  # fmt: skip
+
+
 def check_keys(keys: typing.Iterable[str], where: str) -> None:
     """Raise `CellfastError` naming the nearest known key for every key that does not exist."""
     known = [entry.name for entry in fields(TrainConfig)]
     problems = []
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.5)
+            near = [_SYNONYMS[key]] if key in _SYNONYMS else difflib.get_close_matches(str(key), known, n=3, cutoff=0.6)
             problems.append(f"{key!r}" + (f" (did you mean {' or '.join(near)}?)" if near else ""))
     if problems:
         raise CellfastError(
