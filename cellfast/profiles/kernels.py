@@ -135,7 +135,7 @@ def _extremes(keys):
     return low, high
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _flipped(key, mask):
     return key ^ ((key >> np.int64(63)) & mask)
 
@@ -160,11 +160,11 @@ def _middle_keys(keys, cell, value, mask):
         inside = n - below
         turn = 0
         while True:
-            if inside <= 2 or low + 1 >= high:
+            if inside <= 3 or low + 1 >= high:
                 cell[0] = low
                 value_above = _smallest_above(keys, cell[0], largest)
                 lower = np.int64(value_above)
-                up_to = _count_up_to(keys, value_above)
+                up_to = below + 1 if inside == 1 else _count_up_to(keys, value_above)
                 if up_to > k:
                     break
                 inside -= up_to - below
@@ -180,7 +180,7 @@ def _middle_keys(keys, cell, value, mask):
                 cell[0] = _flipped(high, mask)
                 b = np.float64(value[0])
                 # Towards the middle of the interval: an estimate on the safe side of the target cuts off the other end as well.
-                share = 0.5 if turn & 3 == 3 else 0.1 + 0.8 * (k - below + 0.5) / inside
+                share = 0.5 if turn & 3 == 3 else 0.05 + 0.9 * (k - below + 0.5) / inside
                 value[0] = a * (1.0 - share) + b * share
                 middle = _flipped(np.int64(cell[0]), mask)
             middle = min(max(middle, low + 1), high - 1)
@@ -294,7 +294,7 @@ def best_of_block(
                         _offer(s, c, best_b[q], index_b[q])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _same_batch(batch, a, b, overlap):
     if not overlap:
         return batch[a, 0] == batch[b, 0]
@@ -304,7 +304,7 @@ def _same_batch(batch, a, b, overlap):
     return False
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def _offer(s, candidate, best, index):
     k = best.shape[0]
     if s > best[k - 1]:
