@@ -47,13 +47,24 @@ import click
 @click.option(
     "-k", type=click.IntRange(min=1), default=1, show_default=True, help="Nearest neighbours that vote; the nearer wins a tie."
 )
-@click.option("--batch-rule", type=click.Choice(["joined", "overlap", "plates"]), default="joined", show_default=True,
-              help="Same batch: joined, equal sets of batches (as DeepProfilerExperiments); overlap, a common batch; plates, equal sets of plates.")  # fmt: skip
+@click.option(
+    "--batch-rule",
+    type=click.Choice(["joined", "overlap", "plates"]),
+    default="joined",
+    show_default=True,
+    help="Same batch: joined, equal sets of batches (as DeepProfilerExperiments); overlap, a common batch; plates, "
+    "equal sets of plates.",
+)
 @click.option(
     "--batch-pattern", metavar="REGEX", help="Take the batch from the plate name: the first group of this regular expression."
 )
-@click.option("--one-batch-moas", type=click.Choice(["exclude", "queries", "keep"]), default="exclude", show_default=True,
-              help="MoAs of a single batch under NSCB: exclude as queries and candidates, as queries only, or keep.")  # fmt: skip
+@click.option(
+    "--one-batch-moas",
+    type=click.Choice(["exclude", "queries", "keep"]),
+    default="exclude",
+    show_default=True,
+    help="MoAs of a single batch under NSCB: exclude as queries and candidates, as queries only, or keep.",
+)
 @click.option(
     "--controls", metavar="QUERY", help="Rows that are controls and left out. Default: as marked by cellfast profile, else DMSO."
 )
@@ -108,7 +119,8 @@ import click
 def evaluate(profiles: tuple[Path, ...], output: Path | None, compare: tuple[Path, Path] | None, **options: Any) -> None:
     """Score profiles by mechanism of action: NSC, NSCB and drop.
 
-    NSC asks whether the nearest profile of another compound has the same MoA; NSCB leaves out the same batch as well. Every score comes with its counts, a 95 %
+    NSC asks whether the nearest profile of another compound has the same MoA; NSCB leaves out the same batch as well. Every
+    score comes with its counts, a 95 %
     bootstrap interval over compounds, and what was left out and why.
     """
     if compare:

@@ -21,10 +21,14 @@ import click
     help="What is written.",
 )
 @click.option(
-    "--normalize", "steps", multiple=True, metavar="STEP",
-    help="none, standardize, mad_robustize, sphering, coral or tvn (sphering, then CORAL per batch); repeat for several steps, done in the order given. A step may "
-    "carry options of its own: standardize:by=all,controls=all. Default: standardize:by=all,controls=all, then tvn.",
-)  # fmt: skip
+    "--normalize",
+    "steps",
+    multiple=True,
+    metavar="STEP",
+    help="none, standardize, mad_robustize, sphering, coral or tvn (sphering, then CORAL per batch); repeat for several steps, done in "
+    "the order given. A step may carry options of its own: standardize:by=all,controls=all. "
+    "Default: standardize:by=all,controls=all, then tvn.",
+)
 @click.option(
     "--by",
     type=click.Choice(["plate", "batch", "all"]),
@@ -108,7 +112,8 @@ import click
 def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
     """Aggregate cells to wells and treatments, normalised on control wells.
 
-    INPUT is a folder of embeddings (cellfast embed), or .parquet, .csv, .csv.gz or DeepProfiler .npz files of cells or wells. What was read, joined, left out
+    INPUT is a folder of embeddings (cellfast embed), or .parquet, .csv, .csv.gz or DeepProfiler .npz files of cells or wells.
+    What was read, joined, left out
     and fitted is printed, and written as JSON beside the profiles.
     """
     from cellfast.atomic import write_json

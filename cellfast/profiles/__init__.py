@@ -1,4 +1,6 @@
-"""Profiles and their evaluation: tables, aggregation, normalisation, neighbours, scores. Imports neither torch, kornia nor DALI."""
+"""Profiles and their evaluation: tables, aggregation, normalisation, neighbours, scores. Imports neither torch, kornia nor
+DALI.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Cells to sites and wells, wells to treatments: exact means and medians over groups of rows, in memory or streamed from files."""
+"""Cells to sites and wells, wells to treatments: exact means and medians over groups of rows, in memory or streamed from
+files.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def num_threads() -> int:
 class GroupSums:
     """Running sums of groups over blocks of rows, in float64.
 
-    Equivalent to ``pandas.DataFrame.groupby(codes).mean()`` over everything added: values that are not finite are left out, feature by feature.
+    Equivalent to ``pandas.DataFrame.groupby(codes).mean()`` over everything added: values that are not finite are left out,
+    feature by feature.
     """
 
     def __init__(self, num_groups: int, num_features: int) -> None:
@@ -103,7 +106,8 @@ def group_means(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Group
 
 
 def group_medians(values: np.ndarray, codes: np.ndarray, num_groups: int) -> GroupedProfiles:
-    """Exact medians of groups of rows: ``pandas.DataFrame(values).groupby(codes).median()``, the mean of the middle two for even counts.
+    """Exact medians of groups of rows: ``pandas.DataFrame(values).groupby(codes).median()``, the mean of the middle two for
+    even counts.
 
     Args and result as ``group_means``.
     """

@@ -31,9 +31,11 @@ def _read_csv(path: str | os.PathLike[str], option: str) -> tuple[pd.DataFrame, 
 
 
 def join_plate_map(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Add compound, concentration (and batch, MoA where the file has them) by plate and well from a CSV such as BBBC021_v1_image.csv.
+    """Add compound, concentration (and batch, MoA where the file has them) by plate and well from a CSV such as
+    BBBC021_v1_image.csv.
 
-    The file may have many rows per well (one per field) if they agree; plates are left out of the key when the file has no plate column.
+    The file may have many rows per well (one per field) if they agree; plates are left out of the key when the file has no
+    plate column.
     Values of the file replace those of the table.
 
     Returns:
@@ -45,7 +47,8 @@ def join_plate_map(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tupl
     frame, found = _read_csv(path, "--metadata")
     if names.WELL not in found or names.COMPOUND not in found:
         raise CellfastError(
-            f"--metadata {path}: expected columns for the well and the compound (and plate, concentration); found {', '.join(map(str, frame.columns[:20]))}."
+            f"--metadata {path}: expected columns for the well and the compound (and plate, concentration); found "
+            f"{', '.join(map(str, frame.columns[:20]))}."
         )
     if names.WELL not in metadata:
         raise CellfastError(
@@ -58,7 +61,8 @@ def join_plate_map(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tupl
     if len(doubled):
         first = doubled.sort_values(key).iloc[:2]
         raise CellfastError(
-            f"--metadata {path}: {doubled.drop_duplicates(key).shape[0]} wells have more than one compound, concentration, batch or MoA; "
+            f"--metadata {path}: {doubled.drop_duplicates(key).shape[0]} wells have more than one compound, "
+            f"concentration, batch or MoA; "
             f"first: {' '.join(first.iloc[0][key])}: {_row(first.iloc[0], key)} and {_row(first.iloc[1], key)}."
         )
     added = [c for c in table.columns if c not in key]
@@ -86,7 +90,8 @@ def join_plate_map(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tupl
 
 
 def join_moa(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Add the MoA by compound and concentration (by compound alone where the file has no concentration) from BBBC021_v1_moa.csv or its like.
+    """Add the MoA by compound and concentration (by compound alone where the file has no concentration) from
+    BBBC021_v1_moa.csv or its like.
 
     Compound names are compared without case and outer spaces, concentrations with a relative tolerance of 0.001.
 
@@ -103,7 +108,8 @@ def join_moa(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tuple[pd.D
         )
     if names.COMPOUND not in metadata:
         raise CellfastError(
-            "--moa joins by compound, and the input has none: give --metadata CSV, or name the column with --column compound=COLUMN."
+            "--moa joins by compound, and the input has none: give --metadata CSV, or name the column with --column "
+            "compound=COLUMN."
         )
     table = canonical_metadata(frame[list(found.values())], found)
     by_concentration = names.CONCENTRATION in table and names.CONCENTRATION in metadata
@@ -138,7 +144,8 @@ def join_moa(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tuple[pd.D
     missing = sorted(k for k, v in answers.items() if v is None and k[0] != "")
     if not any(v is not None for v in answers.values()):
         raise CellfastError(
-            f"--moa {path}: no treatment of the input is in it. The input has for example '{compounds[0]}' at {concentrations[0]:g}, "
+            f"--moa {path}: no treatment of the input is in it. The input has for example '{compounds[0]}' at "
+            f"{concentrations[0]:g}, "
             f"the file '{table[names.COMPOUND].iloc[0]}'."
         )
     result = metadata.copy()
@@ -167,8 +174,10 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
 
     Args:
         metadata: canonical metadata [N, …].
-        query: a pandas query over the metadata (short names such as ``compound`` work too); ``all``: every row; None: the compound is
-            DMSO, else a control type column (``Metadata_pert_type``, ``Metadata_control_type``) says negcon, else the MoA is DMSO.
+        query: a pandas query over the metadata (short names such as ``compound`` work too); ``all``: every row; None: the
+        compound is
+            DMSO, else a control type column (``Metadata_pert_type``, ``Metadata_control_type``) says negcon, else the MoA is
+            DMSO.
 
     Returns:
         (bool [N], the rule as text).
@@ -215,8 +224,10 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
         if mask.any():
             return mask, "Metadata_MoA is DMSO"
     raise CellfastError(
-        f"No control wells found: no compound is DMSO and no control type is negcon. Compounds: {_some(metadata, names.COMPOUND)}. "
-        "Say which they are with --controls \"Metadata_Compound == 'NAME'\", take every well with --controls all, or use --normalize none."
+        f"No control wells found: no compound is DMSO and no control type is negcon. Compounds: "
+        f"{_some(metadata, names.COMPOUND)}. "
+        "Say which they are with --controls \"Metadata_Compound == 'NAME'\", take every well with --controls all, "
+        "or use --normalize none."
     )
 
 

@@ -161,7 +161,9 @@ def _check_options(options: ProfileOptions) -> None:
 
 
 def collapse(table: ProfileTable, key: Sequence[str], method: str, count: str | None, report: dict[str, Any]) -> ProfileTable:
-    """One profile per distinct value of the ``key`` columns; other metadata columns stay where they are constant within every group."""
+    """One profile per distinct value of the ``key`` columns; other metadata columns stay where they are constant within every
+    group.
+    """
     lacking = [c for c in key if c not in table.metadata]
     if lacking:
         raise CellfastError(f"The input has no column {', '.join(lacking)}, needed for these profiles: name it with --column.")
@@ -197,7 +199,8 @@ def treatments(table: ProfileTable, method: str, report: dict[str, Any] | None =
     metadata = table.metadata
     if names.COMPOUND not in metadata or not (metadata[names.COMPOUND] != "").any():
         raise CellfastError(
-            "Treatment profiles need to know each well's compound, and the input has none: give --metadata CSV (plate, well, compound, "
+            "Treatment profiles need to know each well's compound, and the input has none: give --metadata CSV (plate, "
+            "well, compound, "
             "concentration), name the column with --column compound=COLUMN, or write wells with --level well."
         )
     known = (metadata[names.COMPOUND] != "").to_numpy()

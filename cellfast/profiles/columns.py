@@ -24,37 +24,82 @@ SHORT_NAMES = {
     "moa": MOA,
 }
 
-# Names in use in the field, compared after lower-casing and after removing Image_/Metadata_ prefixes; the first match of a row wins.
+# Names in use in the field, compared after lower-casing and after removing Image_/Metadata_ prefixes; the first match of a row
+# wins.
 _ALIASES: dict[str, tuple[str, ...]] = {
     PLATE: ("plate", "plate_name", "platename", "plate_id", "plateid", "plate_barcode", "assay_plate_barcode", "barcode"),
     WELL: ("well", "well_name", "wellname", "well_id", "wellid", "well_position", "wellposition", "plate_well"),
     SITE: ("site", "site_id", "field", "field_id", "fieldid", "fov"),
     BATCH: ("batch", "batch_id", "batch_name", "week"),
     COMPOUND: (
-        "compound", "compound_name", "compoundname", "compound_id", "drug", "perturbation", "pert_iname", "pert_name", "broad_sample", "jcp2022",
+        "compound",
+        "compound_name",
+        "compoundname",
+        "compound_id",
+        "drug",
+        "perturbation",
+        "pert_iname",
+        "pert_name",
+        "broad_sample",
+        "jcp2022",
     ),
     CONCENTRATION: (
-        "concentration", "concentration_um", "compound_concentration", "conc", "conc_um", "dose", "dose_um", "pert_dose", "mmoles_per_liter",
+        "concentration",
+        "concentration_um",
+        "compound_concentration",
+        "conc",
+        "conc_um",
+        "dose",
+        "dose_um",
+        "pert_dose",
+        "mmoles_per_liter",
     ),
     MOA: ("moa", "mechanism", "mechanism_of_action", "moa_name"),
-}  # fmt: skip
+}
 
 # Channel suffixes of the image tables of BBBC021 and its kin: Image_Metadata_Plate_DAPI.
 _CHANNEL_SUFFIX = re.compile(r"_(dapi|hoechst|dna|tubulin|actin|er|rna|agp|mito)$")
 
 # Per-object and per-image bookkeeping that is never a feature, whatever the table calls it.
 _BOOKKEEPING = {
-    "imagenumber", "objectnumber", "object_number", "tablenumber", "replicate", "object_count", "cell", "cell_id", "cellid", "file", "filename",
-    "index", "unnamed: 0", "center_x", "center_y", "location_center_x", "location_center_y", "nuclei_location_center_x", "nuclei_location_center_y",
-    "image_name", "class_name", "target", "count_cells", "count_nuclei", "count_cytoplasm", "row", "column", "col",
-}  # fmt: skip
+    "imagenumber",
+    "objectnumber",
+    "object_number",
+    "tablenumber",
+    "replicate",
+    "object_count",
+    "cell",
+    "cell_id",
+    "cellid",
+    "file",
+    "filename",
+    "index",
+    "unnamed: 0",
+    "center_x",
+    "center_y",
+    "location_center_x",
+    "location_center_y",
+    "nuclei_location_center_x",
+    "nuclei_location_center_y",
+    "image_name",
+    "class_name",
+    "target",
+    "count_cells",
+    "count_nuclei",
+    "count_cytoplasm",
+    "row",
+    "column",
+    "col",
+}
 
 _EMBEDDING = re.compile(r"^h\d+$")
 _CELLPROFILER = re.compile(r"^(Cells|Cytoplasm|Nuclei)_", re.IGNORECASE)
 
 
 def plain_name(column: str) -> str:
-    """The column name in lower case without leading ``Image_`` and ``Metadata_``, e.g. ``Image_Metadata_Plate_DAPI`` → ``plate_dapi``."""
+    """The column name in lower case without leading ``Image_`` and ``Metadata_``, e.g. ``Image_Metadata_Plate_DAPI`` →
+    ``plate_dapi``.
+    """
     return re.sub(r"^((image|metadata)_)+", "", column.strip().lower())
 
 
@@ -78,7 +123,8 @@ def find_metadata_columns(
 ) -> dict[str, str]:
     """Map canonical metadata names to the columns of a table that hold them; what is not there is left out.
 
-    Order of preference: an override, the canonical name itself, then the aliases of the field in their listed order, with or without
+    Order of preference: an override, the canonical name itself, then the aliases of the field in their listed order, with or
+    without
     ``Image_``/``Metadata_`` prefixes, then the same with a channel suffix (``Image_Metadata_Plate_DAPI``).
 
     Raises:
@@ -121,9 +167,12 @@ def infer_features(
 ) -> list[str]:
     """The feature columns of a table, in its order.
 
-    ``patterns`` are prefixes or regular expressions matched at the start of the name; a column is a feature when any of them matches.
-    Without patterns: the embedding columns ``h000…`` if there are any; else the CellProfiler columns (``Cells_``, ``Cytoplasm_``, ``Nuclei_``);
-    else every numeric column that is not metadata (``Metadata_``, ``Image_``, a recognised metadata column, an object or image number).
+    ``patterns`` are prefixes or regular expressions matched at the start of the name; a column is a feature when any of them
+    matches.
+    Without patterns: the embedding columns ``h000…`` if there are any; else the CellProfiler columns (``Cells_``,
+    ``Cytoplasm_``, ``Nuclei_``);
+    else every numeric column that is not metadata (``Metadata_``, ``Image_``, a recognised metadata column, an object or image
+    number).
 
     Raises:
         CellfastError: no column is left, or a pattern is not a regular expression.
@@ -139,7 +188,8 @@ def infer_features(
         chosen = [c for c in candidates if any(p.match(c) for p in compiled)]
         if not chosen:
             raise CellfastError(
-                f"--features {' '.join(patterns)} matches no numeric column of {where}; its numeric columns begin with: {', '.join(candidates[:20]) or 'none'}."
+                f"--features {' '.join(patterns)} matches no numeric column of {where}; its numeric columns begin with: "
+                f"{', '.join(candidates[:20]) or 'none'}."
             )
         return chosen
     embedding = [c for c in candidates if _EMBEDDING.match(c)]
@@ -151,7 +201,8 @@ def infer_features(
     rest = [c for c in candidates if not c.lower().startswith("image_") and plain_name(c) not in _BOOKKEEPING]
     if not rest:
         raise CellfastError(
-            f"No feature columns found in {where}: expected h000…, Cells_/Cytoplasm_/Nuclei_… or other numeric columns besides the metadata; "
+            f"No feature columns found in {where}: expected h000…, Cells_/Cytoplasm_/Nuclei_… or other numeric columns "
+            f"besides the metadata; "
             f"found {', '.join(list(numeric_columns)[:20]) or 'no numeric column'}. Name them with --features."
         )
     return rest
@@ -167,7 +218,9 @@ def normalize_well(well: str) -> str:
 
 
 def batch_of_plate(plate: str, pattern: str = r"^(Week\d+)_") -> str | None:
-    """The batch in a plate name: the first group of ``pattern`` (BBBC021: ``Week1_22123`` → ``Week1``), or None where it does not match."""
+    """The batch in a plate name: the first group of ``pattern`` (BBBC021: ``Week1_22123`` → ``Week1``), or None where it does
+    not match.
+    """
     match = re.search(pattern, plate)
     if match is None:
         return None

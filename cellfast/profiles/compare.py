@@ -32,7 +32,8 @@ def load_result(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def compare_results(a: dict[str, Any], b: dict[str, Any], num_resamples: int = 10_000, seed: int = 0) -> dict[str, Any]:
-    """B − A on the treatments evaluated in both: difference of accuracy, its 95 % bootstrap interval over compounds, exact McNemar p-value.
+    """B − A on the treatments evaluated in both: difference of accuracy, its 95 % bootstrap interval over compounds, exact
+    McNemar p-value.
 
     Args:
         a, b: from ``load_result``.

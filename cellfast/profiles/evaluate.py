@@ -38,7 +38,8 @@ class EvaluationOptions:
         k: neighbours that vote.
         batch_rule: ``joined``, ``overlap`` or ``plates`` (``neighbours.batch_codes``).
         batch_pattern: regular expression that takes the batch from the plate name.
-        one_batch_moas: MoAs that occur in one batch only under NSCB: ``exclude`` as queries and candidates, as ``queries`` only, or ``keep``.
+        one_batch_moas: MoAs that occur in one batch only under NSCB: ``exclude`` as queries and candidates, as ``queries``
+        only, or ``keep``.
         controls: query for the rows left out as controls.
         num_resamples: bootstrap resamples.
         num_permutations: random assignments of MoAs.
@@ -80,13 +81,15 @@ def evaluate_profiles(
 ) -> Evaluation:
     """Score profiles by the MoA of their nearest allowed neighbours.
 
-    NSC: candidates of the same compound are left out. NSCB: those of the same batch as well. Drop = NSC − NSCB. A profile without candidates is
+    NSC: candidates of the same compound are left out. NSCB: those of the same batch as well. Drop = NSC − NSCB. A profile
+    without candidates is
     not evaluated under that rule, and counted.
 
     Args:
         profiles: treatments or wells with compound and MoA.
         options: see ``EvaluationOptions``.
-        wells: the wells of these treatments, for replicate reproducibility and precision; taken from ``profiles`` where it holds wells.
+        wells: the wells of these treatments, for replicate reproducibility and precision; taken from ``profiles`` where it
+        holds wells.
 
     Raises:
         CellfastError: no MoA, fewer than two compounds, profiles that are not finite or have no direction.
@@ -208,11 +211,19 @@ def _choose_rows(table: ProfileTable, options: EvaluationOptions) -> tuple[Profi
     keep = ~(controls | no_compound | no_moa)
     if not keep.any():
         raise CellfastError(
-            f"No profile is left to evaluate: {len(metadata)} rows, {int(controls.sum())} controls ({rule}), {int(no_compound.sum())} without a compound, "
+            f"No profile is left to evaluate: {len(metadata)} rows, {int(controls.sum())} controls ({rule}), "
+            f"{int(no_compound.sum())} without a compound, "
             f"{int(no_moa.sum())} without a MoA."
         )
-    counts = {"rows": len(metadata), "controls": int(controls.sum()), "controls_rule": rule, "without_compound": int(no_compound.sum()),
-              "without_moa": int(no_moa.sum()), "without_moa_compounds": sorted(set(metadata[names.COMPOUND][no_moa])), "batch_source": source}  # fmt: skip
+    counts = {
+        "rows": len(metadata),
+        "controls": int(controls.sum()),
+        "controls_rule": rule,
+        "without_compound": int(no_compound.sum()),
+        "without_moa": int(no_moa.sum()),
+        "without_moa_compounds": sorted(set(metadata[names.COMPOUND][no_moa])),
+        "batch_source": source,
+    }
     return (table if keep.all() else table.rows(keep)), counts
 
 

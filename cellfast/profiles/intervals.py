@@ -57,7 +57,8 @@ def permutation_p_value(
 ) -> float | None:
     """Share of random assignments of MoAs to compounds that are right at least as often: (1 + #{≥}) / (1 + permutations).
 
-    The neighbours stay; MoAs are permuted among compounds (a compound with several MoAs: among profiles), so doses of a compound stay together.
+    The neighbours stay; MoAs are permuted among compounds (a compound with several MoAs: among profiles), so doses of a
+    compound stay together.
 
     Args:
         moa: int [n]; compound: int [n]; neighbours: int [n, k], −1 for none; evaluated: bool [n].

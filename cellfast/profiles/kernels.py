@@ -1,12 +1,16 @@
-"""Compiled inner loops: grouped sums, exact grouped medians, masked nearest neighbours. All release the GIL; threads are the callers'."""
+"""Compiled inner loops: grouped sums, exact grouped medians, masked nearest neighbours. All release the GIL; threads are the
+callers'.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
-# Compiled for the types they are called with, on the first call, and kept in numba's cache for later processes. Plain threads share the
-# work instead of numba's parallel loops: those take several seconds to compile, and BLAS can then be kept to one thread per worker.
+# Compiled for the types they are called with, on the first call, and kept in numba's cache for later processes. Plain threads
+# share the
+# work instead of numba's parallel loops: those take several seconds to compile, and BLAS can then be kept to one thread per
+# worker.
 
 
 @njit(cache=True, nogil=True)
@@ -43,7 +47,9 @@ def add_finite_rows(values, codes, sums, num_missing):
 
 @njit(cache=True, nogil=True)
 def group_rows(codes, num_groups):
-    """Counting sort: ``order`` lists the rows of group 0, then 1, …; group g's are ``order[starts[g]:starts[g+1]]`` in row order."""
+    """Counting sort: ``order`` lists the rows of group 0, then 1, …; group g's are ``order[starts[g]:starts[g+1]]`` in row
+    order.
+    """
     starts = np.zeros(num_groups + 1, np.int64)
     for i in range(codes.shape[0]):
         if codes[i] >= 0:
@@ -62,14 +68,18 @@ def group_rows(codes, num_groups):
 
 @njit(cache=True, nogil=True)
 def grouped_sum(values, order, starts, first, last, sums):
-    """Sums of groups first…last−1 in float64: sums [groups, d]. Rows of a group are added four at a time, so its sums stay in the first cache."""
+    """Sums of groups first…last−1 in float64: sums [groups, d]. Rows of a group are added four at a time, so its sums stay in
+    the first cache.
+    """
     d = values.shape[1]
     for g in range(first, last):
         r = starts[g]
         while r + 4 <= starts[g + 1]:
             a, b, c, e = order[r], order[r + 1], order[r + 2], order[r + 3]
             for j in range(d):
-                sums[g, j] += (np.float64(values[a, j]) + np.float64(values[b, j])) + (np.float64(values[c, j]) + np.float64(values[e, j]))
+                sums[g, j] += (np.float64(values[a, j]) + np.float64(values[b, j])) + (
+                    np.float64(values[c, j]) + np.float64(values[e, j])
+                )
             r += 4
         while r < starts[g + 1]:
             a = order[r]
@@ -78,7 +88,8 @@ def grouped_sum(values, order, starts, first, last, sums):
             r += 1
 
 
-# The loops below run over whole arrays from 0, never over a range with a start of its own: numba allows negative indices there, and that check
+# The loops below run over whole arrays from 0, never over a range with a start of its own: numba allows negative indices
+# there, and that check
 # keeps the compiler from using vector instructions.
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
 def _all_finite(x):
@@ -142,11 +153,14 @@ def _flipped(key, mask):
 
 @njit(cache=True, nogil=True)
 def _middle_keys(keys, cell, value, mask):
-    """The lower and the upper median of ordered keys (``_flip``), by narrowing an interval: about ten vectorised counts instead of a partial sort.
+    """The lower and the upper median of ordered keys (``_flip``), by narrowing an interval: about ten vectorised counts
+    instead of a partial sort.
 
-    Invariant: ``below`` keys are ≤ low, and the k-th smallest (from 0) lies in (low, high]. Thresholds are interpolated between the values; every
+    Invariant: ``below`` keys are ≤ low, and the k-th smallest (from 0) lies in (low, high]. Thresholds are interpolated
+    between the values; every
     fourth halves the interval of keys, so that no distribution takes more than four times as many counts as a key has bits.
-    ``cell`` [1] is scratch of the keys' type (a threshold of a wider type would halve the speed), ``value`` [1] the same memory as a float.
+    ``cell`` [1] is scratch of the keys' type (a threshold of a wider type would halve the speed), ``value`` [1] the same
+    memory as a float.
     """
     n = keys.shape[0]
     k = (n - 1) >> 1
@@ -201,9 +215,11 @@ def _middle_keys(keys, cell, value, mask):
 
 @njit(cache=True, nogil=True)
 def grouped_median(values, order, starts, first, last, tile, keys, mask, medians, num_missing):
-    """Exact medians of groups first…last−1: medians float64 [groups, d]; NaN and ±inf are left out and counted; an empty column gives NaN.
+    """Exact medians of groups first…last−1: medians float64 [groups, d]; NaN and ±inf are left out and counted; an empty
+    column gives NaN.
 
-    The mean of the two middle values where the count is even, as ``np.nanmedian``. ``tile`` [width, longest group] is scratch of the values' type,
+    The mean of the two middle values where the count is even, as ``np.nanmedian``. ``tile`` [width, longest group] is scratch
+    of the values' type,
     ``keys`` the same memory as integers, ``mask`` their largest value. Returns (NaN, inf) counts.
     """
     d = values.shape[1]
@@ -252,10 +268,14 @@ def best_of_block(
 ):
     """Offer one block of similarities [rows, cols] of profiles row0…, col0… to the best lists of both rules.
 
-    A pair is allowed for NSC when its ``compound`` codes differ and the other profile is a ``candidate``; for NSCB when also its batches differ and
-    it is a ``candidate_b``: the ``batch`` words [n, words] share no bit (``overlap``) or first words are not equal. ``offset`` [n] is subtracted
-    from the candidate's similarity. ``best``/``index`` [n, k]: descending lists. With ``mirror`` the block also serves as its transpose.
-    ``peak`` [cols] is scratch. Maxima of rows and columns are taken first: only those above a list's last entry are looked at one by one.
+    A pair is allowed for NSC when its ``compound`` codes differ and the other profile is a ``candidate``; for NSCB when also
+    its batches differ and
+    it is a ``candidate_b``: the ``batch`` words [n, words] share no bit (``overlap``) or first words are not equal. ``offset``
+    [n] is subtracted
+    from the candidate's similarity. ``best``/``index`` [n, k]: descending lists. With ``mirror`` the block also serves as its
+    transpose.
+    ``peak`` [cols] is scratch. Maxima of rows and columns are taken first: only those above a list's last entry are looked at
+    one by one.
     """
     rows, cols = similarity.shape
     last = best.shape[1] - 1

@@ -40,8 +40,10 @@ def average_precision(
 ) -> AveragePrecision:
     """Rank, for every profile, its positives among its negatives by similarity, and average the precision at each positive.
 
-    Equivalent to ``copairs.map.average_precision`` with the same column lists: a pair is positive when it agrees in every ``pos_sameby`` and
-    differs in every ``pos_diffby`` column, negative likewise by ``neg_sameby`` and ``neg_diffby``. On equal similarity positives come first.
+    Equivalent to ``copairs.map.average_precision`` with the same column lists: a pair is positive when it agrees in every
+    ``pos_sameby`` and
+    differs in every ``pos_diffby`` column, negative likewise by ``neg_sameby`` and ``neg_diffby``. On equal similarity
+    positives come first.
 
     Args:
         metadata: [n, …]; features: float [n, D].
@@ -83,7 +85,9 @@ def average_precision(
 
 
 def grouped_precision(metadata: pd.DataFrame, precision: AveragePrecision, groupby: Sequence[str]) -> pd.DataFrame:
-    """Mean average precision per group: columns ``groupby``, ``mean_average_precision``, ``num_profiles``; queries without a positive are left out."""
+    """Mean average precision per group: columns ``groupby``, ``mean_average_precision``, ``num_profiles``; queries without a
+    positive are left out.
+    """
     frame = metadata[list(groupby)].reset_index(drop=True).assign(mean_average_precision=precision.values)
     frame = frame[np.isfinite(precision.values)]
     return (

@@ -26,7 +26,8 @@ class AllowedPairs:
 
     Attributes:
         compound: int64 [n], equal for profiles of one compound; such pairs are never allowed.
-        batch: int64 [n, words]: one code per profile (``overlap`` False: equal codes are the same batch), or bit sets (``overlap`` True: sets
+        batch: int64 [n, words]: one code per profile (``overlap`` False: equal codes are the same batch), or bit sets
+        (``overlap`` True: sets
             with a common member are the same batch).
         overlap: how ``batch`` is compared.
         candidate: bool [n], may be a neighbour under NSC.
@@ -105,7 +106,8 @@ def batch_codes(batches: Sequence[Sequence[str]], rule: str) -> tuple[np.ndarray
 
     Args:
         batches: for each profile the names of the batches its wells are in.
-        rule: ``joined`` and ``plates``: profiles with the same set of names are the same batch; ``overlap``: sets with a common name are.
+        rule: ``joined`` and ``plates``: profiles with the same set of names are the same batch; ``overlap``: sets with a
+        common name are.
 
     Returns:
         (codes int64 [n, words], overlap flag).
@@ -129,7 +131,8 @@ def batch_codes(batches: Sequence[Sequence[str]], rule: str) -> tuple[np.ndarray
 def prepare(features: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Vectors whose products order neighbours: (float64 [n, D], offset [n]); similarity(q, c) = x_q · x_c − offset_c.
 
-    Cosine: rows of unit length. Correlation: rows centred, then of unit length. Euclidean: columns centred, offset ‖x_c‖² / 2, which
+    Cosine: rows of unit length. Correlation: rows centred, then of unit length. Euclidean: columns centred, offset ‖x_c‖² / 2,
+    which
     orders candidates by distance.
 
     Raises:
@@ -141,7 +144,8 @@ def prepare(features: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     bad = ~np.isfinite(x).all(axis=1)
     if bad.any():
         raise CellfastError(
-            f"{bad.sum()} of {len(x)} profiles hold NaN or infinite values (first: row {np.flatnonzero(bad)[0]}): remove or repair them first."
+            f"{bad.sum()} of {len(x)} profiles hold NaN or infinite values (first: row {np.flatnonzero(bad)[0]}): remove "
+            f"or repair them first."
         )
     if metric == "euclidean":
         x -= x.mean(axis=0)
@@ -154,7 +158,8 @@ def prepare(features: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     if flat.any():
         what = "constant over their features" if metric == "correlation" else "zero in every feature"
         raise CellfastError(
-            f"{flat.sum()} of {len(x)} profiles are {what} (first: row {np.flatnonzero(flat)[0]}): {metric} distance is not defined for them. "
+            f"{flat.sum()} of {len(x)} profiles are {what} (first: row {np.flatnonzero(flat)[0]}): {metric} distance is "
+            f"not defined for them. "
             "Use --metric euclidean, or remove them."
         )
     x /= norm[:, None]
@@ -166,8 +171,10 @@ def nearest_neighbours(
 ) -> tuple[Neighbours, Neighbours]:
     """The k nearest allowed profiles of every profile under NSC and NSCB.
 
-    Equivalent to a float64 distance matrix with forbidden pairs set to infinity and a stable sort of each row. Products are made in float32
-    blocks, of the upper triangle only; rows whose order float32 cannot tell are done again in float64, so the result is float64's.
+    Equivalent to a float64 distance matrix with forbidden pairs set to infinity and a stable sort of each row. Products are
+    made in float32
+    blocks, of the upper triangle only; rows whose order float32 cannot tell are done again in float64, so the result is
+    float64's.
 
     Args:
         features: float [n, D].
@@ -252,7 +259,8 @@ def _blocked(x: np.ndarray, offset: np.ndarray, pairs: AllowedPairs, k: int, wid
             rows, cols = min(_BLOCK, n - a), min(_BLOCK, n - b)
             block = buffer[: rows * cols].reshape(rows, cols)
             np.matmul(x32[a : a + rows], x32[b : b + cols].T, out=block)
-            best_of_block(block, a, b, a != b, offset32, pairs.compound, pairs.batch, pairs.overlap, pairs.candidate, pairs.candidate_b,
+            best_of_block(block, a, b, a != b, offset32, pairs.compound, pairs.batch, pairs.overlap, pairs.candidate,
+            pairs.candidate_b,
                           best[0], index[0], best[1], index[1], peak)  # fmt: skip
 
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:

@@ -29,11 +29,14 @@ class Step:
 
     Attributes:
         method: one of ``METHODS``.
-        by: fit once per ``plate``, per ``batch``, or over ``all`` rows; None takes the method's own: standardize and mad_robustize ``plate``,
+        by: fit once per ``plate``, per ``batch``, or over ``all`` rows; None takes the method's own: standardize and
+        mad_robustize ``plate``,
             sphering ``all``, coral ``batch``, tvn sphering over all and CORAL per ``batch``.
         controls: query for the rows it is fitted on (``annotate.find_controls``); None finds DMSO.
-        lam: regularisation of sphering: ``auto`` (Ledoit-Wolf), ``0.1`` (added to the eigenvalues), ``0.1x`` (times the mean eigenvalue).
-        rotation: ``pca``, ``zca``, or either with ``-cor`` (on variables scaled to unit variance); None: pca, and zca when fitted per group.
+        lam: regularisation of sphering: ``auto`` (Ledoit-Wolf), ``0.1`` (added to the eigenvalues), ``0.1x`` (times the mean
+        eigenvalue).
+        rotation: ``pca``, ``zca``, or either with ``-cor`` (on variables scaled to unit variance); None: pca, and zca when
+        fitted per group.
         epsilon: pycytominer's regularisation instead of lam: added to the singular values of the controls.
     """
 
@@ -131,7 +134,8 @@ def _groups(table: ProfileTable, by: str, controls: np.ndarray, step: Step, leas
         if step.method in ("tvn", "coral") and by == "batch":
             wider = "--normalize sphering (no alignment of batches)"
         raise CellfastError(
-            f"--normalize {step.method} --by {by}: {len(short)} of {len(groups)} {kind}{'es' if kind == 'batch' else 's'} have {have}: {listed}. "
+            f"--normalize {step.method} --by {by}: {len(short)} of {len(groups)} {kind}{'es' if kind == 'batch' else 's'} "
+            f"have {have}: {listed}. "
             f"Choose {wider}, or other controls (--controls QUERY; --controls all takes every well)."
         )
     return groups
@@ -191,7 +195,8 @@ def _sphering(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, 
     rotation = step.rotation or ("pca" if by == "all" else "zca")
     if by != "all" and rotation.startswith("pca"):
         raise CellfastError(
-            f"--normalize sphering --by {by} --rotation {rotation}: PCA gives each {by} axes of its own that cannot be compared; use zca."
+            f"--normalize sphering --by {by} --rotation {rotation}: PCA gives each {by} axes of its own that cannot be "
+            f"compared; use zca."
         )
     controls, rule = find_controls(table.metadata, step.controls)
     groups = _groups(table, by, controls, step, 2)
@@ -226,7 +231,8 @@ def _sphering(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, 
 def _coral(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
     """Align each group's control covariance with that of all controls: x · (C_group + I)^(−1/2) · (C_all + λI)^(1/2).
 
-    C = XᵀX / n of the controls, not centred again (sphering has put the controls' mean at zero). Source: CORAL (Sun et al. 2016) as in TVN (Ando
+    C = XᵀX / n of the controls, not centred again (sphering has put the controls' mean at zero). Source: CORAL (Sun et al.
+    2016) as in TVN (Ando
     et al. 2017) and the reference implementation, λ = 1 by default.
     """
     by = step.by or "batch"

@@ -24,7 +24,8 @@ _MARKERS = "osD^vP*X<>ph"
 
 
 def profile_map(features: np.ndarray, metric: str = "cosine", method: str = "tsne", seed: int = 0) -> np.ndarray:
-    """Two coordinates per profile, float64 [n, 2]: t-SNE, UMAP or PCA of the profiles prepared for the metric; the same seed gives the same map.
+    """Two coordinates per profile, float64 [n, 2]: t-SNE, UMAP or PCA of the profiles prepared for the metric; the same seed
+    gives the same map.
 
     Raises:
         CellfastError: UMAP is asked for and umap-learn is not installed; an unknown method.
@@ -59,7 +60,9 @@ def profile_map(features: np.ndarray, metric: str = "cosine", method: str = "tsn
 
 
 def write_pictures(evaluation: Evaluation, stem: str | os.PathLike[str], method: str = "tsne", seed: int = 0) -> list[Path]:
-    """Write ``<stem>_map_moa.png``, ``_map_batch.png``, ``_map_correct.png``, ``_confusion_nsc.png`` and ``_confusion_nscb.png``; returns the paths written."""
+    """Write ``<stem>_map_moa.png``, ``_map_batch.png``, ``_map_correct.png``, ``_confusion_nsc.png`` and
+    ``_confusion_nscb.png``; returns the paths written.
+    """
     stem = Path(stem)
     written: list[Path] = []
     result, table = evaluation.result, evaluation.table

@@ -15,9 +15,11 @@ from cellfast.profiles.table import ProfileTable
 def replicate_reproducibility(
     wells: ProfileTable, metric: str = "cosine", seed: int = 0, num_null: int = 1000
 ) -> dict[str, Any] | None:
-    """Share of treatments whose replicates' median pairwise similarity exceeds the 95th percentile of a null of equally many unrelated wells.
+    """Share of treatments whose replicates' median pairwise similarity exceeds the 95th percentile of a null of equally many
+    unrelated wells.
 
-    The null draws, for each replicate count, ``num_null`` sets of wells of distinct treatments. Treatments with one well are left out and
+    The null draws, for each replicate count, ``num_null`` sets of wells of distinct treatments. Treatments with one well are
+    left out and
     counted. None where no treatment has two wells. Source: the percent replicating score of Way et al. 2022.
 
     Args:

@@ -9,7 +9,8 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
     """What was read, joined, left out and fitted, for people."""
     rows, inputs = report["rows"], report["inputs"]
     lines = [
-        f"read      {inputs['rows']:,} rows of {inputs['features']} features from {inputs['files']} file{'s' if inputs['files'] != 1 else ''}"
+        f"read      {inputs['rows']:,} rows of {inputs['features']} features from {inputs['files']} "
+        f"file{'s' if inputs['files'] != 1 else ''}"
     ]
     for unit in ("well", "site"):
         if f"{unit}s" in rows:
@@ -21,7 +22,8 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"note      {rows['note']}")
     if rows.get("nan_values_left_out") or rows.get("infinite_values_left_out"):
         lines.append(
-            f"left out  {rows['nan_values_left_out']:,} NaN and {rows['infinite_values_left_out']:,} infinite values, feature by feature"
+            f"left out  {rows['nan_values_left_out']:,} NaN and {rows['infinite_values_left_out']:,} infinite values, "
+            f"feature by feature"
         )
     if rows.get("metadata_not_constant"):
         lines.append(f"metadata  not carried over, as it varies within wells: {', '.join(rows['metadata_not_constant'])}")
@@ -43,7 +45,8 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
         lines.append("dropped   " + _features(missing["dropped_features"]))
     if missing["dropped_rows"]:
         lines.append(
-            f"dropped   {len(missing['dropped_rows'])} rows with missing values{_listed(len(missing['dropped_rows']), 'rows', missing['dropped_rows'])}"
+            f"dropped   {len(missing['dropped_rows'])} rows with missing "
+            f"values{_listed(len(missing['dropped_rows']), 'rows', missing['dropped_rows'])}"
         )
     lines.append(f"controls  {report['controls']['num']:,} {report['controls']['level']}s ({report['controls']['rule']})")
     if not report["normalization"]:
@@ -75,7 +78,10 @@ def _step(step: dict[str, Any]) -> str:
         if step["lambda"] is not None and step["lambda"][0] is not None:
             text += f", lambda {_range(step['lambda'])} = {_range(step['lambda_over_mean_eigenvalue'])} of the mean eigenvalue"
         if high < step["num_features"]:
-            text += "; fewer independent controls than features: the directions they do not vary in are scaled by the regularisation alone"
+            text += (
+                "; fewer independent controls than features: the directions they do not vary in are scaled by the "
+                "regularisation alone"
+            )
         return text
     if step["step"] == "coral":
         return f"CORAL {fitted}, lambda {step['lambda']:g}; fewest controls in a {step['by']}: {step['fewest_controls']}"
@@ -106,12 +112,14 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
     """Scores with counts, intervals and what was left out, for people."""
     counts = result["counts"]
     lines = [
-        f"profiles  {counts['profiles']:,} {result['options']['level']}s of {counts['compounds']} compounds, {counts['moas']} MoAs, {counts['batches']} batches; "
+        f"profiles  {counts['profiles']:,} {result['options']['level']}s of {counts['compounds']} compounds, "
+        f"{counts['moas']} MoAs, {counts['batches']} batches; "
         f"{counts['controls']:,} control rows left out ({counts['controls_rule']})"
     ]
     if counts["without_moa"] or counts["without_compound"]:
         lines.append(
-            f"left out  {counts['without_moa']:,} rows without a MoA ({', '.join(counts['without_moa_compounds'][:8])}{' …' if len(counts['without_moa_compounds']) > 8 else ''}), "
+            f"left out  {counts['without_moa']:,} rows without a MoA "
+            f"({', '.join(counts['without_moa_compounds'][:8])}{' …' if len(counts['without_moa_compounds']) > 8 else ''}), "
             f"{counts['without_compound']:,} without a compound"
         )
     for rule in ("nsc", "nscb"):
@@ -121,14 +129,17 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
         else:
             interval = score["interval_95"]
             lines.append(
-                f"{rule.upper():<9} {100 * score['accuracy']:.1f} %  ({score['num_correct']}/{score['num_evaluated']})  95 % interval {100 * interval[0]:.1f} to "
-                f"{100 * interval[1]:.1f} %, p = {score['p_value']:.2g}; over compounds {100 * score['compound_macro_accuracy']:.1f} %; "
+                f"{rule.upper():<9} {100 * score['accuracy']:.1f} %  ({score['num_correct']}/{score['num_evaluated']})  "
+                f"95 % interval {100 * interval[0]:.1f} to "
+                f"{100 * interval[1]:.1f} %, p = {score['p_value']:.2g}; over compounds "
+                f"{100 * score['compound_macro_accuracy']:.1f} %; "
                 f"always '{score['majority_baseline']['moa']}': {100 * score['majority_baseline']['accuracy']:.1f} %"
             )
         for reason, named in score["excluded"].items():
             if named:
                 lines.append(
-                    f"          {len(named)} not evaluated ({reason.replace('_', ' ')}): {', '.join(named[:8])}{' …' if len(named) > 8 else ''}"
+                    f"          {len(named)} not evaluated ({reason.replace('_', ' ')}): "
+                    f"{', '.join(named[:8])}{' …' if len(named) > 8 else ''}"
                 )
     if result["drop"] is not None:
         low, high = result["drop_interval_95"]
@@ -141,7 +152,8 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
     if result["replicate_reproducibility"]:
         r = result["replicate_reproducibility"]
         lines.append(
-            f"replicate {r['percent_replicating']:.1f} % of {r['num_treatments']} treatments reproducible ({r['num_single_well_treatments']} with one well left out); "
+            f"replicate {r['percent_replicating']:.1f} % of {r['num_treatments']} treatments reproducible "
+            f"({r['num_single_well_treatments']} with one well left out); "
             f"median similarity {r['median_replicate_similarity']:.3f}"
         )
     for what, precision in (result["mean_average_precision"] or {}).items():
@@ -160,7 +172,9 @@ def comparison_lines(report: dict[str, Any]) -> list[str]:
         else:
             low, high = r["interval_95"]
             lines.append(
-                f"{rule.upper():<9} A {100 * r['accuracy_a']:.1f} %, B {100 * r['accuracy_b']:.1f} % of {r['num_evaluated_in_both']}; B - A {100 * r['difference']:+.1f} points, "
-                f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}; only A right {r['only_a_right']}, only B right {r['only_b_right']} (McNemar p = {r['mcnemar_p_value']:.2g})"
+                f"{rule.upper():<9} A {100 * r['accuracy_a']:.1f} %, B {100 * r['accuracy_b']:.1f} % of "
+                f"{r['num_evaluated_in_both']}; B - A {100 * r['difference']:+.1f} points, "
+                f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}; only A right {r['only_a_right']}, only B right "
+                f"{r['only_b_right']} (McNemar p = {r['mcnemar_p_value']:.2g})"
             )
     return lines

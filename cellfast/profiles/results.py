@@ -38,7 +38,8 @@ def read_annotated(
 
 
 def write_result(evaluation: Evaluation, output: str | os.PathLike[str], map_method: str | None = "tsne") -> list[Path]:
-    """Write RESULT.json, ``<stem>_treatments.csv`` and, unless ``map_method`` is None, the pictures; returns the paths, the result last.
+    """Write RESULT.json, ``<stem>_treatments.csv`` and, unless ``map_method`` is None, the pictures; returns the paths, the
+    result last.
 
     The result is written last: where it is, everything is.
     """

@@ -30,7 +30,8 @@ def drop_missing(table: ProfileTable, cutoff: float = 0.05) -> tuple[ProfileTabl
     rows = finite[:, keep].all(axis=1)
     if not keep.any() or not rows.any():
         raise CellfastError(
-            f"Missing values: {int((~keep).sum())} of {len(keep)} features miss more than {100 * cutoff:g} % of the rows and {int((~rows).sum())} of "
+            f"Missing values: {int((~keep).sum())} of {len(keep)} features miss more than {100 * cutoff:g} % of the rows "
+            f"and {int((~rows).sum())} of "
             f"{len(rows)} rows miss one of the others; nothing is left. Look at the input, or choose features with --features."
         )
     report = {
@@ -65,9 +66,12 @@ def select_features(
 ) -> tuple[ProfileTable, dict[str, str]]:
     """Drop features by the rules named, in the order named; returns the table and why each dropped feature went.
 
-    ``variance``: the second most frequent value is less than ``frequency_cutoff`` times as frequent as the first, or distinct values are fewer
-    than ``unique_cutoff`` of the rows. ``correlation``: of each pair with |r| above the cutoff, the one that correlates more with all others
-    goes. ``nan``: missing in more than ``missing_cutoff`` of the rows. Source: pycytominer's variance_threshold, correlation_threshold and
+    ``variance``: the second most frequent value is less than ``frequency_cutoff`` times as frequent as the first, or distinct
+    values are fewer
+    than ``unique_cutoff`` of the rows. ``correlation``: of each pair with |r| above the cutoff, the one that correlates more
+    with all others
+    goes. ``nan``: missing in more than ``missing_cutoff`` of the rows. Source: pycytominer's variance_threshold,
+    correlation_threshold and
     drop_na_columns.
 
     Raises:

@@ -45,7 +45,9 @@ class FeatureFile(Protocol):
         ...
 
     def batches(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
-        """The named columns as float arrays [≤ ROWS_PER_BATCH, len(columns)], in row order; a batch is valid until the next is asked for."""
+        """The named columns as float arrays [≤ ROWS_PER_BATCH, len(columns)], in row order; a batch is valid until the next is
+        asked for.
+        """
         ...
 
 
@@ -126,7 +128,8 @@ class CsvFile:
 class NpzFile:
     """A DeepProfiler npz: ``features`` [N, D], ``metadata`` (a dictionary that needs pickle is refused), ``locations`` [N, 2].
 
-    DeepProfiler writes ``<plate>/<well>/<site>.npz`` or ``<plate>_<well>_<site>.npz``: plate, well and site are taken from the path, as the
+    DeepProfiler writes ``<plate>/<well>/<site>.npz`` or ``<plate>_<well>_<site>.npz``: plate, well and site are taken from the
+    path, as the
     pickled metadata in the file cannot be read without executing code.
     """
 
@@ -230,7 +233,8 @@ class FeatureSource:
         self.num_rows = sum(f.num_rows for f in self.files)
         if self.num_rows == 0:
             raise CellfastError(
-                f"{self.files[0].path}: no rows{' in any of the files' if len(self.files) > 1 else ''}. There is nothing to profile."
+                f"{self.files[0].path}: no rows{' in any of the files' if len(self.files) > 1 else ''}. There is nothing "
+                f"to profile."
             )
         for file in self.files:
             if len(set(file.all_columns)) != len(file.all_columns):
@@ -246,7 +250,8 @@ class FeatureSource:
             missing = [c for c in self.feature_names if c not in set(file.all_columns)]
             if missing and file.num_rows:
                 raise CellfastError(
-                    f"{file.path} lacks {len(missing)} of the {len(self.feature_names)} features of {first.path}, among them '{missing[0]}': "
+                    f"{file.path} lacks {len(missing)} of the {len(self.feature_names)} features of {first.path}, among "
+                    f"them '{missing[0]}': "
                     "all inputs must hold the same features."
                 )
         self.files = [f for f in self.files if f.num_rows]

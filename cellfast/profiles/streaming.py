@@ -45,7 +45,8 @@ def read_cells(source: FeatureSource) -> tuple[ProfileTable, dict[str, Any]]:
     free = _available_bytes()
     if free is not None and needed > free:
         raise CellfastError(
-            f"Cell profiles are made in memory: {source.num_rows:,} cells of {len(source.feature_names)} features need about {needed / 2**30:.1f} GiB, "
+            f"Cell profiles are made in memory: {source.num_rows:,} cells of {len(source.feature_names)} features need "
+            f"about {needed / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free. Use --level well or treatment (streamed), or give fewer plates at a time."
         )
     metadata, values = source.read_all()
@@ -68,7 +69,8 @@ def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTa
     Args:
         source: the files.
         unit: ``site`` or ``well``.
-        method: ``mean`` or ``median``; medians are exact (columns of all rows of a well are held at once, a block of columns at a time).
+        method: ``mean`` or ``median``; medians are exact (columns of all rows of a well are held at once, a block of columns
+        at a time).
 
     Returns:
         (table sorted by plate, well and site, counts of what was read and left out).
@@ -85,7 +87,8 @@ def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTa
         if names.WELL not in metadata:
             if len(source.files) > 1 or unit == "site":
                 raise CellfastError(
-                    f"{source.files[index].path}: no well column; found {', '.join(metadata.columns) or 'no metadata'}. Name it with --column well=COLUMN."
+                    f"{source.files[index].path}: no well column; found {', '.join(metadata.columns) or 'no metadata'}. "
+                    f"Name it with --column well=COLUMN."
                 )
             rowwise = True
             break
@@ -215,7 +218,8 @@ class _Groups:
                     if a != b and not (pd.isna(a) and pd.isna(b)):
                         if column in (names.COMPOUND, names.CONCENTRATION, names.MOA, names.BATCH):
                             raise CellfastError(
-                                f"{' '.join(key)} has two values of {column} in different files: '{a}' and '{b}'. A well holds one treatment."
+                                f"{' '.join(key)} has two values of {column} in different files: '{a}' and '{b}'. A well "
+                                f"holds one treatment."
                             )
                         self.varying.add(column)
             numbers[i] = known
@@ -224,7 +228,8 @@ class _Groups:
     def _conflict(self, metadata: pd.DataFrame, column: str, a: int, b: int) -> None:
         place = " ".join(str(v) for v in metadata.iloc[a][self.key])
         raise CellfastError(
-            f"{place} has two values of {column}: '{metadata[column].iloc[a]}' and '{metadata[column].iloc[b]}'. A well holds one treatment."
+            f"{place} has two values of {column}: '{metadata[column].iloc[a]}' and '{metadata[column].iloc[b]}'. A well "
+            f"holds one treatment."
         )
 
     def metadata(self) -> pd.DataFrame:

@@ -37,7 +37,8 @@ class ProfileTable:
     def __post_init__(self) -> None:
         if self.features.shape != (len(self.metadata), len(self.feature_names)):
             raise ValueError(
-                f"features must have shape [{len(self.metadata)}, {len(self.feature_names)}] (rows of metadata, feature names), got {list(self.features.shape)}"
+                f"features must have shape [{len(self.metadata)}, {len(self.feature_names)}] (rows of metadata, feature "
+                f"names), got {list(self.features.shape)}"
             )
 
     def __len__(self) -> int:
@@ -45,7 +46,8 @@ class ProfileTable:
 
     def rows(self, index: np.ndarray) -> ProfileTable:
         """The rows of an index or boolean array [N], as a new table."""
-        return ProfileTable(self.metadata[index].reset_index(drop=True) if index.dtype == bool else self.metadata.iloc[index].reset_index(drop=True),
+        return ProfileTable(self.metadata[index].reset_index(drop=True) if index.dtype == bool else
+        self.metadata.iloc[index].reset_index(drop=True),
                             self.features[index], self.feature_names, self.provenance)  # fmt: skip
 
     def with_features(self, features: np.ndarray, feature_names: list[str] | None = None) -> ProfileTable:
@@ -66,7 +68,8 @@ class ProfileTable:
 
 
 def write_profiles(table: ProfileTable, path: str | os.PathLike[str]) -> None:
-    """Write profiles as parquet (or CSV, CSV.gz by the name): metadata columns, then features; provenance goes into the parquet schema. Atomic.
+    """Write profiles as parquet (or CSV, CSV.gz by the name): metadata columns, then features; provenance goes into the
+    parquet schema. Atomic.
 
     Raises:
         CellfastError: the extension is none of .parquet, .csv, .csv.gz.
@@ -98,9 +101,11 @@ def check_output(path: str | os.PathLike[str]) -> None:
 
 
 def canonical_metadata(frame: pd.DataFrame, found: dict[str, str]) -> pd.DataFrame:
-    """Metadata under canonical names and types: strings with missing as ``""``, wells as ``A01``, concentration float64 with missing as NaN.
+    """Metadata under canonical names and types: strings with missing as ``""``, wells as ``A01``, concentration float64 with
+    missing as NaN.
 
-    ``found`` maps canonical names to columns of ``frame``; the other columns are kept, prefixed with ``Metadata_`` where they are not.
+    ``found`` maps canonical names to columns of ``frame``; the other columns are kept, prefixed with ``Metadata_`` where they
+    are not.
     """
     result: dict[str, pd.Series] = {}
     for canonical in names.CANONICAL:
@@ -140,7 +145,8 @@ def text_column(column: pd.Series) -> pd.Series:
 def add_batch(metadata: pd.DataFrame, pattern: str | None = None) -> tuple[pd.DataFrame, str]:
     """Fill ``Metadata_Batch`` from the plate names where it is missing; returns the metadata and where the batch came from.
 
-    With ``pattern`` (a regular expression, its first group is the batch) the column is made anew. Without one, an existing column with
+    With ``pattern`` (a regular expression, its first group is the batch) the column is made anew. Without one, an existing
+    column with
     content is kept; else ``^(Week\\d+)_`` is tried on the plate names, and where it matches none, the plate name is the batch.
 
     Raises:

@@ -17,7 +17,8 @@ class Whitening:
         mean: float64 [D].
         matrix: float64 [D, D].
         rank: directions in which the controls vary.
-        lam: what was added to the eigenvalues (None with epsilon, infinity where the covariance was replaced by its mean eigenvalue).
+        lam: what was added to the eigenvalues (None with epsilon, infinity where the covariance was replaced by its mean
+        eigenvalue).
         relative_lam: lam over the mean eigenvalue.
         shrinkage: Ledoit-Wolf intensity in [0, 1], or None.
     """
@@ -46,7 +47,8 @@ def parse_lambda(text: str) -> tuple[str, float]:
         value = -1.0
     if not (0 <= value < np.inf):
         raise CellfastError(
-            f"--lambda must be 'auto', a number (added to the eigenvalues) or a multiple of the mean eigenvalue such as 0.1x; got '{text}'."
+            f"--lambda must be 'auto', a number (added to the eigenvalues) or a multiple of the mean eigenvalue such as "
+            f"0.1x; got '{text}'."
         )
     return kind, value
 
@@ -63,7 +65,8 @@ def symmetric_power(c: np.ndarray, power: float, added: float = 0.0) -> np.ndarr
 
 
 def ledoit_wolf_shrinkage(x: np.ndarray) -> float:
-    """The intensity δ in [0, 1] with which (1 − δ) · C + δ · mean eigenvalue · I is closest to the true covariance; x [n, D] centred.
+    """The intensity δ in [0, 1] with which (1 − δ) · C + δ · mean eigenvalue · I is closest to the true covariance; x [n, D]
+    centred.
 
     Source: Ledoit & Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices", lemma 3.2 to 3.4.
     """
@@ -81,16 +84,19 @@ def ledoit_wolf_shrinkage(x: np.ndarray) -> float:
 
 
 def fit_whitening(x: np.ndarray, lam: str = "auto", rotation: str = "pca", epsilon: float | None = None) -> Whitening:
-    """Fit sphering on control rows: W = V · diag(1 / √(s + λ)) (PCA), W · Vᵀ (ZCA), with C = V · diag(s) · Vᵀ the controls' covariance (divisor n).
+    """Fit sphering on control rows: W = V · diag(1 / √(s + λ)) (PCA), W · Vᵀ (ZCA), with C = V · diag(s) · Vᵀ the controls'
+    covariance (divisor n).
 
-    Where the controls do not vary (fewer controls than features), V is not determined, and the treatment median depends on it: a fixed, generic
+    Where the controls do not vary (fewer controls than features), V is not determined, and the treatment median depends on it:
+    a fixed, generic
     orthonormal basis of that space is taken, so that the result does not depend on the linear algebra library.
 
     Args:
         x: float64 [n, D], n ≥ 2.
         lam: ``auto``: Ledoit-Wolf shrinkage, s ↦ (1 − δ) s + δ · mean(s); ``0.1``: λ; ``0.1x``: λ as a multiple of mean(s).
         rotation: ``pca``, ``zca``, ``pca-cor``, ``zca-cor``; -cor scales the features by their standard deviation in x first.
-        epsilon: use pycytominer's convention instead: W = √(n − 1) · V · diag(1 / (σ + ε)), σ the singular values of the centred x, the
+        epsilon: use pycytominer's convention instead: W = √(n − 1) · V · diag(1 / (σ + ε)), σ the singular values of the
+        centred x, the
             smallest of them standing in for those that are zero.
 
     Raises:
@@ -106,7 +112,8 @@ def fit_whitening(x: np.ndarray, lam: str = "auto", rotation: str = "pca", epsil
         scale = centered.std(axis=0)
         if (scale <= np.abs(mean) * n * np.finfo(np.float64).eps).any():
             raise CellfastError(
-                f"--rotation {rotation}: {(scale == 0).sum()} features do not vary over the controls; put standardize before it, or use {rotation[:3]}."
+                f"--rotation {rotation}: {(scale == 0).sum()} features do not vary over the controls; put standardize "
+                f"before it, or use {rotation[:3]}."
             )
         centered = centered / scale
     _, sigma, vt = np.linalg.svd(centered, full_matrices=False)
@@ -136,7 +143,8 @@ def fit_whitening(x: np.ndarray, lam: str = "auto", rotation: str = "pca", epsil
             relative = value / average
             if value == 0 and rank < d:
                 raise CellfastError(
-                    f"--lambda 0 with {n} controls and {d} features: the covariance has rank {rank}; use --lambda auto or a positive value."
+                    f"--lambda 0 with {n} controls and {d} features: the covariance has rank {rank}; use --lambda auto or "
+                    f"a positive value."
                 )
             diagonal = 1.0 / np.sqrt(s + value)
     matrix = v * diagonal
@@ -148,11 +156,14 @@ def fit_whitening(x: np.ndarray, lam: str = "auto", rotation: str = "pca", epsil
 
 
 def _complement(vt: np.ndarray) -> np.ndarray:
-    """An orthonormal basis [D, D − r] of what is orthogonal to the rows of vt [r, D]: a fixed Gaussian matrix, projected and orthonormalised."""
+    """An orthonormal basis [D, D − r] of what is orthogonal to the rows of vt [r, D]: a fixed Gaussian matrix, projected and
+    orthonormalised.
+    """
     rank, d = vt.shape
     if rank == d:
         return np.empty((d, 0))
-    # Any basis is as good, and with a tiny λ the treatment median depends on it: on Ljosa's table at λ = 1e-6 sixty such bases give NSC 82 to 89
+    # Any basis is as good, and with a tiny λ the treatment median depends on it: on Ljosa's table at λ = 1e-6 sixty such bases
+    # give NSC 82 to 89
     # and NSCB 61 to 68. This one gives their median.
     g = np.random.default_rng(4).standard_normal((d, d - rank))
     for _ in range(2):
