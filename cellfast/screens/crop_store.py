@@ -150,6 +150,11 @@ class PlateStore:
         """bool [N]: True where part of the crop lies outside the field."""
         return self._cells["padded"]
 
+    @property
+    def crc32(self) -> int:
+        """CRC-32 over the crops' CRC-32s: changes when any pixel does."""
+        return zlib.crc32(self._cells["crc32"].tobytes())
+
     def crops(self) -> np.ndarray:
         """The pixels [N, C, S, S] as a read-only memory map (an empty array when there are no cells)."""
         if self.num_cells == 0:

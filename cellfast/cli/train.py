@@ -1,0 +1,81 @@
+"""``cellfast train``: every value of the configuration is an option of its own name."""
+
+from __future__ import annotations
+
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cellfast.training.config import RECIPES, TrainConfig, field_default, field_types
+
+
+def _option(entry: Any, hint: Any) -> click.Option:
+    """The click option of one configuration value; None means "not given", so that recipe and file decide."""
+    name = "--" + entry.name.replace("_", "-")
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    default = field_default(entry.name)
+    shown = "" if default in (None, [], {}, "") or entry.name in ("augment", "amp", "compile") else f"  [default: {default}]"
+    text = entry.metadata["help"] + shown
+    if kinds[0] is bool:
+        return click.Option([f"{name}/--no-{name[2:]}"], default=None, help=text)
+    if entry.metadata["choices"]:
+        return click.Option([name], type=click.Choice(entry.metadata["choices"]), default=None, help=text)
+    kind = {int: int, float: float}.get(kinds[0], str)
+    return click.Option([name], type=kind, default=None, help=text)
+
+
+def _configuration_options(command: click.Command) -> click.Command:
+    types = field_types()
+    for entry in fields(TrainConfig):
+        if entry.name != "recipe":
+            command.params.append(_option(entry, types[entry.name]))
+    return command
+
+
+@_configuration_options
+@click.command()
+@click.argument("screen", type=click.Path(path_type=Path))
+@click.option("-o", "--out", "run", type=click.Path(path_type=Path), required=True, help="Run folder to write.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of values; options on the command line win."
+)
+@click.option("--recipe", type=click.Choice(list(RECIPES)), help="Set of defaults to start from: perakis2021 is the reference's.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any value, also augment.NAME; repeatable.")
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--force", is_flag=True, help="Discard a run that is in the folder.")
+def train(
+    screen: Path,
+    run: Path,
+    config_file: Path | None,
+    recipe: str | None,
+    assignments: tuple[str, ...],
+    resume: bool,
+    force: bool,
+    **options: Any,
+) -> None:
+    """Train an encoder on SCREEN's cells by contrastive learning (SimCLR) and write RUN.
+
+    Several processes: torchrun --standalone --nproc-per-node N -m cellfast train SCREEN -o RUN …; the loss is then over the global minibatch.
+    """
+    from cellfast.errors import CellfastError
+    from cellfast.training.config import parse_assignment, resolve_config
+
+    overrides = {key: value for key, value in options.items() if value is not None}
+    overrides.update(parse_assignment(text) for text in assignments)
+    if resume and config_file is None:
+        config_file = run / "config.yaml"
+        if not config_file.exists():
+            raise CellfastError(f"{run} holds no run to resume (no config.yaml): leave out --resume to start one")
+    config = resolve_config(recipe, config_file, overrides)
+    from cellfast.training.loop import train as run_training
+
+    result = run_training(screen, run, config, resume=resume, force=force, say=click.echo)
+    if result.interrupted:
+        click.echo(f"stopped at step {result.steps}; go on with: cellfast train {screen} -o {run} --resume")
+        sys.exit(130)
+    if result.steps and result.cells_per_second:
+        click.echo(f"{result.steps} steps, {result.cells_per_second:,.0f} cells/s; model {result.model}")

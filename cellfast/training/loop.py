@@ -1,0 +1,417 @@
+"""Contrastive training of an encoder on a screen's cells, from the first minibatch or from a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellfast.augment import AugmentConfig, TwoViews
+from cellfast.data import Loader
+from cellfast.data.malloc import tune_malloc
+from cellfast.errors import CellfastError
+from cellfast.losses import NTXentLoss
+from cellfast.model_file import ModelMetadata, load_weights, save_model
+from cellfast.models import ModelConfig, build_model
+from cellfast.progress import Progress
+from cellfast.screens import Screen
+from cellfast.system import bfloat16_is_native
+from cellfast.training.checkpoint import load_checkpoint, restore, save_checkpoint
+from cellfast.training.config import TrainConfig, automatic_output_size
+from cellfast.training.distributed import Processes, start_processes, synchronise_gradients
+from cellfast.training.optimizers import build_optimizer, set_learning_rate
+from cellfast.training.run_folder import MetricsLog, RunFolder
+from cellfast.training.schedule import learning_rate_factor
+from cellfast.training.split import data_digest, split_cells
+from cellfast.training.step import TrainingStep, TwoViewModel, views_seed
+from cellfast.training.validation import Validation
+
+
+@dataclass
+class TrainResult:
+    """How a training ended."""
+
+    steps: int
+    interrupted: bool
+    model: Path
+    loss: float | None = None
+    validation: dict[str, float] = field(default_factory=dict)
+    cells_per_second: float | None = None
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: CUDA where there is a GPU, else the CPU; ``cuda`` without one raises `CellfastError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CellfastError(
+            "device cuda was asked for, but torch finds no GPU (cellfast info --system says more); use --device cpu"
+        )
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+
+
+def amp_warning(device: torch.device) -> str | None:
+    """What to say about ``--amp`` on a CPU that has no bfloat16 arithmetic, else None."""
+    if device.type == "cpu" and not bfloat16_is_native():
+        return (
+            "warning: --amp runs in bfloat16 as asked, but this CPU has no bfloat16 instructions and emulates them, "
+            "which is slower than float32; leave --amp out here"
+        )
+    return None
+
+
+class PlateScaling:
+    """Global rows → (low, high): one pair [C] for the screen, or [B, C], each cell's own plate's."""
+
+    def __init__(self, screen: Screen, method: str) -> None:
+        low, high = screen.channel_scaling()
+        self.low, self.high = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
+        self._per_plate = method == "plate"
+        self._offsets = torch.from_numpy(screen.offsets[1:].copy())
+        self._lows = torch.tensor(np.stack([p.scale_low for p in screen.plates]), dtype=torch.float32)
+        self._highs = torch.tensor(np.stack([p.scale_high for p in screen.plates]), dtype=torch.float32)
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._per_plate:
+            return self.low, self.high
+        plate = torch.searchsorted(self._offsets, rows, right=True)
+        return self._lows[plate], self._highs[plate]
+
+
+def train(
+    screen_path: str | Path,
+    run: str | Path,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    say: Callable[[str], None] = print,
+) -> TrainResult:
+    """Train an encoder on a screen and write the run folder.
+
+    With ``torchrun`` every process calls this with the same arguments; the loss then is over the global minibatch and rank 0 writes.
+
+    Args:
+        screen_path: a screen folder.
+        run: the run folder.
+        config: every value of the run.
+        resume: go on from the run's last checkpoint; on a CPU bit-identically to a run that had not stopped.
+        force: discard a run that is in the folder.
+        say: prints a line.
+
+    Raises:
+        CellfastError: options and data that do not fit, a run in the way, a loss that is not finite, out of memory.
+    """
+    device = choose_device(config.device)
+    tune_malloc()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    processes = start_processes(device)
+    try:
+        return _Training(Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, say).run()
+    except torch.OutOfMemoryError as error:
+        raise CellfastError(
+            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder"
+        ) from error
+    except RuntimeError as error:
+        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+            raise CellfastError(
+                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder"
+            ) from error
+        raise
+    finally:
+        processes.stop()
+
+
+class _Training:
+    """One call of `train`: the parts it is made of, and the loop over them."""
+
+    def __init__(
+        self,
+        screen_path: Path,
+        folder: RunFolder,
+        config: TrainConfig,
+        device: torch.device,
+        processes: Processes,
+        resume: bool,
+        force: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.device, self.processes, self.folder = config, device, processes, folder
+        self.say = say if processes.is_first else (lambda text: None)
+        self.screen = screen = Screen.open(screen_path)
+        world = processes.world_size
+        if config.batch_size % world:
+            raise CellfastError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
+        self.split = split_cells(
+            screen.metadata(),
+            method=config.validation,
+            fraction=config.validation_fraction,
+            seed=config.seed,
+            plates=config.plates,
+            hold_out_plates=config.hold_out_plates,
+        )
+        self.total_is_zero = config.steps == 0 or (config.steps is None and config.epochs == 0)
+        if len(self.split.training) < config.batch_size and not self.total_is_zero:
+            raise CellfastError(
+                f"{screen_path}: {len(self.split.training)} cells to train on are fewer than one minibatch of {config.batch_size}; "
+                "use a smaller --batch-size, or more cells"
+            )
+        self.output_size = config.output_size or automatic_output_size(screen.crop_size)
+        augment = dict(config.augment)
+        self.two_views = TwoViews(
+            AugmentConfig.preset(augment.pop("preset"), **augment),
+            len(screen.channel_names),
+            screen.crop_size,
+            self.output_size,
+            memory_format=torch.channels_last,
+        )
+        self.scaling = PlateScaling(screen, config.scaling)
+        self.model = build_model(
+            ModelConfig(
+                encoder=config.encoder,
+                num_channels=len(screen.channel_names),
+                stem=config.stem,
+                projection_dim=config.projection_dim,
+                projection_layers=config.projection_layers,
+                projection_hidden=config.projection_hidden,
+                projection_batch_norm=config.projection_batch_norm,
+            ),
+            config.seed,
+        )
+        if processes.is_first:
+            folder.prepare(resume=resume, force=force)
+        if config.weights and not resume:
+            self.say(f"weights: {load_weights(self.model, config.weights)}")
+        self.model = self.model.to(device)
+        self.digest = data_digest(screen)
+        self.optimizer = build_optimizer(
+            self.model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+        self.loader = None if self.total_is_zero else self._make_loader()
+        self.steps_per_epoch = len(self.loader) if self.loader else 0
+        self.total_steps = config.steps if config.steps is not None else config.epochs * self.steps_per_epoch
+        self.first_step = self._resume() if resume else 0
+        if processes.is_first:
+            config.save(folder.config)
+        self.interrupted = False
+
+    def _make_loader(self) -> Loader:
+        return Loader(
+            self.screen,
+            self.config.batch_size // self.processes.world_size,
+            rows=self.split.training,
+            shuffle=True,
+            seed=self.config.seed,
+            drop_last=True,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            backend=self.config.loader,
+            device=self.device,
+        )
+
+    def _resume(self) -> int:
+        content = load_checkpoint(self.folder.checkpoint)
+        if content["training_data"] != self.digest:
+            raise CellfastError(
+                f"{self.folder.path}: the run was trained on another screen (data digest {content['training_data'][:12]}, "
+                f"{self.screen.path} has {self.digest[:12]}); resume with the screen it began with"
+            )
+        step = restore(content, self.model, self.optimizer, self.folder.checkpoint)
+        if self.loader is not None:
+            self.loader.load_state_dict(content["loader"])
+        self.say(f"resumed at step {step} of {self.total_steps}")
+        return step
+
+    def run(self) -> TrainResult:
+        config = self.config
+        self.say(f"{self.screen.path}: {self.split.description}")
+        self.say(
+            f"{config.encoder} (stem {config.stem}), {self.output_size} px, {', '.join(self.screen.channel_names)}; {self.device}, "
+            f"{'bfloat16 autocast' if config.amp else 'float32'}, {self.processes.world_size} process(es), {torch.get_num_threads()} threads"
+        )
+        if config.amp and (warning := amp_warning(self.device)):
+            self.say(warning)
+        if self.loader is not None:
+            for note in self.loader.notes:
+                self.say(note)
+        if self.total_is_zero:
+            self._save_model(0)
+            self.say(f"no steps asked for: {self.folder.model} is randomly initialised")
+            return TrainResult(0, False, self.folder.model)
+        module: torch.nn.Module = TwoViewModel(self.model, config.batch_norm == "per-view")
+        if config.compile:
+            module = torch.compile(module)
+        module = synchronise_gradients(module, self.processes, self.device)
+        self.step = TrainingStep(
+            module,
+            NTXentLoss(config.temperature).to(self.device),
+            self.optimizer,
+            device=self.device,
+            amp=config.amp,
+            clip_grad_norm=config.clip_grad_norm,
+        )
+        self.validation = None
+        if self.processes.is_first and len(self.split.validation) > 1:
+            self.validation = Validation(
+                self.screen,
+                self.split.validation,
+                self.two_views,
+                self.scaling,
+                batch_size=config.batch_size,
+                temperature=config.temperature,
+                most=config.validation_cells,
+                seed=config.seed,
+                device=self.device,
+                amp=config.amp,
+            )
+        log = MetricsLog(self.folder, enabled=self.processes.is_first, step=self.first_step)
+        old = None
+        if threading.current_thread() is threading.main_thread():
+            old = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            return self._loop(log)
+        finally:
+            if old is not None:
+                signal.signal(signal.SIGINT, old)
+            log.close()
+            self.loader.close()
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        sys.stderr.write("\ninterrupted: saving after this step (once more to stop at once)\n")
+
+    def _loop(self, log: MetricsLog) -> TrainResult:
+        config, result = self.config, TrainResult(self.first_step, False, self.folder.model)
+        total_cells = (self.total_steps - self.first_step) * config.batch_size
+        step, began, cells = self.first_step, time.monotonic(), 0
+        self.model.train()
+        with Progress("train", total_cells, "cells", enabled=self.processes.is_first) as progress:
+            while step < self.total_steps:
+                for batch in self.loader:
+                    factor = learning_rate_factor(
+                        step,
+                        total_steps=self.total_steps,
+                        steps_per_epoch=self.steps_per_epoch,
+                        schedule=config.schedule,
+                        warmup=config.warmup,
+                        final=config.final_lr,
+                    )
+                    set_learning_rate(self.optimizer, config.lr * factor)
+                    low, high = self.scaling(batch.rows)
+                    views = self.two_views(
+                        batch.crops,
+                        low.to(self.device, non_blocking=True),
+                        high.to(self.device, non_blocking=True),
+                        seed=views_seed(config.seed, step, self.processes.rank),
+                    )
+                    loss = self.step.compute_loss(views)
+                    looked_at = self.device.type == "cpu" or (step + 1) % config.log_every == 0 or step + 1 == self.total_steps
+                    if looked_at:
+                        # On a GPU reading the loss waits for the device, so it is read now and then only.
+                        result.loss = float(loss.detach())
+                        if not math.isfinite(result.loss):
+                            self._not_finite(step, result.loss)
+                    self.step.update(loss)
+                    step += 1
+                    cells += config.batch_size
+                    progress.advance(config.batch_size, f"loss {result.loss:.4f}" if result.loss is not None else None)
+                    if step % config.log_every == 0 or step == self.total_steps:
+                        result.cells_per_second = cells / (time.monotonic() - began)
+                        log.write(step, loss=result.loss, lr=config.lr * factor, cells_per_second=result.cells_per_second)
+                    ends = step % self.steps_per_epoch == 0 or step == self.total_steps
+                    if ends and (step == self.total_steps or (step // self.steps_per_epoch) % config.validate_every == 0):
+                        result.validation = self._validate(log, step, progress) or result.validation
+                    stop = self.processes.any(self.interrupted)
+                    if ends or stop or step % config.checkpoint_every == 0:
+                        self._save(step)
+                    if stop or step == self.total_steps:
+                        break
+                if self.processes.any(self.interrupted):
+                    result.interrupted = True
+                    break
+        result.steps = step
+        return result
+
+    def _not_finite(self, step: int, loss: float) -> None:
+        kept = f"; the last good state is in {self.folder.checkpoint}" if self.folder.checkpoint.exists() else ""
+        raise CellfastError(
+            f"the loss is {loss} at step {step + 1}{kept}. Try a smaller --lr (now {self.config.lr:g}), a longer --warmup "
+            f"(now {self.config.warmup:g}), a higher --temperature (now {self.config.temperature:g}), --clip-grad-norm 1, or float32 (no --amp)"
+        )
+
+    def _validate(self, log: MetricsLog, step: int, progress: Progress) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        found = self.validation.measure(self.model)
+        values = {"validation_loss": found.loss, "retrieval": found.retrieval, "retrieval_chance": found.chance}
+        values = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        log.write(step, **values)
+        text = f"step {step}: validation loss {found.loss:.4f} ({len(self.validation)} cells)"
+        if found.retrieval is not None:
+            text += f", same treatment nearest in another well {100 * found.retrieval:.1f} % (chance {100 * found.chance:.1f} %)"
+        progress.message(text)
+        return values
+
+    def _save(self, step: int) -> None:
+        if not self.processes.is_first:
+            return
+        save_checkpoint(
+            self.folder.checkpoint,
+            step=step,
+            model=self.model,
+            optimizer=self.optimizer,
+            loader_state=self.loader.state_dict(),
+            config=self.config.to_dict(),
+            training_data=self.digest,
+        )
+        self._save_model(step)
+
+    def _save_model(self, step: int) -> None:
+        if not self.processes.is_first:
+            return
+        screen = self.screen
+        save_model(
+            self.folder.model,
+            self.model,
+            ModelMetadata(
+                channel_names=list(screen.channel_names),
+                crop_size=screen.crop_size,
+                output_size=self.output_size,
+                bits=8 * np.dtype(screen.dtype).itemsize,
+                scaling=self.config.scaling,
+                low=self.scaling.low.tolist(),
+                high=self.scaling.high.tolist(),
+                training_data=self.digest if step else "",
+                step=step,
+                git_commit=source_commit(),
+            ),
+        )
+
+
+def source_commit() -> str:
+    """The git commit of a source checkout, with ``-dirty`` where tracked files were changed; empty for an installed package."""
+    import subprocess
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run(["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return commit.stdout.strip() + ("-dirty" if changed.returncode == 1 else "") if commit.returncode == 0 else ""
