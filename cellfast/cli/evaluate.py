@@ -120,8 +120,7 @@ def evaluate(profiles: tuple[Path, ...], output: Path | None, compare: tuple[Pat
     """Score profiles by mechanism of action: NSC, NSCB and drop.
 
     NSC asks whether the nearest profile of another compound has the same MoA; NSCB leaves out the same batch as well. Every
-    score comes with its counts, a 95 %
-    bootstrap interval over compounds, and what was left out and why.
+    score comes with its counts, a 95 % bootstrap interval over compounds, and what was left out and why.
     """
     if compare:
         if profiles:

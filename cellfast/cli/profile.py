@@ -113,8 +113,7 @@ def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
     """Aggregate cells to wells and treatments, normalised on control wells.
 
     INPUT is a folder of embeddings (cellfast embed), or .parquet, .csv, .csv.gz or DeepProfiler .npz files of cells or wells.
-    What was read, joined, left out
-    and fitted is printed, and written as JSON beside the profiles.
+    What was read, joined, left out and fitted is printed, and written as JSON beside the profiles.
     """
     from cellfast.atomic import write_json
     from cellfast.profiles.build import ProfileOptions, build_profiles

@@ -35,8 +35,7 @@ def join_plate_map(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tupl
     BBBC021_v1_image.csv.
 
     The file may have many rows per well (one per field) if they agree; plates are left out of the key when the file has no
-    plate column.
-    Values of the file replace those of the table.
+    plate column. Values of the file replace those of the table.
 
     Returns:
         (metadata, report: ``wells``, ``joined``, ``not_joined`` with the first names).

@@ -124,8 +124,7 @@ def find_metadata_columns(
     """Map canonical metadata names to the columns of a table that hold them; what is not there is left out.
 
     Order of preference: an override, the canonical name itself, then the aliases of the field in their listed order, with or
-    without
-    ``Image_``/``Metadata_`` prefixes, then the same with a channel suffix (``Image_Metadata_Plate_DAPI``).
+    without ``Image_``/``Metadata_`` prefixes, then the same with a channel suffix (``Image_Metadata_Plate_DAPI``).
 
     Raises:
         CellfastError: an override names a column that the table does not have.
@@ -168,11 +167,9 @@ def infer_features(
     """The feature columns of a table, in its order.
 
     ``patterns`` are prefixes or regular expressions matched at the start of the name; a column is a feature when any of them
-    matches.
-    Without patterns: the embedding columns ``h000…`` if there are any; else the CellProfiler columns (``Cells_``,
-    ``Cytoplasm_``, ``Nuclei_``);
-    else every numeric column that is not metadata (``Metadata_``, ``Image_``, a recognised metadata column, an object or image
-    number).
+    matches. Without patterns: the embedding columns ``h000…`` if there are any; else the CellProfiler columns (``Cells_``,
+    ``Cytoplasm_``, ``Nuclei_``); else every numeric column that is not metadata (``Metadata_``, ``Image_``, a recognised
+    metadata column, an object or image number).
 
     Raises:
         CellfastError: no column is left, or a pattern is not a regular expression.

@@ -82,8 +82,7 @@ def evaluate_profiles(
     """Score profiles by the MoA of their nearest allowed neighbours.
 
     NSC: candidates of the same compound are left out. NSCB: those of the same batch as well. Drop = NSC − NSCB. A profile
-    without candidates is
-    not evaluated under that rule, and counted.
+    without candidates is not evaluated under that rule, and counted.
 
     Args:
         profiles: treatments or wells with compound and MoA.

@@ -156,11 +156,10 @@ def _middle_keys(keys, cell, value, mask):
     """The lower and the upper median of ordered keys (``_flip``), by narrowing an interval: about ten vectorised counts
     instead of a partial sort.
 
-    Invariant: ``below`` keys are ≤ low, and the k-th smallest (from 0) lies in (low, high]. Thresholds are interpolated
-    between the values; every
-    fourth halves the interval of keys, so that no distribution takes more than four times as many counts as a key has bits.
-    ``cell`` [1] is scratch of the keys' type (a threshold of a wider type would halve the speed), ``value`` [1] the same
-    memory as a float.
+    Invariant: ``below`` keys are ≤ low, and the k-th smallest (from 0) lies in (low, high]. Thresholds are interpolated between
+    the values; every fourth halves the interval of keys, so that no distribution takes more than four times as many counts as a
+    key has bits. ``cell`` [1] is scratch of the keys' type (a threshold of a wider type would halve the speed), ``value`` [1]
+    the same memory as a float.
     """
     n = keys.shape[0]
     k = (n - 1) >> 1
@@ -219,8 +218,7 @@ def grouped_median(values, order, starts, first, last, tile, keys, mask, medians
     column gives NaN.
 
     The mean of the two middle values where the count is even, as ``np.nanmedian``. ``tile`` [width, longest group] is scratch
-    of the values' type,
-    ``keys`` the same memory as integers, ``mask`` their largest value. Returns (NaN, inf) counts.
+    of the values' type, ``keys`` the same memory as integers, ``mask`` their largest value. Returns (NaN, inf) counts.
     """
     d = values.shape[1]
     width = tile.shape[0]
@@ -269,13 +267,10 @@ def best_of_block(
     """Offer one block of similarities [rows, cols] of profiles row0…, col0… to the best lists of both rules.
 
     A pair is allowed for NSC when its ``compound`` codes differ and the other profile is a ``candidate``; for NSCB when also
-    its batches differ and
-    it is a ``candidate_b``: the ``batch`` words [n, words] share no bit (``overlap``) or first words are not equal. ``offset``
-    [n] is subtracted
-    from the candidate's similarity. ``best``/``index`` [n, k]: descending lists. With ``mirror`` the block also serves as its
-    transpose.
-    ``peak`` [cols] is scratch. Maxima of rows and columns are taken first: only those above a list's last entry are looked at
-    one by one.
+    its batches differ and it is a ``candidate_b``: the ``batch`` words [n, words] share no bit (``overlap``) or first words are
+    not equal. ``offset`` [n] is subtracted from the candidate's similarity. ``best``/``index`` [n, k]: descending lists. With
+    ``mirror`` the block also serves as its transpose. ``peak`` [cols] is scratch. Maxima of rows and columns are taken first:
+    only those above a list's last entry are looked at one by one.
     """
     rows, cols = similarity.shape
     last = best.shape[1] - 1

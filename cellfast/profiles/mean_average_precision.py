@@ -41,9 +41,8 @@ def average_precision(
     """Rank, for every profile, its positives among its negatives by similarity, and average the precision at each positive.
 
     Equivalent to ``copairs.map.average_precision`` with the same column lists: a pair is positive when it agrees in every
-    ``pos_sameby`` and
-    differs in every ``pos_diffby`` column, negative likewise by ``neg_sameby`` and ``neg_diffby``. On equal similarity
-    positives come first.
+    ``pos_sameby`` and differs in every ``pos_diffby`` column, negative likewise by ``neg_sameby`` and ``neg_diffby``. On equal
+    similarity positives come first.
 
     Args:
         metadata: [n, …]; features: float [n, D].

@@ -132,8 +132,7 @@ def prepare(features: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Vectors whose products order neighbours: (float64 [n, D], offset [n]); similarity(q, c) = x_q · x_c − offset_c.
 
     Cosine: rows of unit length. Correlation: rows centred, then of unit length. Euclidean: columns centred, offset ‖x_c‖² / 2,
-    which
-    orders candidates by distance.
+    which orders candidates by distance.
 
     Raises:
         CellfastError: a row that is not finite, or has no direction (all zero; for correlation: constant).
@@ -172,9 +171,8 @@ def nearest_neighbours(
     """The k nearest allowed profiles of every profile under NSC and NSCB.
 
     Equivalent to a float64 distance matrix with forbidden pairs set to infinity and a stable sort of each row. Products are
-    made in float32
-    blocks, of the upper triangle only; rows whose order float32 cannot tell are done again in float64, so the result is
-    float64's.
+    made in float32 blocks, of the upper triangle only; rows whose order float32 cannot tell are done again in float64, so the
+    result is float64's.
 
     Args:
         features: float [n, D].

@@ -149,8 +149,8 @@ def natural_key(text: str) -> list[tuple[int, int | str]]:
 def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
     """z-score, (x − mean) / sd with divisor n, or (x − median) / (1.4826 · MAD), on the controls of each group.
 
-    Features whose controls do not vary in some group are dropped everywhere, counted and named. Source: pycytominer's standardize
-    and mad_robustize; deviation: those keep such a feature (unscaled, or divided by 1e-18).
+    Features whose controls do not vary in some group are dropped everywhere, counted and named. Source: pycytominer's
+    standardize and mad_robustize; deviation: those keep such a feature (unscaled, or divided by 1e-18).
     """
     by = step.by or "plate"
     controls, rule = find_controls(table.metadata, step.controls)
@@ -232,8 +232,7 @@ def _coral(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
     """Align each group's control covariance with that of all controls: x · (C_group + I)^(−1/2) · (C_all + λI)^(1/2).
 
     C = XᵀX / n of the controls, not centred again (sphering has put the controls' mean at zero). Source: CORAL (Sun et al.
-    2016) as in TVN (Ando
-    et al. 2017) and the reference implementation, λ = 1 by default.
+    2016) as in TVN (Ando et al. 2017) and the reference implementation, λ = 1 by default.
     """
     by = step.by or "batch"
     kind, lam = whitening.parse_lambda(step.lam) if step.lam is not None else ("absolute", 1.0)

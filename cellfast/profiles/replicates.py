@@ -19,8 +19,7 @@ def replicate_reproducibility(
     unrelated wells.
 
     The null draws, for each replicate count, ``num_null`` sets of wells of distinct treatments. Treatments with one well are
-    left out and
-    counted. None where no treatment has two wells. Source: the percent replicating score of Way et al. 2022.
+    left out and counted. None where no treatment has two wells. Source: the percent replicating score of Way et al. 2022.
 
     Args:
         wells: treated wells; metric: cosine, correlation, or euclidean (similarity is then −distance).

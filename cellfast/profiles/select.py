@@ -67,12 +67,9 @@ def select_features(
     """Drop features by the rules named, in the order named; returns the table and why each dropped feature went.
 
     ``variance``: the second most frequent value is less than ``frequency_cutoff`` times as frequent as the first, or distinct
-    values are fewer
-    than ``unique_cutoff`` of the rows. ``correlation``: of each pair with |r| above the cutoff, the one that correlates more
-    with all others
-    goes. ``nan``: missing in more than ``missing_cutoff`` of the rows. Source: pycytominer's variance_threshold,
-    correlation_threshold and
-    drop_na_columns.
+    values are fewer than ``unique_cutoff`` of the rows. ``correlation``: of each pair with |r| above the cutoff, the one that
+    correlates more with all others goes. ``nan``: missing in more than ``missing_cutoff`` of the rows. Source: pycytominer's
+    variance_threshold, correlation_threshold and drop_na_columns.
 
     Raises:
         CellfastError: unknown rule, or no feature is left.

@@ -129,8 +129,7 @@ class NpzFile:
     """A DeepProfiler npz: ``features`` [N, D], ``metadata`` (a dictionary that needs pickle is refused), ``locations`` [N, 2].
 
     DeepProfiler writes ``<plate>/<well>/<site>.npz`` or ``<plate>_<well>_<site>.npz``: plate, well and site are taken from the
-    path, as the
-    pickled metadata in the file cannot be read without executing code.
+    path, as the pickled metadata in the file cannot be read without executing code.
     """
 
     def __init__(self, path: Path) -> None:

@@ -146,8 +146,8 @@ def add_batch(metadata: pd.DataFrame, pattern: str | None = None) -> tuple[pd.Da
     """Fill ``Metadata_Batch`` from the plate names where it is missing; returns the metadata and where the batch came from.
 
     With ``pattern`` (a regular expression, its first group is the batch) the column is made anew. Without one, an existing
-    column with
-    content is kept; else ``^(Week\\d+)_`` is tried on the plate names, and where it matches none, the plate name is the batch.
+    column with content is kept; else ``^(Week\\d+)_`` is tried on the plate names, and where it matches none, the plate name is
+    the batch.
 
     Raises:
         CellfastError: the pattern given matches none of some plate's name, or is not a regular expression.

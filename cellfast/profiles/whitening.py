@@ -88,8 +88,7 @@ def fit_whitening(x: np.ndarray, lam: str = "auto", rotation: str = "pca", epsil
     covariance (divisor n).
 
     Where the controls do not vary (fewer controls than features), V is not determined, and the treatment median depends on it:
-    a fixed, generic
-    orthonormal basis of that space is taken, so that the result does not depend on the linear algebra library.
+    a fixed, generic orthonormal basis of that space is taken, so that the result does not depend on the linear algebra library.
 
     Args:
         x: float64 [n, D], n ≥ 2.
