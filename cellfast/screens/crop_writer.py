@@ -102,6 +102,7 @@ class PlateWriter:
         self._wells: dict[str, int] = {}
         self._treatments: list[tuple[str, float, str]] = []
         self._histogram = np.zeros((len(self.channel_names), np.iinfo(self.dtype).max + 1), dtype=np.int64)
+        self._filled_histogram = np.zeros_like(self._histogram)
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.h5")
         self._file: h5py.File | None = None
 
@@ -155,7 +156,11 @@ class PlateWriter:
         if n:
             crops = np.ascontiguousarray(crops)
             self._crops[self.num_cells : self.num_cells + n] = crops
-            _add_histogram(crops, self._histogram, schema.HISTOGRAM_STRIDE)
+            # Zeros outside the field are no intensities: they would pull the low percentile to 0.
+            padded = np.asarray(padded, dtype=bool)
+            filled = padded & (self.border == "pad")
+            _add_histogram(crops[~filled], self._histogram, schema.HISTOGRAM_STRIDE)
+            _add_histogram(crops[filled], self._filled_histogram, schema.HISTOGRAM_STRIDE)
         field = len(self._sources)
         columns = {
             "field": np.full(n, field),
@@ -242,7 +247,8 @@ class PlateWriter:
         wells.create_dataset("moa", data=np.array([t[2] for t in self._treatments], dtype=object), dtype=text)
         channels = handle.create_group(schema.CHANNELS)
         channels.create_dataset("name", data=np.array(self.channel_names, dtype=object), dtype=text)
-        low, high = scale_from_histogram(self._histogram)
+        # A plate of nothing but padded crops has only their pixels to go by.
+        low, high = scale_from_histogram(self._histogram if self._histogram.any() else self._filled_histogram)
         channels.create_dataset("scale_low", data=low)
         channels.create_dataset("scale_high", data=high)
         handle.create_dataset("ledger", data=json.dumps(self.ledger, ensure_ascii=False), dtype=text)

@@ -20,7 +20,7 @@ CHANNELS = "channels"
 
 PIXEL_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16))
 
-# Percentiles of a plate's crop pixels that become scale_low and scale_high.
+# Percentiles of a plate's crop pixels that become scale_low and scale_high; crops padded with zeros at the border are left out.
 SCALE_PERCENTILES = (0.1, 99.9)
 # Pixels of every second row and column go into the histogram: a quarter of the work, the same percentiles to within noise.
 HISTOGRAM_STRIDE = 2
