@@ -90,7 +90,7 @@ def group_means(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Group
 
     codes = np.ascontiguousarray(codes, np.int32)
     _check(values, codes, num_groups)
-    order, starts = kernels.group_rows(codes, num_groups)
+    order, starts = group_rows(codes, num_groups)
     sums = np.zeros((num_groups, values.shape[1]))
     _by_rows(starts, values.size, lambda first, last: kernels.grouped_sum(values, order, starts, first, last, sums))
     if np.isfinite(sums).all():
@@ -103,6 +103,20 @@ def group_means(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Group
     return running.result()
 
 
+def group_rows(codes: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows listed by group: group g's are ``order[starts[g]:starts[g + 1]]``, in row order; negative codes are left out.
+
+    Returns:
+        (order int64 [rows with a group], starts int64 [num_groups + 1]).
+    """
+    # NumPy sorts 16-bit integers by radix, ten times faster than wider ones.
+    keys = (codes + 1).astype(np.uint16) if num_groups < 65535 else codes
+    order = np.argsort(keys, kind="stable")
+    counts = np.bincount(codes[codes >= 0], minlength=num_groups)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    return order[len(order) - starts[-1] :], starts
+
+
 def group_medians(values: np.ndarray, codes: np.ndarray, num_groups: int) -> GroupedProfiles:
     """Exact medians of groups of rows: ``pandas.DataFrame(values).groupby(codes).median()``, the mean of the middle two for
     even counts.
@@ -113,7 +127,7 @@ def group_medians(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Gro
 
     codes = np.ascontiguousarray(codes, np.int32)
     _check(values, codes, num_groups)
-    order, starts = kernels.group_rows(codes, num_groups)
+    order, starts = group_rows(codes, num_groups)
     medians = np.empty((num_groups, values.shape[1]))
     missing = np.zeros((num_groups, values.shape[1]), np.int64)
     kind = np.int32 if values.dtype == np.float32 else np.int64
@@ -123,7 +137,10 @@ def group_medians(values: np.ndarray, codes: np.ndarray, num_groups: int) -> Gro
         longest = int(np.diff(starts[first : last + 1]).max(initial=1))
         # 64 columns of a row are four cache lines; long groups take fewer, so that the tile stays in the second-level cache.
         tile = np.empty((min(values.shape[1], 64 if longest <= 4096 else 16), longest), values.dtype)
-        return kernels.grouped_median(values, order, starts, first, last, tile, tile.view(kind), mask, medians, missing)
+        value = np.zeros(1, values.dtype)
+        return kernels.grouped_median(
+            values, order, starts, first, last, tile, tile.view(kind), value, value.view(kind), mask, medians, missing
+        )
 
     found = _by_rows(starts, values.size, work)
     return GroupedProfiles(medians, np.diff(starts), sum(f[0] for f in found), sum(f[1] for f in found))

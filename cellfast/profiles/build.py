@@ -250,9 +250,10 @@ def group_codes(metadata: pd.DataFrame, key: Sequence[str]) -> tuple[np.ndarray,
     unique, first, codes = np.unique(combined, return_index=True, return_inverse=True)
     groups = metadata[list(key)].iloc[first].reset_index(drop=True)
 
+    rows = list(zip(*[groups[c].tolist() for c in key]))
+
     def sort_key(i: int) -> list[Any]:
-        row = groups.iloc[i] if len(key) > 1 else [groups.iloc[i, 0]]
-        return [(0, v, []) if isinstance(v, float) and v == v else (1, 0.0, natural_key(str(v))) for v in row]
+        return [(0, v, []) if isinstance(v, float) and v == v else (1, 0.0, natural_key(str(v))) for v in rows[i]]
 
     order = np.array(sorted(range(len(unique)), key=sort_key), np.int64).reshape(-1)
     rank = np.empty(len(unique), np.int32)

@@ -7,13 +7,19 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+# What the options save is compile time: no wrappers for functions that only other kernels call, no reference counting in them, no checks for
+# division by zero (there is none by a variable that can be zero).
+_ENTRY = {"cache": True, "nogil": True, "no_cfunc_wrapper": True, "error_model": "numpy", "_nrt": False}
+_INNER = {**_ENTRY, "no_cpython_wrapper": True}
+_FAST = {"reassoc", "nsz", "contract"}
+
 # Compiled for the types they are called with, on the first call, and kept in numba's cache for later processes. Plain threads
 # share the
 # work instead of numba's parallel loops: those take several seconds to compile, and BLAS can then be kept to one thread per
 # worker.
 
 
-@njit(cache=True, nogil=True)
+@njit(**_ENTRY)
 def add_rows(values, codes, sums):
     """``np.add.at(sums, codes, values)`` for values [n, d], codes int32 [n] (negative: skip), sums float64 [groups, d]."""
     for i in range(values.shape[0]):
@@ -23,7 +29,7 @@ def add_rows(values, codes, sums):
                 sums[g, j] += values[i, j]
 
 
-@njit(cache=True, nogil=True)
+@njit(**_ENTRY)
 def add_finite_rows(values, codes, sums, num_missing):
     """As ``add_rows``, leaving out NaN and ±inf and counting them in num_missing int64 [groups, d]; returns (NaN, inf) counts."""
     num_nan = 0
@@ -45,28 +51,7 @@ def add_finite_rows(values, codes, sums, num_missing):
     return num_nan, num_inf
 
 
-@njit(cache=True, nogil=True)
-def group_rows(codes, num_groups):
-    """Counting sort: ``order`` lists the rows of group 0, then 1, …; group g's are ``order[starts[g]:starts[g+1]]`` in row
-    order.
-    """
-    starts = np.zeros(num_groups + 1, np.int64)
-    for i in range(codes.shape[0]):
-        if codes[i] >= 0:
-            starts[codes[i] + 1] += 1
-    for g in range(num_groups):
-        starts[g + 1] += starts[g]
-    fill = starts[:-1].copy()
-    order = np.empty(starts[num_groups], np.int64)
-    for i in range(codes.shape[0]):
-        g = codes[i]
-        if g >= 0:
-            order[fill[g]] = i
-            fill[g] += 1
-    return order, starts
-
-
-@njit(cache=True, nogil=True)
+@njit(**_ENTRY)
 def grouped_sum(values, order, starts, first, last, sums):
     """Sums of groups first…last−1 in float64: sums [groups, d]. Rows of a group are added four at a time, so its sums stay in
     the first cache.
@@ -91,7 +76,7 @@ def grouped_sum(values, order, starts, first, last, sums):
 # The loops below run over whole arrays from 0, never over a range with a start of its own: numba allows negative indices
 # there, and that check
 # keeps the compiler from using vector instructions.
-@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(**_INNER, fastmath=_FAST)
 def _all_finite(x):
     total = x[0] * np.float32(0)
     for i in range(x.shape[0]):
@@ -99,14 +84,38 @@ def _all_finite(x):
     return total == 0
 
 
-@njit(cache=True, nogil=True)
-def _flip(keys, mask):
-    """Floats' bit patterns to integers of the same order, and back: the lower bits of negative numbers are inverted."""
+@njit(**_INNER)
+def _keep_finite(x):
+    """Move the finite values to the front, in order; returns (how many, number of NaN)."""
+    n = 0
+    num_nan = 0
+    for i in range(x.shape[0]):
+        v = x[i]
+        if np.isfinite(v):
+            x[n] = v
+            n += 1
+        elif np.isnan(v):
+            num_nan += 1
+    return n, num_nan
+
+
+@njit(**_INNER)
+def _order_keys(keys, mask):
+    """Turn the bit patterns of floats into integers of the same order, in place, and return the lowest and the highest.
+
+    The lower bits of negative numbers are inverted; the same turns them back.
+    """
+    low = keys[0] ^ ((keys[0] >> np.int64(63)) & mask)
+    high = low
     for i in range(keys.shape[0]):
-        keys[i] = keys[i] ^ ((keys[i] >> np.int64(63)) & mask)
+        key = keys[i] ^ ((keys[i] >> np.int64(63)) & mask)
+        keys[i] = key
+        low = min(low, key)
+        high = max(high, key)
+    return low, high
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(**_INNER, fastmath=_FAST)
 def _count_short(keys, threshold):
     # Counted in float32, which the vector units do fastest and exactly up to 2^24.
     count = np.float32(0)
@@ -115,46 +124,33 @@ def _count_short(keys, threshold):
     return np.int64(count)
 
 
-@njit(cache=True, nogil=True)
+@njit(**_INNER)
 def _count_up_to(keys, threshold):
     """Number of keys ≤ threshold."""
-    n = keys.shape[0]
-    if n <= 65536:
-        return _count_short(keys, threshold)
     count = 0
-    for start in range(0, n, 65536):
+    for start in range(0, keys.shape[0], 65536):
         count += _count_short(keys[start : start + 65536], threshold)
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit(**_INNER)
 def _smallest_above(keys, threshold, otherwise):
-    """The smallest key > threshold; ``otherwise``, the largest, where there is none."""
+    """The smallest key > threshold; ``otherwise``, no less than any, where there is none."""
     low = otherwise
     for i in range(keys.shape[0]):
         low = min(low, keys[i] if keys[i] > threshold else otherwise)
     return low
 
 
-@njit(cache=True, nogil=True)
-def _extremes(keys):
-    low = keys[0]
-    high = keys[0]
-    for i in range(keys.shape[0]):
-        low = min(low, keys[i])
-        high = max(high, keys[i])
-    return low, high
-
-
-@njit(cache=True, nogil=True)
+@njit(**_INNER)
 def _flipped(key, mask):
     return key ^ ((key >> np.int64(63)) & mask)
 
 
-@njit(cache=True, nogil=True)
+@njit(**_INNER)
 def _middle_keys(keys, cell, value, mask):
-    """The lower and the upper median of ordered keys (``_flip``), by narrowing an interval: about ten vectorised counts
-    instead of a partial sort.
+    """The lower and the upper median of floats' bit patterns, by narrowing an interval: about ten vectorised counts instead of a
+    partial sort. The keys are turned into ordered ones.
 
     Invariant: ``below`` keys are ≤ low, and the k-th smallest (from 0) lies in (low, high]. Thresholds are interpolated between
     the values; every fourth halves the interval of keys, so that no distribution takes more than four times as many counts as a
@@ -163,27 +159,19 @@ def _middle_keys(keys, cell, value, mask):
     """
     n = keys.shape[0]
     k = (n - 1) >> 1
-    first, largest = _extremes(keys)
-    low = np.int64(first)
+    first, largest = _order_keys(keys, mask)
+    low = np.int64(first) - 1
     high = np.int64(largest)
-    below = _count_up_to(keys, first)
-    lower = low
-    up_to = below
-    if below <= k:
-        inside = n - below
-        turn = 0
-        while True:
-            if inside <= 3 or low + 1 >= high:
-                cell[0] = low
-                value_above = _smallest_above(keys, cell[0], largest)
-                lower = np.int64(value_above)
-                up_to = below + 1 if inside == 1 else _count_up_to(keys, value_above)
-                if up_to > k:
-                    break
-                inside -= up_to - below
-                low = lower
-                below = up_to
-                continue
+    below = 0
+    inside = n
+    turn = 0
+    while True:
+        # One place each calls the two loops: every copy the compiler makes of them costs tenths of a second.
+        last = inside <= 3 or low + 1 >= high
+        if last:
+            cell[0] = low
+            middle = np.int64(_smallest_above(keys, cell[0], largest))
+        else:
             turn += 1
             if turn & 3 == 0:
                 middle = (low & high) + ((low ^ high) >> 1)
@@ -197,23 +185,24 @@ def _middle_keys(keys, cell, value, mask):
                 value[0] = a * (1.0 - share) + b * share
                 middle = _flipped(np.int64(cell[0]), mask)
             middle = min(max(middle, low + 1), high - 1)
-            cell[0] = middle
-            count = _count_up_to(keys, cell[0])
-            if count > k:
-                high = middle
-                inside = count - below
-            else:
-                low = middle
-                inside -= count - below
-                below = count
-    if n & 1 or up_to > k + 1:
-        return lower, lower
-    cell[0] = lower
-    return lower, np.int64(_smallest_above(keys, cell[0], largest))
+        cell[0] = middle
+        count = _count_up_to(keys, cell[0])
+        if count <= k:
+            low = middle
+            inside -= count - below
+            below = count
+        elif last:
+            break
+        else:
+            high = middle
+            inside = count - below
+    if n & 1 or count > k + 1:
+        return middle, middle
+    return middle, np.int64(_smallest_above(keys, cell[0], largest))
 
 
-@njit(cache=True, nogil=True)
-def grouped_median(values, order, starts, first, last, tile, keys, mask, medians, num_missing):
+@njit(**_ENTRY)
+def grouped_median(values, order, starts, first, last, tile, keys, value, cell, mask, medians, num_missing):
     """Exact medians of groups first…last−1: medians float64 [groups, d]; NaN and ±inf are left out and counted; an empty
     column gives NaN.
 
@@ -222,8 +211,6 @@ def grouped_median(values, order, starts, first, last, tile, keys, mask, medians
     """
     d = values.shape[1]
     width = tile.shape[0]
-    value = np.zeros(1, tile.dtype)
-    cell = value.view(keys.dtype)
     num_nan = 0
     num_inf = 0
     for g in range(first, last):
@@ -236,22 +223,14 @@ def grouped_median(values, order, starts, first, last, tile, keys, mask, medians
                     tile[c, r] = row[c]
             for c in range(columns):
                 n = rows
-                if n > 0 and not _all_finite(tile[c, :n]):
-                    n = 0
-                    for r in range(rows):
-                        v = tile[c, r]
-                        if np.isfinite(v):
-                            tile[c, n] = v
-                            n += 1
-                        elif np.isnan(v):
-                            num_nan += 1
-                        else:
-                            num_inf += 1
+                if rows > 0 and not _all_finite(tile[c, :rows]):
+                    n, found = _keep_finite(tile[c, :rows])
+                    num_nan += found
+                    num_inf += rows - n - found
                     num_missing[g, column + c] += rows - n
                 if n == 0:
                     medians[g, column + c] = np.nan
                     continue
-                _flip(keys[c, :n], mask)
                 lower, upper = _middle_keys(keys[c, :n], cell, value, mask)
                 cell[0] = _flipped(lower, mask)
                 low_value = np.float64(value[0])
@@ -260,7 +239,7 @@ def grouped_median(values, order, starts, first, last, tile, keys, mask, medians
     return num_nan, num_inf
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+@njit(**_ENTRY, fastmath=_FAST)
 def best_of_block(
     similarity, row0, col0, mirror, offset, compound, batch, overlap, candidate, candidate_b, best, index, best_b, index_b, peak
 ):
@@ -309,7 +288,7 @@ def best_of_block(
                         _offer(s, c, best_b[q], index_b[q])
 
 
-@njit(cache=True, nogil=True)
+@njit(**_INNER)
 def _same_batch(batch, a, b, overlap):
     if not overlap:
         return batch[a, 0] == batch[b, 0]
@@ -319,7 +298,7 @@ def _same_batch(batch, a, b, overlap):
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(**_INNER)
 def _offer(s, candidate, best, index):
     k = best.shape[0]
     if s > best[k - 1]:
