@@ -65,6 +65,9 @@ def test_plate_map_joins_and_lists_what_does_not(tmp_path):
     assert list(joined["Metadata_Compound"]) == ["c1", "c2", "c3", "c4", "", ""]
     assert report["rows_joined"] == 4
     assert report["not_joined"] == ["p1 A05", "p1 A06"]
+    assert report["empty_wells"] == 0
+    _, report = join_plate_map(wells(2), path)
+    assert report["empty"] == ["p1 A03", "p1 A04"]
     path.write_text("plate,well,compound\np1,A01,x\np1,A01,y\n")
     with pytest.raises(CellfastError, match="p1 A01: x and y"):
         join_plate_map(wells(), path)

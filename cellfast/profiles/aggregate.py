@@ -1,4 +1,6 @@
-"""Cells to sites and wells, wells to treatments: exact means and medians over groups of rows, in memory or streamed from files."""
+"""Cells to sites and wells, wells to treatments: exact means and medians over groups of rows, in memory or streamed from
+files.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def join_plate_map(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tupl
     plate column. Values of the file replace those of the table.
 
     Returns:
-        (metadata, report: ``wells``, ``joined``, ``not_joined`` with the first names).
+        (metadata, report: rows joined, wells not joined, and wells of these plates in the file that have no rows, with the
+        first names).
 
     Raises:
         CellfastError: no well or compound column, wells with two compounds, nothing joins.
@@ -79,12 +80,17 @@ def join_plate_map(metadata: pd.DataFrame, path: str | os.PathLike[str]) -> tupl
         if column != names.CONCENTRATION:
             joined[column] = joined[column].fillna("").astype("str")
     missing = joined.loc[~have, key].drop_duplicates()
+    expected = table if key == [names.WELL] else table[table[names.PLATE].isin(set(metadata[names.PLATE]))]
+    empty = expected[key].merge(metadata[key].drop_duplicates(), on=key, how="left", indicator=True)
+    empty = empty.loc[empty["_merge"] == "left_only", key]
     return _ordered(joined), {
         "file": Path(path).name,
         "rows": len(joined),
         "rows_joined": int(have.sum()),
         "wells_not_joined": len(missing),
         "not_joined": [" ".join(map(str, row)) for row in missing.head(_LISTED).to_numpy()],
+        "empty_wells": len(empty),
+        "empty": [" ".join(map(str, row)) for row in empty.head(_LISTED).to_numpy()],
     }
 
 

@@ -253,7 +253,7 @@ def group_codes(metadata: pd.DataFrame, key: Sequence[str]) -> tuple[np.ndarray,
     rows = list(zip(*[groups[c].tolist() for c in key]))
 
     def sort_key(i: int) -> list[Any]:
-        return [(0, v, []) if isinstance(v, float) and v == v else (1, 0.0, natural_key(str(v))) for v in rows[i]]
+        return [(0, v, ()) if isinstance(v, float) and v == v else (1, 0.0, natural_key(str(v))) for v in rows[i]]
 
     order = np.array(sorted(range(len(unique)), key=sort_key), np.int64).reshape(-1)
     rank = np.empty(len(unique), np.int32)

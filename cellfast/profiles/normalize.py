@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -141,9 +142,10 @@ def _groups(table: ProfileTable, by: str, controls: np.ndarray, step: Step, leas
     return groups
 
 
-def natural_key(text: str) -> list[tuple[int, int | str]]:
+@lru_cache(maxsize=1 << 16)
+def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts Week2 before Week10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text) if part]
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part)
 
 
 def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
@@ -185,7 +187,10 @@ def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
         "controls": rule,
         "num_controls": int(controls.sum()),
         "num_features": len(keep),
-        "dropped_features": {table.feature_names[j]: f"controls do not vary ({where})" for j, where in sorted(flat.items())},
+        "dropped_features": {
+            table.feature_names[j]: f"controls do not vary{'' if where == 'all' else ' (' + where + ')'}"
+            for j, where in sorted(flat.items())
+        },
     }
     return table.with_features(result[:, keep], [table.feature_names[j] for j in keep]), entry
 

@@ -33,6 +33,8 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
             f"plate map {join['rows_joined']:,} of {join['rows']:,} rows joined"
             + _listed(join["wells_not_joined"], "wells not", join["not_joined"])
         )
+        if join["empty_wells"]:
+            lines.append(f"empty     {_listed(join['empty_wells'], 'wells of these plates have no rows', join['empty'])[2:]}")
     if "moa_join" in report:
         join = report["moa_join"]
         lines.append(

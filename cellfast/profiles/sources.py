@@ -60,7 +60,7 @@ class ParquetFile:
 
         self.path = path
         try:
-            self._parquet = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+            self._parquet = pq.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=1 << 18)
             schema = self._parquet.schema_arrow
         except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
             raise CellfastError(

@@ -17,7 +17,7 @@ from cellfast.progress import Progress
 CELL_COUNT = "Metadata_NumCells"
 
 #: Bytes of cell features held at a time for exact medians; at least one column of all files that share a well is held.
-MEDIAN_BLOCK_BYTES = 256 << 20
+MEDIAN_BLOCK_BYTES = 64 << 20
 
 # What belongs to one cell or one image: not carried over to wells.
 _PER_CELL = {
