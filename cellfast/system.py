@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -125,7 +126,7 @@ def _dali() -> dict[str, Any]:
     if installed is None:
         return {"built": False, "loadable": False, "reason": "nvidia-dali is not installed: pip install nvidia-dali-cuda130"}
     try:
-        import nvidia.dali
+        importlib.import_module("nvidia.dali")
     except Exception as error:
         return {"built": True, "loadable": False, "reason": f"nvidia-dali {installed} cannot be imported: {error}"}
     return {"built": True, "loadable": True, "reason": ""}

@@ -90,6 +90,9 @@ def _channels_first(pixels: np.ndarray, path: Path, layout: str, num_channels: i
         return pixels
     if layout == "HWC":
         return pixels.transpose(2, 0, 1)
+    # Crops are square: where just one reading makes them so, that is the one.
+    if pixels.shape[0] <= MOST_CHANNELS and pixels.shape[1] == pixels.shape[2] != pixels.shape[0]:
+        return pixels
     if pixels.shape[2] <= MOST_CHANNELS:
         return pixels.transpose(2, 0, 1)
     if pixels.shape[0] <= MOST_CHANNELS:

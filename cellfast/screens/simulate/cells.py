@@ -12,7 +12,6 @@ from cellfast.screens.simulate.phenotypes import BASELINE, INDEX
 DNA, TUBULIN, ACTIN = 0, 1, 2
 STATES = ("interphase", "mitotic", "monopolar", "apoptotic", "fragmented", "binucleate")
 INTERPHASE, MITOTIC, MONOPOLAR, APOPTOTIC, FRAGMENTED, BINUCLEATE = range(len(STATES))
-_NUM_ANGLES = 512
 
 
 @dataclass
@@ -63,15 +62,18 @@ class NoiseBank:
     def __init__(self, scale: float, seed: np.random.SeedSequence, size: int = 1024) -> None:
         rng = np.random.default_rng(seed)
         self.size = size
-        self._tiles = []
+        self._tiles: list[np.ndarray] = []
         for sigma in (1.3 * scale, 3.6 * scale, 9.0 * scale):
             tile = ndimage.gaussian_filter(rng.standard_normal((size, size), dtype=np.float32), max(sigma, 0.6), mode="wrap")
-            self._tiles.append(tile / tile.std())
+            # Twice in both directions: a cut from anywhere is a view, without copying.
+            self._tiles.append(np.tile(tile / tile.std(), (2, 2)))
 
     def cut(self, grain: int, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         """A float32 array of ``shape`` from tile ``grain`` (0 fine, 1 coarse, 2 broad), wrapped round at the edges."""
-        offset = rng.integers(0, self.size, 2)
-        rows, columns = ((np.arange(n) + o) % self.size for n, o in zip(shape, offset))
+        top, left = (int(offset) for offset in rng.integers(0, self.size, 2))
+        if max(shape) <= self.size:
+            return self._tiles[grain][top : top + shape[0], left : left + shape[1]]
+        rows, columns = ((np.arange(length) + offset) % self.size for length, offset in zip(shape, (top, left)))
         return self._tiles[grain][rows[:, None], columns]
 
 
@@ -83,18 +85,22 @@ def _outlines(
     corners: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Radius by angle, float32 [N, 512]: an ellipse with smooth waves (harmonics 2 to 6) and pointed corners."""
-    theta = np.linspace(-np.pi, np.pi, _NUM_ANGLES, endpoint=False)
+    """Radius by angle, float32 [N, A]: an ellipse with smooth waves (harmonics 2 to 6) and pointed corners."""
+    # One angle per px of a typical circumference.
+    num_angles = 256 if len(radius) == 0 or np.median(radius) < 40 else 1024
+    theta = np.linspace(-np.pi, np.pi, num_angles, endpoint=False, dtype=np.float32)
+    radius, elongation, angle, waves, corners = (a.astype(np.float32) for a in (radius, elongation, angle, waves, corners))
     turned = theta[None] - angle[:, None]
     stretch = elongation[:, None]
     shape = 1.0 / np.sqrt((np.cos(turned) / stretch) ** 2 + (np.sin(turned) * stretch) ** 2)
     count = len(radius)
     for harmonic in range(2, 7):
-        phase, size = rng.uniform(0, 2 * np.pi, count), rng.normal(0, 1, count)
+        phase, size = rng.uniform(0, 2 * np.pi, count).astype(np.float32), rng.standard_normal(count, dtype=np.float32)
         shape = shape * (1 + (waves * size)[:, None] / harmonic**0.5 * np.cos(harmonic * theta[None] + phase[:, None]))
     if np.any(corners > 0):
         for _ in range(5):
             place, height, width = rng.uniform(-np.pi, np.pi, count), rng.random(count) ** 1.5, rng.uniform(0.10, 0.30, count)
+            place, height, width = place.astype(np.float32), height.astype(np.float32), width.astype(np.float32)
             away = np.abs((theta[None] - place[:, None] + np.pi) % (2 * np.pi) - np.pi)
             shape = shape + (corners * height * 1.6)[:, None] * np.exp(-away / width[:, None])
         shape = shape / (1 + 0.45 * corners)[:, None]
@@ -106,7 +112,8 @@ def _relative_distance(outline: np.ndarray, half: int, dy: np.ndarray, dx: np.nd
     axis = np.arange(-half, half + 1, dtype=np.float32)
     yy = axis[None, :, None] - dy[:, None, None].astype(np.float32)
     xx = axis[None, None, :] - dx[:, None, None].astype(np.float32)
-    angle = ((np.arctan2(yy, xx) + np.float32(np.pi)) * np.float32(_NUM_ANGLES / (2 * np.pi))).astype(np.int32) % _NUM_ANGLES
+    num_angles = outline.shape[1]
+    angle = ((np.arctan2(yy, xx) + np.float32(np.pi)) * np.float32(num_angles / (2 * np.pi))).astype(np.int32) % num_angles
     border = np.take_along_axis(outline, angle.reshape(len(outline), -1), axis=1).reshape(angle.shape)
     return np.sqrt(yy * yy + xx * xx) / border
 
@@ -125,7 +132,7 @@ def _windows(cells: Cells, half: int, shape: tuple[int, int]) -> list[tuple[tupl
 
 @dataclass
 class Territory:
-    """Who owns each canvas pixel: label int32 [H, W] (−1: nobody), relative distance to the owner's border, distance to the edge in px."""
+    """Who owns each canvas pixel: label int32 [H, W] (−1: nobody), depth (1 at the owner's border), distance to its edge in px."""
 
     label: np.ndarray
     depth: np.ndarray
@@ -200,7 +207,7 @@ def draw_dna(cells: Cells, shape: tuple[int, int], noise: NoiseBank, rng: np.ran
 
 
 def _split_nuclei(distance: np.ndarray, cells: Cells, radius: np.ndarray, half: int, rng: np.random.Generator) -> None:
-    """Replace, in place, the distance [N, P, P] of cells with two nuclei, micronuclei or apoptotic bodies by that of several discs."""
+    """Replace the distance [N, P, P] of cells with two nuclei, micronuclei or apoptotic bodies by that of several discs, in place."""
     axis = np.arange(-half, half + 1, dtype=np.float32)
     for state, least, most, spread, low, high in ((BINUCLEATE, 2, 2, 0.62, 0.66, 0.76), (FRAGMENTED, 3, 6, 0.72, 0.26, 0.58),
                                                   (APOPTOTIC, 2, 5, 0.60, 0.30, 0.62)):  # fmt: skip
@@ -305,7 +312,7 @@ def trace_filaments(
 def draw_tubulin(
     cells: Cells, territory: Territory, nuclei: np.ndarray, noise: NoiseBank, rng: np.random.Generator
 ) -> np.ndarray:
-    """The tubulin channel, float32 [H, W]: microtubules from the centrosome, even tubulin, a perinuclear ring, spindles, aggresomes."""
+    """The tubulin channel, float32 [H, W]: microtubules, even tubulin, a perinuclear ring, spindles, aggresomes."""
     label, scale, count = territory.label, cells.scale, len(cells)
     radius, nucleus = cells.cell_radius, cells.nucleus_radius
     bundles = np.where(cells.rounded, 0.0, cells["bundling"])
@@ -317,11 +324,11 @@ def draw_tubulin(
     # Each bundle carries the microtubules that were not drawn singly.
     share = (1 / (1 - bundles))[owner] * np.exp(rng.normal(0, 0.35, total))
     around = rng.uniform(0, 2 * np.pi, total)
-    start = nucleus[owner] * np.where(cells.rounded[owner], 0.15, rng.uniform(0.85, 1.25, total))
+    start = nucleus[owner] * np.where(cells.rounded[owner], 0.15, rng.uniform(0.35, 1.25, total))
     y = cells.y[owner] + start * np.sin(around)
     x = cells.x[owner] + start * np.cos(around)
     angle = around + rng.normal(0, 1, total) * np.where(cells.rounded, 0.1, cells["spread"])[owner]
-    length = radius[owner] * np.where(cells.rounded[owner], 0.75, rng.uniform(0.35, 1.25, total))
+    length = radius[owner] * np.where(cells.rounded[owner], 0.75, rng.uniform(0.4, 1.3, total))
     curl = cells["curl"][owner] / np.sqrt(scale)
     filaments = trace_filaments(label, owner, y, x, angle, share, curl, length, rng, follow_border=True)
     filaments = ndimage.gaussian_filter(filaments, 0.5 * max(scale, 0.5) + 0.2, truncate=3)
@@ -338,7 +345,7 @@ def draw_tubulin(
     halo = ndimage.gaussian_filter(nuclei, 3.0 * scale, truncate=2.5)
     ring = per_pixel(np.where(cells.rounded, 0.0, cells["perinuclear"])) * halo * (1 - nuclei) * 2.0 * border
     channel = 0.55 * filaments * np.float32(1 / np.sqrt(scale)) + 0.9 * diffuse + 0.55 * ring
-    channel *= 1 - 0.35 * nuclei * per_pixel(np.where(cells.rounded, 0.0, 1.0))
+    channel *= 1 - 0.22 * nuclei * per_pixel(np.where(cells.rounded, 0.0, 1.0))
     channel *= per_pixel(cells["tubulin"] * np.where(cells.rounded, 1.9, 1.0))
     spot = np.where(cells.rounded, 0.0, cells["aggresome"])
     where = rng.uniform(0, 2 * np.pi, count)

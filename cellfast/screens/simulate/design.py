@@ -34,7 +34,7 @@ class SimulationConfig:
         controls: DMSO wells per plate (1 to 12).
         moas: names of mechanisms of action (``MOA_NAMES``). compounds_per_moa: at least 2. doses: concentrations per compound.
         cells_per_field: mean number of cells in a field of an untreated well.
-        field_size: (height, width) in px. scale: size of a cell relative to BBBC021's 20× images (nucleus about 34·scale px across).
+        field_size: (height, width) in px. scale: size of cells relative to BBBC021's images (nucleus about 34·scale px across).
         strength: factor on all treatment effects; 0 makes every treatment inactive.
         seed: same seed and options, same bytes. compression: ``none`` or ``lzw``.
     """
@@ -57,7 +57,8 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("plates", 1, 5000), ("weeks", 1, 30), ("replicates", 2, 100), ("sites", 1, 100), ("wells", 2, 60), ("controls", 1, len(CONTROL_WELLS)),
+            ("plates", 1, 5000), ("weeks", 1, 30), ("replicates", 2, 100), ("sites", 1, 100), ("wells", 2, 60),
+            ("controls", 1, len(CONTROL_WELLS)),
             ("compounds_per_moa", 2, 200), ("doses", 1, 12), ("seed", 0, 2**63 - 1),
         ):  # fmt: skip
             try:
@@ -81,14 +82,15 @@ class SimulationConfig:
             raise CellfastError(f"MoAs must be given once each, got {', '.join(self.moas)}")
         if self.plates < self.weeks * self.replicates:
             raise CellfastError(
-                f"{self.plates} plates over {self.weeks} weeks leave fewer than the {self.replicates} plates a week that {self.replicates} replicates "
-                f"of a treatment need: give at least {self.weeks * self.replicates} plates, or fewer weeks"
+                f"{self.plates} plates over {self.weeks} weeks leave fewer than the {self.replicates} plates a week that {self.replicates} "
+                f"replicates of a treatment need: give at least {self.weeks * self.replicates} plates, or fewer weeks"
             )
         # Nuclei are placed at least 1.85 radii apart: beyond about 45 % of the closest packing there is no room for more.
         room = 0.45 * height * width / (1.85 * BASELINE[INDEX["nucleus_size"]] * self.scale) ** 2
         if self.cells_per_field > room:
             raise CellfastError(
-                f"{self.cells_per_field:g} cells do not fit a field of {height} × {width} px at scale {self.scale:g} (at most {room:.0f}): "
+                f"{self.cells_per_field:g} cells do not fit a field of {height} × {width} px at scale {self.scale:g} "
+                f"(at most {room:.0f}): "
                 "give fewer cells, larger fields or a smaller scale"
             )
 
@@ -104,13 +106,14 @@ class SimulationConfig:
 
 PRESETS: dict[str, SimulationConfig] = {
     "small": SimulationConfig(
-        plates=4, weeks=2, sites=1, controls=4, moas=("Actin disruptors", "DNA damage", "Eg5 inhibitors", "Microtubule destabilizers"),
+        plates=4, weeks=2, sites=1, controls=4,
+        moas=("Actin disruptors", "DNA damage", "Eg5 inhibitors", "Microtubule destabilizers"),
         compounds_per_moa=2, doses=1, cells_per_field=18.0, field_size=(256, 256), scale=0.6,
     ),
     "demo": SimulationConfig(
         plates=6, weeks=3, sites=2, controls=12,
         moas=("Actin disruptors", "DNA damage", "DNA replication", "Epithelial", "Microtubule stabilizers", "Protein synthesis"),
-        compounds_per_moa=3, doses=2, cells_per_field=38.0, field_size=(320, 400), scale=0.6,
+        compounds_per_moa=3, doses=2, cells_per_field=38.0, field_size=(288, 360), scale=0.6,
     ),
     "bbbc021": SimulationConfig(plates=55, weeks=10, replicates=3, sites=4, compounds_per_moa=3, doses=3, cells_per_field=110.0),
 }  # fmt: skip
@@ -118,7 +121,7 @@ PRESETS: dict[str, SimulationConfig] = {
 
 @dataclass(frozen=True)
 class Treatment:
-    """One compound at one concentration and what it does; the control has the compound ``DMSO``, concentration 0 and MoA ``DMSO``."""
+    """One compound at one concentration and what it does; the control has the compound and MoA ``DMSO`` and concentration 0."""
 
     compound: str
     concentration_um: float
@@ -129,7 +132,7 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Plate:
-    """One plate: its name ``WeekN_PPPPP``, week (from 0), position in the screen, and the treatment and replicate number of each used well."""
+    """One plate: name ``WeekN_PPPPP``, week (from 0), position in the screen, treatment and replicate number of each used well."""
 
     name: str
     week: int
@@ -144,7 +147,7 @@ def well_position(well: str) -> int:
 
 
 def make_treatments(config: SimulationConfig) -> list[Treatment]:
-    """All treatments of the screen. The compounds of a MoA are spread over the weeks; all doses of a compound are tested in one week."""
+    """All treatments of the screen: a MoA's compounds are spread over the weeks, a compound's doses are all in one week."""
     treatments = []
     for moa_position, moa in enumerate(config.moas):
         for number in range(config.compounds_per_moa):
@@ -178,12 +181,13 @@ def design_screen(config: SimulationConfig) -> list[Plate]:
     for week in range(config.weeks):
         mine = [treatment for treatment in treatments if treatment.week == week]
         count = config.plates // config.weeks + (week < config.plates % config.weeks)
-        # Plates of a week form groups with one layout each, as BBBC021's replicate plates do; plates left over join the last group.
+        # Plates of a week form groups with the same treatments, as BBBC021's replicate plates do; plates left over join the last.
         groups = max(1, count // config.replicates)
         if len(mine) > groups * len(free):
             raise CellfastError(
-                f"Week{week + 1} has {len(mine)} treatments ({config.replicates} replicates each) but {groups * len(free)} wells for them "
-                f"({count} plates in {groups} group(s) of replicates, {len(free)} wells a plate beside {config.controls} controls): "
+                f"Week{week + 1} has {len(mine)} treatments ({config.replicates} replicates each) but {groups * len(free)} wells "
+                f"for them ({count} plates in {groups} group(s) of replicates, {len(free)} wells a plate beside "
+                f"{config.controls} controls): "
                 "give more plates or wells, or fewer MoAs, compounds or doses"
             )
         rng = np.random.default_rng(config.stream(STREAM_NAMES, week))

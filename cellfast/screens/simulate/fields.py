@@ -10,7 +10,7 @@ from scipy import ndimage
 from cellfast.screens.simulate.cells import ACTIN, DNA, TUBULIN, Cells, NoiseBank, draw_cells, draw_states
 from cellfast.screens.simulate.phenotypes import BASELINE, INDEX, NAMES, TreatmentEffect, draw_phenotypes
 
-# Measured on BBBC021 fields and crops: camera values of empty field, of a typical cell above it, and noise there (DAPI, tubulin, actin).
+# Measured on BBBC021 (DAPI, tubulin, actin): camera values of empty field, of a typical cell above it, and the noise there.
 BACKGROUND = np.array([760.0, 980.0, 880.0])
 BRIGHTNESS = np.array([3400.0, 3300.0, 3900.0])
 READ_NOISE = 44.0
@@ -20,7 +20,7 @@ CAMERA_MAX = 4095 * CAMERA_STEP
 
 @dataclass(frozen=True)
 class Optics:
-    """How a plate was imaged, per channel [3]: gain, background, focus blur in px at scale 1, illumination centre and falloff, noise."""
+    """How a plate was imaged, per channel [3]: gain, background, blur in px at scale 1, illumination centre and falloff."""
 
     gain: np.ndarray
     background: np.ndarray
@@ -63,7 +63,7 @@ class FieldTruth:
 def place_cells(
     count: int, shape: tuple[int, int], spacing: float, reach: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Up to ``count`` centres at least ``spacing`` px apart; a third of them beside an earlier one, about ``reach`` px away, so that cells touch."""
+    """Up to ``count`` centres at least ``spacing`` px apart; a third about ``reach`` px from an earlier one, so that cells touch."""
     height, width = shape
     y, x = np.empty(count), np.empty(count)
     placed = 0
@@ -162,7 +162,7 @@ def _expose(
     margin: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Optics and camera: blur, haze, illumination, background, shot and read noise, 12 bits; uint16 [3, H, W] without the margin."""
+    """Blur, haze, illumination, background, shot and read noise, 12 bits; uint16 [3, H, W] without the margin."""
     height, width = drawn.shape[1] - 2 * margin, drawn.shape[2] - 2 * margin
     inner = (slice(margin, margin + height), slice(margin, margin + width))
     rows = np.linspace(-1, 1, height, dtype=np.float32)[:, None]

@@ -84,51 +84,57 @@ for _name, _bound in {
 # Effects of a complete response. `density` is the number of cells in the well, as log; the rest are parameters above.
 MOA_EFFECTS: dict[str, dict[str, float]] = {
     "Actin disruptors": {
-        "cell_size": -0.28, "protrusion": 0.30, "cell_irregularity": 0.08, "fibres": -1.6, "puncta": 2.4, "cortex": -0.7, "ruffles": 0.4,
-        "binucleate": 0.22, "nucleus_elongation": -0.06, "spread": 0.25, "density": -0.35,
+        "cell_size": -0.28, "protrusion": 0.30, "cell_irregularity": 0.08, "fibres": -1.6, "puncta": 2.4,
+        "cortex": -0.7, "ruffles": 0.4, "binucleate": 0.22, "nucleus_elongation": -0.06, "spread": 0.25,
+        "density": -0.35,
     },
     "Aurora kinase inhibitors": {
-        "nucleus_size": 0.26, "nucleus_lobes": 0.15, "cell_size": 0.26, "chromatin_coarse": 0.10, "binucleate": 0.20, "fragmented": 0.08,
-        "mitotic": -0.03, "filaments": 0.2, "density": -0.45,
+        "nucleus_size": 0.26, "nucleus_lobes": 0.15, "cell_size": 0.26, "chromatin_coarse": 0.10, "binucleate": 0.20,
+        "fragmented": 0.08, "mitotic": -0.03, "filaments": 0.2, "density": -0.45,
     },
     "Cholesterol-lowering": {
-        "cell_elongation": 0.38, "cell_size": -0.24, "protrusion": 0.42, "fibres": -0.5, "perinuclear": 0.5, "tubulin_diffuse": 0.25,
-        "nucleus_size": -0.10, "apoptotic": 0.04, "spread": -0.3, "density": -0.35,
+        "cell_elongation": 0.38, "cell_size": -0.24, "protrusion": 0.42, "fibres": -0.5, "perinuclear": 0.5,
+        "tubulin_diffuse": 0.25, "nucleus_size": -0.10, "apoptotic": 0.04, "spread": -0.3, "density": -0.35,
     },
     "DNA damage": {
-        "nucleus_size": 0.22, "nucleus_elongation": 0.05, "chromatin_fine": -0.06, "chromatin_coarse": -0.06, "nucleoli": 0.30, "cell_size": 0.20,
-        "fibres": 0.7, "perinuclear": 0.15, "mitotic": -0.03, "density": -0.30,
+        "nucleus_size": 0.22, "nucleus_elongation": 0.05, "chromatin_fine": -0.06, "chromatin_coarse": -0.06,
+        "nucleoli": 0.30, "cell_size": 0.20, "fibres": 0.7, "perinuclear": 0.15, "mitotic": -0.03, "density": -0.30,
     },
     "DNA replication": {
-        "nucleus_size": 0.14, "chromatin_fine": 0.13, "chromatin_coarse": 0.14, "nucleoli": -0.18, "nucleus_lobes": 0.04, "cell_elongation": 0.10,
-        "curl": 0.25, "apoptotic": 0.03, "mitotic": -0.02, "density": -0.40,
+        "nucleus_size": 0.14, "chromatin_fine": 0.13, "chromatin_coarse": 0.14, "nucleoli": -0.18,
+        "nucleus_lobes": 0.04, "cell_elongation": 0.10, "curl": 0.25, "apoptotic": 0.03, "mitotic": -0.02,
+        "density": -0.40,
     },
     "Eg5 inhibitors": {
-        "monopolar": 0.52, "mitotic": 0.02, "apoptotic": 0.07, "fragmented": 0.05, "cell_size": -0.08, "fibres": -0.3, "density": -0.40,
+        "monopolar": 0.52, "mitotic": 0.02, "apoptotic": 0.07, "fragmented": 0.05, "cell_size": -0.08, "fibres": -0.3,
+        "density": -0.40,
     },
     "Epithelial": {
-        "cortex": 0.65, "ruffles": -0.25, "protrusion": -0.18, "cell_irregularity": -0.04, "cell_elongation": -0.14, "fibres": -0.8, "cell_size": 0.08,
-        "curl": 0.35, "perinuclear": -0.2, "density": 0.05,
+        "cortex": 0.65, "ruffles": -0.25, "protrusion": -0.18, "cell_irregularity": -0.04, "cell_elongation": -0.14,
+        "fibres": -0.8, "cell_size": 0.08, "curl": 0.35, "perinuclear": -0.2, "density": 0.05,
     },
     "Kinase inhibitors": {
-        "cell_elongation": 0.20, "fibres": 0.5, "cortex": -0.35, "puncta": 1.0, "nucleus_elongation": 0.12, "filaments": -0.25, "bundling": 0.12,
-        "ruffles": 0.25, "density": -0.15,
+        "cell_elongation": 0.20, "fibres": 0.5, "cortex": -0.35, "puncta": 1.0, "nucleus_elongation": 0.12,
+        "filaments": -0.25, "bundling": 0.12, "ruffles": 0.25, "density": -0.15,
     },
     "Microtubule destabilizers": {
-        "filaments": -2.2, "tubulin_diffuse": 0.75, "perinuclear": -0.25, "curl": 1.0, "cell_size": -0.10, "fragmented": 0.32, "mitotic": 0.09,
-        "nucleus_lobes": 0.08, "fibres": 0.45, "cell_elongation": -0.10, "apoptotic": 0.03, "density": -0.35,
+        "filaments": -2.2, "tubulin_diffuse": 0.75, "perinuclear": -0.25, "curl": 1.0, "cell_size": -0.10,
+        "fragmented": 0.32, "mitotic": 0.09, "nucleus_lobes": 0.08, "fibres": 0.45, "cell_elongation": -0.10,
+        "apoptotic": 0.03, "density": -0.35,
     },
     "Microtubule stabilizers": {
-        "bundling": 0.55, "filaments": 0.15, "curl": -0.9, "spread": 0.65, "tubulin_diffuse": -0.20, "perinuclear": -0.15, "fragmented": 0.34,
-        "mitotic": 0.08, "nucleus_lobes": 0.06, "apoptotic": 0.03, "density": -0.35,
+        "bundling": 0.55, "filaments": 0.15, "curl": -0.9, "spread": 0.65, "tubulin_diffuse": -0.20,
+        "perinuclear": -0.15, "fragmented": 0.34, "mitotic": 0.08, "nucleus_lobes": 0.06, "apoptotic": 0.03,
+        "density": -0.35,
     },
     "Protein degradation": {
-        "aggresome": 1.1, "perinuclear": 0.40, "cell_size": -0.20, "cell_elongation": 0.16, "nucleus_size": -0.05, "nucleus_lobes": 0.05,
-        "chromatin_coarse": 0.06, "protrusion": 0.15, "apoptotic": 0.06, "density": -0.40,
+        "aggresome": 1.1, "perinuclear": 0.40, "cell_size": -0.20, "cell_elongation": 0.16, "nucleus_size": -0.05,
+        "nucleus_lobes": 0.05, "chromatin_coarse": 0.06, "protrusion": 0.15, "apoptotic": 0.06, "density": -0.40,
     },
     "Protein synthesis": {
-        "nucleoli": -0.28, "nucleus_size": -0.14, "cell_size": -0.16, "filaments": -0.45, "chromatin_fine": -0.05, "chromatin_coarse": -0.05,
-        "cortex": -0.3, "puncta": -0.7, "perinuclear": 0.2, "tubulin_diffuse": 0.2, "density": -0.30,
+        "nucleoli": -0.28, "nucleus_size": -0.14, "cell_size": -0.16, "filaments": -0.45, "chromatin_fine": -0.05,
+        "chromatin_coarse": -0.05, "cortex": -0.3, "puncta": -0.7, "perinuclear": 0.2, "tubulin_diffuse": 0.2,
+        "density": -0.30,
     },
 }  # fmt: skip
 MOA_NAMES: tuple[str, ...] = tuple(MOA_EFFECTS)
@@ -148,7 +154,7 @@ NO_EFFECT = TreatmentEffect(np.zeros(len(NAMES)), 0.0, 0.0, 0.0)
 
 
 def compound_effects(moa: str, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-    """The effects [K] of one compound of ``moa`` and its effect on cell density (log): the MoA's, changed a little by the compound."""
+    """The effects [K] of one compound of ``moa`` and on cell density (log): the MoA's, changed a little by the compound."""
     effects = np.zeros(len(NAMES))
     scale = np.exp(rng.normal(0.0, 0.22, len(NAMES)))
     # Off-target effects: small shifts in parameters that the MoA leaves alone, in units of the variation between cells.
@@ -167,8 +173,8 @@ def draw_phenotypes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Parameters of ``num_cells`` cells of a treated well: (values float64 [N, K], response float64 [N]).
 
-    A well is a mixture: each cell responds with probability ``responder_fraction``; a responder's response is the strength times a
-    log-normal factor, a non-responder's is a twentieth of the strength. ``well_shift`` [K] moves all cells (in units of variation).
+    A well is a mixture: each cell responds with probability ``responder_fraction``; a responder's response is the strength times
+    a log-normal factor, a non-responder's a twentieth of the strength. ``well_shift`` [K], in units of variation, moves all cells.
     """
     responds = rng.random(num_cells) < treatment.responder_fraction
     factor = np.exp(rng.normal(0.0, 0.25, num_cells))

@@ -38,15 +38,15 @@ from cellfast.screens.simulate.fields import FieldTruth, Optics, draw_field, dra
 from cellfast.screens.simulate.phenotypes import NAMES
 
 IMAGE_COLUMNS = (
-    "TableNumber", "ImageNumber", "Image_FileName_DAPI", "Image_PathName_DAPI", "Image_FileName_Tubulin", "Image_PathName_Tubulin",
-    "Image_FileName_Actin", "Image_PathName_Actin", "Image_Metadata_Plate_DAPI", "Image_Metadata_Well_DAPI", "Replicate",
-    "Image_Metadata_Compound", "Image_Metadata_Concentration",
+    "TableNumber", "ImageNumber", "Image_FileName_DAPI", "Image_PathName_DAPI", "Image_FileName_Tubulin",
+    "Image_PathName_Tubulin", "Image_FileName_Actin", "Image_PathName_Actin", "Image_Metadata_Plate_DAPI",
+    "Image_Metadata_Well_DAPI", "Replicate", "Image_Metadata_Compound", "Image_Metadata_Concentration",
 )  # fmt: skip
 CELL_COLUMNS = ("Plate", "Well", "Site", "ObjectNumber", "Center_X", "Center_Y", "State", "Responds", "Response")
 LOCATION_COLUMNS = ("ObjectNumber", "Nuclei_Location_Center_X", "Nuclei_Location_Center_Y")
 WAVELENGTHS = ("w1", "w2", "w4")  # DAPI, tubulin, actin, as in BBBC021's file names
 FORMAT = "cellfast simulation 1"
-# image.csv is put in place last: where it stands the screen is complete. simulation.json comes first: it marks the rest as replaceable.
+# image.csv is put in place last: where it stands the screen is complete. simulation.json is first: it marks the rest as ours.
 _PRODUCTS = ("simulation.json", "images", "locations", "cells.csv", "moa.csv", "image.csv")
 
 
@@ -149,7 +149,7 @@ def _write_table(path: Path, columns: tuple[str, ...], rows: Iterator[tuple[obje
 
 
 def _prepare(out: Path, force: bool) -> Path:
-    """Check that ``out`` can take the screen, without changing what it holds; returns a new empty folder inside it for the work."""
+    """Check that ``out`` can take the screen, changing nothing in it; returns a new empty folder inside it for the work."""
     if out.exists() and not out.is_dir():
         raise CellfastError(f"{out} is a file: give a folder for the simulated screen")
     # Hidden partial folders of a killed run hold nothing of the user's.
@@ -162,7 +162,8 @@ def _prepare(out: Path, force: bool) -> Path:
     taken = [name for name in present if name in _PRODUCTS]
     if taken and not _is_simulation(out):
         raise CellfastError(
-            f"{out} holds {', '.join(taken)} but no simulation.json of cellfast: --force replaces only what cellfast simulated; give another folder"
+            f"{out} holds {', '.join(taken)} but no simulation.json of cellfast: --force replaces only what cellfast simulated; "
+            "give another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     for stale in out.iterdir():
@@ -208,13 +209,14 @@ def simulate_screen(
 ) -> SimulationSummary:
     """Simulate a screen and write it to the folder ``out`` in BBBC021's layout; same config, same bytes, whatever ``workers`` is.
 
-    Writes ``images/WeekN/WeekN_PPPPP/*.tif``, ``image.csv``, ``moa.csv``, ``locations/<Plate>/<Well>-<Site>-Nuclei.csv`` (centres in px, 0 is the
-    middle of the first pixel), ``cells.csv`` (state and response of each cell) and ``simulation.json`` (options, version, truth per treatment).
+    Writes ``images/WeekN/WeekN_PPPPP/*.tif``, ``image.csv``, ``moa.csv``, ``locations/<Plate>/<Well>-<Site>-Nuclei.csv`` (centres in
+    px, 0 is the middle of the first pixel), ``cells.csv`` (state and response of each cell) and ``simulation.json`` (options, version,
+    truth per treatment).
     Everything is written to a hidden folder inside ``out`` and moved into place at the end, ``image.csv`` last.
 
     Args:
-        workers: processes; None means one per available core. More than one starts fresh interpreters: a script that calls this must guard
-            its main part with ``if __name__ == "__main__":``.
+        workers: processes; None means one per available core. More than one starts fresh interpreters: a script that calls this must
+            guard its main part with ``if __name__ == "__main__":``.
         force: replace an earlier simulated screen in ``out`` (nothing else is ever replaced).
 
     Raises:
@@ -279,7 +281,8 @@ def _run(tasks: list[_WellTask], workers: int) -> Iterator[tuple[_WellTask, list
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise CellfastError(
-                "a worker process of the simulation ended abruptly (out of memory, or a script without `if __name__ == '__main__':`): "
+                "a worker process of the simulation ended abruptly (out of memory, or a script without "
+                "`if __name__ == '__main__':`): "
                 "try fewer workers, or workers=1"
             ) from None
         except BaseException:

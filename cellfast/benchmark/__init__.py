@@ -1,0 +1,56 @@
+"""What can be measured: one function per subject, each returning a JSON-able dict; agreement is checked before anything is timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing that ``cellfast benchmark`` measures: ``module:function`` called with ``full`` or ``quick`` arguments."""
+
+    help: str
+    function: str
+    full: dict[str, Any] = field(default_factory=dict)
+    quick: dict[str, Any] = field(default_factory=dict)
+
+
+SUBJECTS: dict[str, Subject] = {
+    "ntxent": Subject(
+        "NT-Xent beside plain PyTorch: forward + backward, peak memory.",
+        "cellfast.benchmark.ntxent:measure_ntxent",
+        full={"sizes": ((512, 128), (2048, 128), (8192, 128)), "repeats": 5},
+        quick={"sizes": ((512, 128), (1024, 128)), "repeats": 3},
+    ),
+    "loader": Subject(
+        "Minibatches from memory maps and through DALI beside a plain copy.",
+        "cellfast.benchmark.loader:measure_loader",
+        full={"screen": None},
+        quick={"screen": None, "num_cells": 4000, "repeats": 2},
+    ),
+    "augment": Subject(
+        "Two views per cell beside the explicit Kornia chain.",
+        "cellfast.benchmark.augment:measure_augment",
+        quick={"batch_size": 128, "repeats": 2},
+    ),
+    "train": Subject(
+        "A training step fed by loader and augmentation beside the bare encoder's forward and backward.",
+        "cellfast.benchmark.train:measure_train",
+        full={"repeats": 5},
+        quick={"batch_size": 64, "repeats": 2},
+    ),
+    "evaluate": Subject(
+        "Aggregation and nearest neighbours beside torch, pandas and scikit-learn.",
+        "cellfast.benchmark.evaluate:measure_evaluate",
+        quick={"num_cells": 100_000, "num_treatments": 5_000, "num_large": 10_000, "num_plain_cells": 2_000, "repeats": 1},
+    ),
+}
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, thread count and source commit, as every result carries them."""
+    from cellfast.system import system_report
+    from cellfast.training.loop import source_commit
+
+    return {"system": system_report(), "commit": source_commit()}

@@ -1,0 +1,262 @@
+"""Training and embedding: resuming is bit-identical, processes agree, model files carry what embedding needs, mistakes are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cellfast.cli import cellfast
+from cellfast.errors import CellfastError
+from cellfast.model_file import load_model
+from cellfast.screens import PlateWriter, Screen
+from cellfast.screens.crop_writer import plate_file_name
+from cellfast.screens.schema import METADATA_COLUMNS
+from cellfast.training.config import TrainConfig, resolve_config
+from cellfast.training.loop import train
+from cellfast.training.validation import retrieval
+
+SIZE, CHANNELS = 24, ("DNA", "Tubulin", "Actin")
+SMALL = {
+    "encoder": "cnn4",
+    "batch_size": 16,
+    "output_size": 16,
+    "projection_dim": 8,
+    "device": "cpu",
+    "validation_cells": 16,
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    return make_screen(tmp_path_factory.mktemp("screen"))
+
+
+def make_screen(folder, channels=CHANNELS):
+    rng = np.random.default_rng(0)
+    for plate in ("Week1_1", "Week2_1"):
+        path = folder / "plates" / plate_file_name(plate)
+        with PlateWriter(
+            path, plate=plate, batch=plate[:5], channel_names=channels, crop_size=SIZE, dtype=np.uint16, capacity=48, border="pad"
+        ) as writer:
+            for number in range(6):
+                n = 8
+                crops = rng.normal(1000 + 200 * (number // 2), 100, (n, len(channels), SIZE, SIZE)).clip(0).astype(np.uint16)
+                writer.append_field(
+                    crops,
+                    well=f"B{number + 1:02d}",
+                    site=1,
+                    compound=("DMSO", "a", "b")[number // 2],
+                    concentration=float(number // 2),
+                    moa=("DMSO", "A", "B")[number // 2],
+                    object_number=np.arange(n),
+                    center_y=np.zeros(n),
+                    center_x=np.zeros(n),
+                    padded=np.zeros(n, bool),
+                )
+    return folder
+
+
+def go(screen, run, *, resume=False, force=False, **values):
+    return train(screen, run, TrainConfig(**{**SMALL, **values}), resume=resume, force=force, say=lambda text: None)
+
+
+def weights(run):
+    return load_model(run).model.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_a_resumed_run_equals_one_that_never_stopped(screen, tmp_path, optimizer, monkeypatch):
+    values = {"steps": 8, "optimizer": optimizer, "lr": 0.01, "checkpoint_every": 3}
+    go(screen, tmp_path / "straight", **values)
+    from cellfast.training.loop import _Training
+
+    # Stopped in the middle of an epoch, after the checkpoint of step 3 and some steps more.
+    original, calls = _Training._save, []
+
+    def save(self, step):
+        original(self, step)
+        calls.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Training, "_save", save)
+    with pytest.raises(KeyboardInterrupt):
+        go(screen, tmp_path / "stopped", **values)
+    monkeypatch.setattr(_Training, "_save", original)
+    result = go(screen, tmp_path / "stopped", resume=True, **values)
+    assert result.steps == 8
+    one, two = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_another(screen, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        go(screen, tmp_path / name, steps=3, seed=seed)
+    a, b, c = (load_model(tmp_path / name).digest for name in "abc")
+    assert a == b != c
+
+
+def test_no_steps_writes_a_random_model(screen, tmp_path):
+    result = go(screen, tmp_path / "run", steps=0)
+    loaded = load_model(result.model)
+    assert loaded.metadata.step == 0
+    assert loaded.channel_names == list(CHANNELS)
+    assert (loaded.crop_size, loaded.output_size, loaded.metadata.bits) == (SIZE, 16, 16)
+
+
+@pytest.mark.parametrize("batch_norm", ["joint", "per-view"])
+def test_a_resnet_trains_in_bfloat16_with_either_batch_norm(screen, tmp_path, batch_norm):
+    result = go(screen, tmp_path / "run", steps=2, encoder="resnet18", amp=True, batch_norm=batch_norm, output_size=24)
+    assert np.isfinite(result.loss)
+    assert np.isfinite(result.validation["validation_loss"])
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(screen, tmp_path):
+    with pytest.raises(CellfastError, match=r"loss is nan at step .*smaller --lr"):
+        go(screen, tmp_path / "run", steps=20, lr=1e30, warmup=0.0, optimizer="adam")
+
+
+def test_a_run_in_the_way_is_not_overwritten(screen, tmp_path):
+    go(screen, tmp_path / "run", steps=0)
+    with pytest.raises(CellfastError, match="--resume continues it, --force discards it"):
+        go(screen, tmp_path / "run", steps=0)
+    go(screen, tmp_path / "run", steps=0, force=True)
+
+
+def test_mistakes_are_told(screen, tmp_path):
+    with pytest.raises(CellfastError, match="fewer than one minibatch of 4096"):
+        go(screen, tmp_path / "run", steps=1, batch_size=4096)
+    with pytest.raises(CellfastError, match="did you mean lr"):
+        resolve_config(overrides={"learning_rate": 1})
+    with pytest.raises(CellfastError, match="temperature: expected a number"):
+        TrainConfig(temperature="warm")
+    with pytest.raises(CellfastError, match="no plate 'Week3_1'"):
+        go(screen, tmp_path / "run", steps=1, plates=["Week3_1"])
+    if not torch.cuda.is_available():
+        with pytest.raises(CellfastError, match="device cuda was asked for"):
+            go(screen, tmp_path / "run", steps=1, device="cuda")
+
+
+def test_the_configuration_is_saved_and_repeats_the_run(screen, tmp_path):
+    go(screen, tmp_path / "a", steps=2, lr=0.005)
+    config = resolve_config(file=tmp_path / "a" / "config.yaml")
+    assert config.lr == 0.005
+    train(screen, tmp_path / "b", config, say=lambda text: None)
+    assert load_model(tmp_path / "a").digest == load_model(tmp_path / "b").digest
+
+
+def test_retrieval_counts_other_wells_only():
+    h = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.05], [0, 1.05]])
+    hit, chance, queries = retrieval(h, np.array([0, 0, 1, 1, 0, 1]), np.array([0, 0, 1, 1, 2, 3]))
+    assert (hit, queries) == (1.0, 6)
+    assert chance == pytest.approx(np.mean([1 / 4, 1 / 4, 1 / 4, 1 / 4, 2 / 5, 2 / 5]))
+
+
+@pytest.mark.parametrize("features", ["h", "z"])
+def test_embeddings_are_the_models_features_in_store_order(screen, tmp_path, features):
+    go(screen, tmp_path / "run", steps=1)
+    runner = CliRunner()
+    command = [
+        "embed",
+        str(screen),
+        "--model",
+        str(tmp_path / "run"),
+        "-o",
+        str(tmp_path / "e"),
+        "--features",
+        features,
+        "--batch-size",
+    ]
+    result = runner.invoke(cellfast, [*command, "7"])
+    assert result.exit_code == 0, result.output
+    opened, loaded = Screen.open(screen), load_model(tmp_path / "run")
+    from cellfast.augment import center_crop
+
+    for store in opened.plates:
+        table = pq.read_table(tmp_path / "e" / f"{store.plate}.parquet").to_pandas()
+        assert list(table.columns[:11]) == list(METADATA_COLUMNS)
+        x = center_crop(torch.from_numpy(np.array(store.crops())), loaded.low, loaded.high, 16)
+        with torch.no_grad():
+            expected = loaded.model(x)[0 if features == "h" else 1]
+        np.testing.assert_allclose(table.iloc[:, 11:].to_numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
+        assert table["Metadata_Well"].tolist() == store.metadata()["Metadata_Well"].tolist()
+        assert (table.dtypes.iloc[11:] == np.float32).all()
+    ledger = json.loads((tmp_path / "e" / "embeddings.json").read_text())
+    assert ledger["cells"] == ledger["rows"] == 96
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "e").glob("*.parquet")}
+    assert runner.invoke(cellfast, [*command, "96"]).exit_code == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "e").glob("*.parquet")} == before
+    go(screen, tmp_path / "other", steps=1, seed=5)
+    command[3] = str(tmp_path / "other")
+    refused = runner.invoke(cellfast, [*command, "96"])
+    assert isinstance(refused.exception, CellfastError)
+    assert "model was" in str(refused.exception)
+
+
+def test_a_screen_that_does_not_fit_the_model_is_refused(screen, tmp_path):
+    go(screen, tmp_path / "run", steps=0)
+    other = make_screen(tmp_path / "other", channels=("DNA", "Actin", "Tubulin"))
+    result = CliRunner().invoke(cellfast, ["embed", str(other), "--model", str(tmp_path / "run"), "-o", str(tmp_path / "e")])
+    assert isinstance(result.exception, CellfastError)
+    assert "the model has DNA, Tubulin, Actin, the screen has DNA, Actin, Tubulin" in str(result.exception)
+
+
+def test_model_files_with_code_in_them_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save({"format": "cellfast-model", "x": Evil()}, tmp_path / "model.pt")
+    with pytest.raises(CellfastError, match="need to run code"):
+        load_model(tmp_path / "model.pt")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_over_two_processes(screen, tmp_path):
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "cellfast",
+            "train",
+            str(screen),
+        ),
+        *(
+            "-o",
+            str(tmp_path / "run"),
+            "--encoder",
+            "cnn4",
+            "--batch-size",
+            "16",
+            "--steps",
+            "4",
+            "--output-size",
+            "16",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+        ),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 process(es)" in done.stdout
+    assert load_model(tmp_path / "run").metadata.step == 4
