@@ -65,7 +65,9 @@ def choose_cuda() -> tuple[str | None, str]:
     if home is not None and torch.version.cuda is None:
         home, reason = None, f"torch {torch.__version__} was built without CUDA"
     if home is None and wanted == "1":
-        sys.exit(f"CELLFAST_CUDA=1, but the CUDA part cannot be built: {reason}. Install the CUDA toolkit and set CUDA_HOME to its folder.")
+        sys.exit(
+            f"CELLFAST_CUDA=1, but the CUDA part cannot be built: {reason}. Install the CUDA toolkit and set CUDA_HOME to its folder."
+        )
     return home, reason
 
 
@@ -77,7 +79,9 @@ def architecture_flags(nvcc: Path) -> list[str]:
     chosen = [a for a in re.split(r"[;, ]+", asked) if a] if asked else [a for a in DEFAULT_ARCHITECTURES if a in known]
     unknown = [a for a in chosen if a.rstrip("af") not in known]
     if unknown or not chosen:
-        sys.exit(f"{nvcc} does not know the architectures {unknown or list(DEFAULT_ARCHITECTURES)}; it knows {sorted(known)}. Set CELLFAST_CUDA_ARCH.")
+        sys.exit(
+            f"{nvcc} does not know the architectures {unknown or list(DEFAULT_ARCHITECTURES)}; it knows {sorted(known)}. Set CELLFAST_CUDA_ARCH."
+        )
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
     return flags + [f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 

@@ -43,7 +43,16 @@ def demo_steps(out: Path, *, seed: int, amp: bool) -> list[Step]:
             "Cut the cells out of the fields into a crop store",
             (
                 *("ingest", "fields", str(images / "image.csv"), "--image-root", str(images / "images")),
-                *("--locations", str(images / "locations"), "--moa", str(images / "moa.csv"), "--crop-size", "56", "-o", str(screen)),
+                *(
+                    "--locations",
+                    str(images / "locations"),
+                    "--moa",
+                    str(images / "moa.csv"),
+                    "--crop-size",
+                    "56",
+                    "-o",
+                    str(screen),
+                ),
             ),
             screen / "ledger.json",
         ),
@@ -57,7 +66,9 @@ def demo_steps(out: Path, *, seed: int, amp: bool) -> list[Step]:
         steps += [
             Step(title, (*train, *options, "-o", str(run)), run / "model.pt"),
             Step(
-                "Embed every cell", ("embed", str(screen), "--model", str(run), "-o", str(embeddings)), embeddings / "embeddings.json"
+                "Embed every cell",
+                ("embed", str(screen), "--model", str(run), "-o", str(embeddings)),
+                embeddings / "embeddings.json",
             ),
             Step(
                 "Profile: well means, TVN on the DMSO wells, treatment medians",
@@ -100,7 +111,9 @@ def run_demo(out: Path, *, seed: int, fresh: bool, echo: Callable[[str], None]) 
         start = time.monotonic()
         code = subprocess.run([sys.executable, "-m", "cellfast", *step.arguments], env=os.environ.copy()).returncode
         if code != 0:
-            raise CellfastError(f"the demonstration stopped at step {number}: `{step.command}` ended with status {code} (its message is above)")
+            raise CellfastError(
+                f"the demonstration stopped at step {number}: `{step.command}` ended with status {code} (its message is above)"
+            )
         done[step.command] = str(step.result)
         write_json(memory, {"version": __version__, "done": done})
         echo(f"done in {time.monotonic() - start:.0f} s")

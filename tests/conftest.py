@@ -35,7 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reason = cuda_unavailable()
     for item in items:
         if "data" in item.keywords and data is None:
-            item.add_marker(pytest.mark.skip(reason="needs the real data: set CELLFAST_TEST_DATA to a folder with bbbc021/ in it"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs the real data: set CELLFAST_TEST_DATA to a folder with bbbc021/ in it")
+            )
         if "cuda" in item.keywords and reason:
             item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -36,7 +36,9 @@ def _load(name: str, unusable: str | None = None) -> Backend:
 
 _CPU = _load("_C")
 # libtorch_cuda is what _C_cuda links to; a CPU-only torch does not have it.
-_CUDA = _load("_C_cuda", None if torch.version.cuda else f"torch {torch.__version__} was built without CUDA") if _CPU.loaded else None
+_CUDA = (
+    _load("_C_cuda", None if torch.version.cuda else f"torch {torch.__version__} was built without CUDA") if _CPU.loaded else None
+)
 
 
 def backends() -> dict[str, Backend]:

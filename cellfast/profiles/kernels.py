@@ -240,53 +240,65 @@ def grouped_median(values, order, starts, first, last, tile, keys, value, cell, 
     return num_nan, num_inf
 
 
-@njit(**_ENTRY, fastmath=_FAST)
-def best_of_block(
-    similarity, row0, col0, mirror, offset, compound, batch, overlap, candidate, candidate_b, best, index, best_b, index_b, peak
-):
+@njit(**_INNER, fastmath=_FAST)
+def _num_above(row, offset, threshold):
+    count = np.float32(0)
+    for j in range(row.shape[0]):
+        count += np.float32(1) if row[j] - offset[j] > threshold else np.float32(0)
+    return count
+
+
+@njit(**_INNER)
+def _flag_above(row, offset, thresholds, flags):
+    for j in range(row.shape[0]):
+        flags[j] += np.float32(1) if row[j] - offset > thresholds[j] else np.float32(0)
+
+
+@njit(**_INNER)
+def _consider(s, q, c, pairs, best, index, best_b, index_b):
+    compound, batch, overlap, candidate, candidate_b = pairs
+    last = best.shape[1] - 1
+    if (s > best_b[q, last] or s > best[q, last]) and compound[q] != compound[c]:
+        if candidate[c]:
+            _offer(s, c, best[q], index[q])
+        if candidate_b[c] and not _same_batch(batch, q, c, overlap):
+            _offer(s, c, best_b[q], index_b[q])
+
+
+@njit(**_ENTRY)
+def best_of_block(similarity, row0, col0, mirror, offset, pairs, best, index, best_b, index_b, thresholds, flags):
     """Offer one block of similarities [rows, cols] of profiles row0…, col0… to the best lists of both rules.
 
-    A pair is allowed for NSC when its ``compound`` codes differ and the other profile is a ``candidate``; for NSCB when also
-    its batches differ and it is a ``candidate_b``: the ``batch`` words [n, words] share no bit (``overlap``) or first words are
-    not equal. ``offset`` [n] is subtracted from the candidate's similarity. ``best``/``index`` [n, k]: descending lists. With
-    ``mirror`` the block also serves as its transpose. ``peak`` [cols] is scratch. Maxima of rows and columns are taken first:
-    only those above a list's last entry are looked at one by one.
+    ``pairs`` is (compound, batch, overlap, candidate, candidate_b): a pair is allowed for NSC when its ``compound`` codes differ and
+    the other profile is a ``candidate``; for NSCB when also its batches differ and it is a ``candidate_b``: the ``batch`` words
+    [n, words] share no bit (``overlap``) or first words are not equal. ``offset`` [n] is subtracted from the candidate's
+    similarity. ``best``/``index`` [n, k]: descending lists. With ``mirror`` the block also serves as its transpose.
+    ``thresholds`` and ``flags`` [cols] are scratch. Whether anything is above a list's last entry is found first, by vectorised
+    counts over stretches of 64; only stretches with such entries are looked at one by one.
     """
     rows, cols = similarity.shape
     last = best.shape[1] - 1
     for i in range(rows):
         q = row0 + i
-        top = similarity[i, 0] - offset[col0]
-        for j in range(1, cols):
-            top = max(top, similarity[i, j] - offset[col0 + j])
-        if top > best_b[q, last] or top > best[q, last]:
-            for j in range(cols):
-                c = col0 + j
-                s = similarity[i, j] - offset[c]
-                if (s > best_b[q, last] or s > best[q, last]) and compound[q] != compound[c]:
-                    if candidate[c]:
-                        _offer(s, c, best[q], index[q])
-                    if candidate_b[c] and not _same_batch(batch, q, c, overlap):
-                        _offer(s, c, best_b[q], index_b[q])
+        for start in range(0, cols, 64):
+            threshold = min(best_b[q, last], best[q, last])
+            stop = min(start + 64, cols)
+            if _num_above(similarity[i, start:stop], offset[col0 + start : col0 + stop], threshold) > 0:
+                for j in range(start, stop):
+                    _consider(similarity[i, j] - offset[col0 + j], q, col0 + j, pairs, best, index, best_b, index_b)
     if not mirror:
         return
-    for j in range(cols):
-        peak[j] = -np.inf
-    for i in range(rows):
-        o = offset[row0 + i]
+    for start in range(0, rows, 64):
+        stop = min(start + 64, rows)
         for j in range(cols):
-            peak[j] = max(peak[j], similarity[i, j] - o)
-    for j in range(cols):
-        q = col0 + j
-        if peak[j] > best_b[q, last] or peak[j] > best[q, last]:
-            for i in range(rows):
-                c = row0 + i
-                s = similarity[i, j] - offset[c]
-                if (s > best_b[q, last] or s > best[q, last]) and compound[q] != compound[c]:
-                    if candidate[c]:
-                        _offer(s, c, best[q], index[q])
-                    if candidate_b[c] and not _same_batch(batch, q, c, overlap):
-                        _offer(s, c, best_b[q], index_b[q])
+            thresholds[j] = min(best_b[col0 + j, last], best[col0 + j, last])
+            flags[j] = 0
+        for i in range(start, stop):
+            _flag_above(similarity[i], offset[row0 + i], thresholds, flags)
+        for j in range(cols):
+            if flags[j] > 0:
+                for i in range(start, stop):
+                    _consider(similarity[i, j] - offset[row0 + i], col0 + j, row0 + i, pairs, best, index, best_b, index_b)
 
 
 @njit(**_INNER)
