@@ -209,6 +209,9 @@ def load_weights_only(path: Path) -> Any:
         raise
     except Exception as error:  # torch raises a dozen kinds for a file that is not its own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "weights_only" in first:
+            # torch's text recommends to run the code in the file.
+            first = "it is not a file of tensors, or it holds objects that only running code can make"
         raise CellfastError(
             f"{path} cannot be read as a weights file: {first[:200]}. Expected a file of tensors written by torch.save "
             "(files that need to run code to be read are refused)"

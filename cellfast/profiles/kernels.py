@@ -255,70 +255,58 @@ def _flag_above(row, offset, thresholds, flags):
 
 
 @njit(**_INNER)
-def _consider(s, q, c, pairs, best, index, best_b, index_b):
-    compound, batch, overlap, candidate, candidate_b = pairs
-    last = best.shape[1] - 1
-    if (s > best_b[q, last] or s > best[q, last]) and compound[q] != compound[c]:
-        if candidate[c]:
-            _offer(s, c, best[q], index[q])
-        if candidate_b[c] and not _same_batch(batch, q, c, overlap):
-            _offer(s, c, best_b[q], index_b[q])
+def _consider(s, q, c, pairs, best, index):
+    compound, batch, overlap, candidate = pairs
+    last = best.shape[2] - 1
+    if (s <= best[0, q, last] and s <= best[1, q, last]) or compound[q] == compound[c]:
+        return
+    same = batch[q, 0] == batch[c, 0]
+    if overlap:
+        same = False
+        for w in range(batch.shape[1]):
+            same |= (batch[q, w] & batch[c, w]) != 0
+    for rule in range(2):
+        if candidate[rule, c] and not (rule == 1 and same) and s > best[rule, q, last]:
+            p = last
+            while p > 0 and best[rule, q, p - 1] < s:
+                best[rule, q, p] = best[rule, q, p - 1]
+                index[rule, q, p] = index[rule, q, p - 1]
+                p -= 1
+            best[rule, q, p] = s
+            index[rule, q, p] = c
 
 
 @njit(**_ENTRY)
-def best_of_block(similarity, row0, col0, mirror, offset, pairs, best, index, best_b, index_b, thresholds, flags):
+def best_of_block(similarity, row0, col0, mirror, offset, pairs, best, index, thresholds, flags):
     """Offer one block of similarities [rows, cols] of profiles row0…, col0… to the best lists of both rules.
 
-    ``pairs`` is (compound, batch, overlap, candidate, candidate_b): a pair is allowed for NSC when its ``compound`` codes differ and
-    the other profile is a ``candidate``; for NSCB when also its batches differ and it is a ``candidate_b``: the ``batch`` words
-    [n, words] share no bit (``overlap``) or first words are not equal. ``offset`` [n] is subtracted from the candidate's
-    similarity. ``best``/``index`` [n, k]: descending lists. With ``mirror`` the block also serves as its transpose.
+    ``pairs`` is (compound, batch, overlap, candidate): a pair is allowed when its ``compound`` codes differ and the other profile is
+    a ``candidate`` [2, n] under the rule (0 NSC, 1 NSCB); for NSCB also its batches must differ: the ``batch`` words [n, words]
+    share no bit (``overlap``), or first words are not equal. ``offset`` [n] is subtracted from the candidate's similarity.
+    ``best``/``index`` [2, n, k]: descending lists. With ``mirror`` the block also serves as its transpose.
     ``thresholds`` and ``flags`` [cols] are scratch. Whether anything is above a list's last entry is found first, by vectorised
     counts over stretches of 64; only stretches with such entries are looked at one by one.
     """
     rows, cols = similarity.shape
-    last = best.shape[1] - 1
+    last = best.shape[2] - 1
     for i in range(rows):
         q = row0 + i
         for start in range(0, cols, 64):
-            threshold = min(best_b[q, last], best[q, last])
+            threshold = min(best[0, q, last], best[1, q, last])
             stop = min(start + 64, cols)
             if _num_above(similarity[i, start:stop], offset[col0 + start : col0 + stop], threshold) > 0:
                 for j in range(start, stop):
-                    _consider(similarity[i, j] - offset[col0 + j], q, col0 + j, pairs, best, index, best_b, index_b)
+                    _consider(similarity[i, j] - offset[col0 + j], q, col0 + j, pairs, best, index)
     if not mirror:
         return
     for start in range(0, rows, 64):
         stop = min(start + 64, rows)
         for j in range(cols):
-            thresholds[j] = min(best_b[col0 + j, last], best[col0 + j, last])
+            thresholds[j] = min(best[0, col0 + j, last], best[1, col0 + j, last])
             flags[j] = 0
         for i in range(start, stop):
             _flag_above(similarity[i], offset[row0 + i], thresholds, flags)
         for j in range(cols):
             if flags[j] > 0:
                 for i in range(start, stop):
-                    _consider(similarity[i, j] - offset[row0 + i], col0 + j, row0 + i, pairs, best, index, best_b, index_b)
-
-
-@njit(**_INNER)
-def _same_batch(batch, a, b, overlap):
-    if not overlap:
-        return batch[a, 0] == batch[b, 0]
-    for w in range(batch.shape[1]):
-        if batch[a, w] & batch[b, w]:
-            return True
-    return False
-
-
-@njit(**_INNER)
-def _offer(s, candidate, best, index):
-    k = best.shape[0]
-    if s > best[k - 1]:
-        p = k - 1
-        while p > 0 and best[p - 1] < s:
-            best[p] = best[p - 1]
-            index[p] = index[p - 1]
-            p -= 1
-        best[p] = s
-        index[p] = candidate
+                    _consider(similarity[i, j] - offset[row0 + i], col0 + j, row0 + i, pairs, best, index)
