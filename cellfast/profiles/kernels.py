@@ -277,14 +277,14 @@ def _consider(s, q, c, pairs, best, index):
 
 
 @njit(**_ENTRY)
-def best_of_block(similarity, row0, col0, mirror, offset, pairs, best, index, thresholds, flags):
+def best_of_block(similarity, row0, col0, mirror, offset, pairs, best, index, thresholds, flags, hits):
     """Offer one block of similarities [rows, cols] of profiles row0…, col0… to the best lists of both rules.
 
     ``pairs`` is (compound, batch, overlap, candidate): a pair is allowed when its ``compound`` codes differ and the other profile is
     a ``candidate`` [2, n] under the rule (0 NSC, 1 NSCB); for NSCB also its batches must differ: the ``batch`` words [n, words]
     share no bit (``overlap``), or first words are not equal. ``offset`` [n] is subtracted from the candidate's similarity.
     ``best``/``index`` [2, n, k]: descending lists. With ``mirror`` the block also serves as its transpose.
-    ``thresholds`` and ``flags`` [cols] are scratch. Whether anything is above a list's last entry is found first, by vectorised
+    ``thresholds``, ``flags`` and ``hits`` [cols] are scratch. Whether anything is above a list's last entry is found first, by vectorised
     counts over stretches of 64; only stretches with such entries are looked at one by one.
     """
     rows, cols = similarity.shape
@@ -306,7 +306,16 @@ def best_of_block(similarity, row0, col0, mirror, offset, pairs, best, index, th
             flags[j] = 0
         for i in range(start, stop):
             _flag_above(similarity[i], offset[row0 + i], thresholds, flags)
+        num_hits = 0
         for j in range(cols):
             if flags[j] > 0:
-                for i in range(start, stop):
-                    _consider(similarity[i, j] - offset[row0 + i], col0 + j, row0 + i, pairs, best, index)
+                hits[num_hits] = j
+                num_hits += 1
+        # Along the rows, as memory lies: down a column every step would miss the cache.
+        if num_hits > 0:
+            for i in range(start, stop):
+                for h in range(num_hits):
+                    j = hits[h]
+                    s = similarity[i, j] - offset[row0 + i]
+                    if s > thresholds[j]:
+                        _consider(s, col0 + j, row0 + i, pairs, best, index)

@@ -252,13 +252,14 @@ def _blocked(x: np.ndarray, offset: np.ndarray, pairs: AllowedPairs, k: int, wid
         index = np.full((2, n, k + 1), -1, np.int64)
         lists.append((best, index))
         scratch = np.empty((2, _BLOCK), np.float32)
+        hits = np.empty(_BLOCK, np.int64)
         buffer = np.empty(_BLOCK * _BLOCK, np.float32)
         rules = (pairs.compound, pairs.batch, pairs.overlap, np.stack([pairs.candidate, pairs.candidate_b]))
         for a, b in tasks[share::threads]:
             rows, cols = min(_BLOCK, n - a), min(_BLOCK, n - b)
             block = buffer[: rows * cols].reshape(rows, cols)
             np.matmul(x32[a : a + rows], x32[b : b + cols].T, out=block)
-            best_of_block(block, a, b, a != b, offset32, rules, best, index, scratch[0], scratch[1])
+            best_of_block(block, a, b, a != b, offset32, rules, best, index, scratch[0], scratch[1], hits)
 
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, range(threads)))
