@@ -82,6 +82,17 @@ def test_profiles_without_candidates_are_excluded_and_named():
     assert evaluate_profiles(profiles, EvaluationOptions(**FAST)).result["nscb"]["num_evaluated"] == 4
 
 
+@pytest.mark.parametrize("rule", ["joined", "overlap"])
+def test_without_batches_there_is_nsc_and_no_nscb(rule):
+    unbatched = ProfileTable(SMALL.metadata.drop(columns="Metadata_Batch"), SMALL.features, SMALL.feature_names)
+    result = evaluate_profiles(unbatched, EvaluationOptions(batch_rule=rule, **FAST)).result
+    assert result["nsc"]["num_correct"] == 7
+    assert result["nscb"]["accuracy"] is None
+    assert result["nscb"]["num_evaluated"] == 0
+    assert result["drop"] is None
+    assert len(result["nscb"]["excluded"]["no_candidates"]) == 7
+
+
 def test_controls_and_unannotated_rows_are_left_out_and_counted():
     rows = [
         *SMALL.metadata.itertuples(index=False, name=None),

@@ -24,6 +24,8 @@ from cellfast.profiles.neighbours import BATCH_RULES, METRICS, AllowedPairs, bat
 from cellfast.profiles.replicates import replicate_reproducibility
 from cellfast.profiles.table import ProfileTable, add_batch
 
+UNKNOWN_BATCH = "(unknown)"
+
 ONE_BATCH_RULES = ("exclude", "queries", "keep")
 
 
@@ -115,7 +117,7 @@ def evaluate_profiles(
         )
     batches = batch_sets(metadata, options.batch_rule)
     words, overlap = batch_codes(batches, options.batch_rule)
-    one_batch = _one_batch_moas(moa, len(moas), batches)
+    one_batch = [] if batches[0] == (UNKNOWN_BATCH,) else _one_batch_moas(moa, len(moas), batches)
     excluded = np.isin(moa, one_batch) if options.one_batch_moas != "keep" else np.zeros(len(moa), bool)
     candidate_b = ~excluded if options.one_batch_moas == "exclude" else np.ones(len(moa), bool)
     pairs = AllowedPairs(compound.astype(np.int64), words, overlap, np.ones(len(moa), bool), candidate_b)
@@ -227,18 +229,18 @@ def _choose_rows(table: ProfileTable, options: EvaluationOptions) -> tuple[Profi
 
 
 def batch_sets(metadata: pd.DataFrame, rule: str) -> list[tuple[str, ...]]:
-    """The batches (for the rule ``plates`` the plates) each profile is in, from the ``;``-joined metadata column.
+    """The batches (for the rule ``plates`` the plates) each profile is in, from the ``;``-joined metadata column; one unknown batch
+    where there is no batch column.
 
     Raises:
-        CellfastError: the column is missing.
+        CellfastError: the rule is ``plates`` and there is no plate column.
     """
     column = names.PLATE if rule == "plates" else names.BATCH
     if column not in metadata:
         if rule == "plates":
             raise CellfastError(f"--batch-rule plates needs {names.PLATE}; the profiles have {', '.join(metadata.columns)}.")
-        raise CellfastError(
-            f"NSCB needs {names.BATCH}; the profiles have {', '.join(metadata.columns)}. Name it with --column batch=COLUMN."
-        )
+        # One batch that nobody knows: nothing is in another, and NSCB is not defined; NSC is.
+        return [(UNKNOWN_BATCH,)] * len(metadata)
     # A comma joins batches in tables of other tools; none of ours has one in a batch name.
     return [tuple(p.strip() for p in str(v).replace(",", SEPARATOR).split(SEPARATOR) if p.strip()) for v in metadata[column]]
 

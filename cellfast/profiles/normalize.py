@@ -133,7 +133,7 @@ def _groups(table: ProfileTable, by: str, controls: np.ndarray, step: Step, leas
         )
         wider = {"plate": "--by batch, --by all", "batch": "--by all (CORAL then changes nothing)", "all": "--normalize none"}[by]
         if step.method in ("tvn", "coral") and by == "batch":
-            wider = "--normalize sphering (no alignment of batches)"
+            wider = "--by all (one alignment for all, which leaves batches as they are), --normalize sphering"
         raise CellfastError(
             f"--normalize {step.method} --by {by}: {len(short)} of {len(groups)} {kind}{'es' if kind == 'batch' else 's'} "
             f"have {have}: {listed}. "

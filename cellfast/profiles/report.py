@@ -127,7 +127,10 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
     for rule in ("nsc", "nscb"):
         score = result[rule]
         if score["accuracy"] is None:
-            lines.append(f"{rule.upper():<9} not defined: no profile has a candidate")
+            lines.append(
+                f"{rule.upper():<9} not defined: no profile has a candidate"
+                + (" (no batch is known)" if counts["batch_source"] == "none" else "")
+            )
         else:
             interval = score["interval_95"]
             lines.append(
