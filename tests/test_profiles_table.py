@@ -103,7 +103,7 @@ def test_controls_by_default_and_by_query():
     for query, message in (
         ("compound == 'q'", "matches none"),
         ("nonsense ==", "not a query"),
-        ("Metadata_Compound", "yes or no"),
+        ("Metadata_Compound", "not a query"),
     ):
         with pytest.raises(CellfastError, match=message):
             find_controls(metadata, query)

@@ -193,23 +193,20 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
     if query is not None and query.strip().lower() == "all":
         return np.ones(len(metadata), bool), "all rows"
     if query is not None:
-        frame = metadata.copy()
+        frame = metadata.reset_index(drop=True)
         for short, canonical in names.SHORT_NAMES.items():
             if canonical in frame and short not in frame:
                 frame[short] = frame[canonical]
         try:
-            mask = np.asarray(frame.eval(query, engine="python", local_dict={}, global_dict={}))
-        except (
-            Exception
-        ) as error:  # pandas raises a dozen kinds of exceptions for a malformed query; all of them are the user's text
+            matched = frame.query(query, engine="python", local_dict={}, global_dict={}).index
+        # pandas raises a dozen kinds of exceptions for a malformed query, all of them about the user's text.
+        except Exception as error:
             raise CellfastError(
                 f'--controls "{query}" is not a query over the metadata ({error}). Columns: {", ".join(metadata.columns)}; '
                 "example: \"Metadata_Compound == 'DMSO'\"."
             ) from None
-        if mask.dtype != bool or mask.shape != (len(metadata),):
-            raise CellfastError(
-                f'--controls "{query}" does not say yes or no for each row; example: "Metadata_Compound == \'DMSO\'".'
-            )
+        mask = np.zeros(len(metadata), bool)
+        mask[matched] = True
         if not mask.any():
             raise CellfastError(
                 f'--controls "{query}" matches none of the {len(metadata)} rows. Compounds: {_some(metadata, names.COMPOUND)}.'

@@ -86,7 +86,7 @@ def _step(step: dict[str, Any]) -> str:
             )
         return text
     if step["step"] == "coral":
-        return f"CORAL {fitted}, lambda {step['lambda']:g}; fewest controls in a {step['by']}: {step['fewest_controls']}"
+        return f"CORAL {fitted}, lambda {step['lambda']:g}; fewest controls: {step['fewest_controls']}"
     return f"{step['step']} {fitted}"
 
 
