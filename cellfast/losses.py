@@ -72,7 +72,7 @@ class NTXentLoss(nn.Module):
     DistributedDataParallel the averaged parameter gradients equal those of one process with the global minibatch.
 
     Args:
-        temperature: a positive number; it is held as a buffer, or as a parameter where ``learnable``.
+        temperature: a positive number; a parameter of the module where ``learnable``.
         gather: False keeps each rank to its own rows (the negatives are then only the rank's own cells).
         normalize: False takes the rows as they are.
         learnable: make the temperature a parameter.
@@ -95,20 +95,17 @@ class NTXentLoss(nn.Module):
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a positive finite number, got {temperature}")
         self.gather, self.normalize, self.group = gather, normalize, group
-        value = torch.tensor(float(temperature), dtype=torch.float32 if learnable else torch.float64)
-        if learnable:
-            self.temperature = nn.Parameter(value)
-        else:
-            self.register_buffer("temperature", value, persistent=False)
+        # A plain number, not a buffer: module.to(torch.bfloat16) would round a buffer.
+        self.temperature = nn.Parameter(torch.tensor(float(temperature))) if learnable else float(temperature)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """The loss of ``z`` [2n, D] (rows 0:n first views, n:2n second views of the same cells), a scalar."""
         if self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
             _check_equal_shapes(z, self.group)
-            temperature = self.temperature.to(device=z.device, dtype=torch.float64)
+            temperature = torch.as_tensor(self.temperature, dtype=torch.float64, device=z.device)
             return _GlobalNTXent.apply(z, temperature, self.normalize, self.group)
         return ntxent_loss(z, self.temperature, normalize=self.normalize)
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
-        return f"temperature={float(self.temperature.detach()):g}, gather={self.gather}, normalize={self.normalize}"
+        return f"temperature={float(self.temperature):g}, gather={self.gather}, normalize={self.normalize}"
