@@ -53,4 +53,6 @@ def environment() -> dict[str, Any]:
     from cellfast.system import system_report
     from cellfast.training.loop import source_commit
 
-    return {"system": system_report(), "commit": source_commit()}
+    # Paths and the kernel's build name say where it ran, not what it ran on.
+    report = {key: value for key, value in system_report().items() if key not in ("nvcc", "platform")}
+    return {"system": report, "commit": source_commit()}
