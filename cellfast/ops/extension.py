@@ -54,8 +54,3 @@ def require_cpu_backend() -> None:
             f"cellfast's compiled operators are missing: {_CPU.reason}. Build them with 'make build' or 'python setup.py build_ext --inplace'. "
             f"Likely causes: the package was not built, torch is older than 2.10 (found {torch.__version__}), or it was built for another platform."
         )
-
-
-def kernel_name() -> str | None:
-    """The instruction set of the CPU kernels chosen on this machine (``avx512``, ``avx2`` or ``portable``), or None when ``_C`` is not loaded."""
-    return torch.ops.cellfast.ntxent_cpu_kernel() if _CPU.loaded else None
