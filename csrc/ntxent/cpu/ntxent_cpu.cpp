@@ -1,4 +1,5 @@
-// The CPU backend: checks, allocation and parallel schedule; the arithmetic is in rows.h. Contract: ntxent/ntxent.h.
+// The CPU backend: checks, allocation and the parallel schedule. The arithmetic is in tiles.h and, for logits out of float32's reach, in rows.h.
+// Contract: ntxent/ntxent.h.
 #include "ntxent/ntxent.h"
 
 #include <atomic>
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "ntxent/cpu/rows.h"
+#include "ntxent/cpu/tiles.h"
 
 namespace cellfast::ntxent::cpu {
 namespace {
@@ -40,19 +42,40 @@ Tensor in_accumulator(const Tensor& z) {
   return dense.scalar_type() == accumulator ? dense : torch::stable::to(dense, accumulator);
 }
 
+double sum_of(const double* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += values[i];
+  }
+  return sum;
+}
+
+// max |zhat_i|^2 / temperature, an upper bound of |s|; NaN where a value is not finite.
 template <typename T>
-bool all_finite(const T* values, int64_t count) {
-  std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
-    T sum = 0;  // 0 * x is NaN exactly for x infinite or NaN
-    for (int64_t i = begin; i < end; ++i) {
-      sum += T(0) * values[i];
-    }
-    if (!(sum == 0)) {
-      finite.store(false, std::memory_order_relaxed);
+double largest_logit_of(const T* rows, int64_t num_rows, int64_t dim, double temperature) {
+  const int64_t step = std::max<int64_t>(1, (1 << 15) / dim);
+  std::vector<double> largest(ceil_div(num_rows, step), 0.0);
+  torch::stable::parallel_for(0, static_cast<int64_t>(largest.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t i = part * step; i < std::min((part + 1) * step, num_rows); ++i) {
+        const double squares = dot_of(rows + i * dim, rows + i * dim, dim);
+        if (!(squares <= largest[part])) {
+          largest[part] = std::isfinite(squares) ? squares : std::numeric_limits<double>::quiet_NaN();
+          if (!std::isfinite(squares)) {
+            break;
+          }
+        }
+      }
     }
   });
-  return finite.load();
+  double bound = 0;
+  for (const double part : largest) {
+    if (std::isnan(part)) {
+      return part;
+    }
+    bound = std::max(bound, part);
+  }
+  return bound / temperature;
 }
 
 std::tuple<Tensor, Tensor> normalize(Tensor z, bool normalize_rows) {
@@ -69,11 +92,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor z, bool normalize_rows) {
     T* inv = data<T>(inv_norm);
     torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, (1 << 15) / dim), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        double squares = 0;
-        for (int64_t k = 0; k < dim; ++k) {
-          squares += static_cast<double>(in[i * dim + k]) * static_cast<double>(in[i * dim + k]);
-        }
-        const double norm = std::sqrt(squares);
+        const double norm = std::sqrt(dot_of(in + i * dim, in + i * dim, dim));
         const T scale = normalize_rows ? T(1.0 / std::max(norm, kNormEps)) : T(1);
         inv[i] = normalize_rows && norm < kNormEps ? T(0) : scale;
         // A row with an infinity or a NaN is NaN throughout, as 0 * inf would not be everywhere.
@@ -98,9 +117,13 @@ std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_
   dispatch(source.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const T* rows = data<T>(source);
-    if (!all_finite(rows, num_rows * dim)) {
+    const double bound = largest_logit_of(rows, num_rows, dim, tau);
+    if (std::isnan(bound)) {
       std::fill_n(data<double>(row_loss), shard.num_local(), std::numeric_limits<double>::quiet_NaN());
       std::fill_n(data<double>(lse), shard.num_local(), std::numeric_limits<double>::quiet_NaN());
+      return;
+    }
+    if (bound <= kLargestLogit && tiles_forward(rows, dim, tau, shift_of(bound), shard, data<double>(row_loss), data<double>(lse))) {
       return;
     }
     torch::stable::parallel_for(0, ceil_div(shard.num_local(), kRowsPerTask), 1, [&](int64_t begin, int64_t end) {
@@ -138,28 +161,35 @@ std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor 
     using T = decltype(type);
     const T* rows = data<T>(source);
     T* out = data<T>(grad);
-    const int64_t num_tasks = ceil_div(num_local, kRowsPerTask);
-    std::vector<double> alignment(num_tasks, 0.0);
-    if (!all_finite(data<double>(lse_dense), num_rows)) {
+    const double bound = largest_logit_of(rows, num_rows, dim, tau);
+    if (std::isnan(bound) || !std::isfinite(sum_of(data<double>(lse_dense), num_rows))) {
       std::fill_n(out, num_local * dim, std::numeric_limits<T>::quiet_NaN());
       *data<double>(grad_temperature) = std::numeric_limits<double>::quiet_NaN();
       return;
     }
-    torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+    const SlicedGradient<T> sliced(shard, dim);
+    const bool in_tiles = bound <= kLargestLogit && tiles_backward(rows, data<double>(lse_dense), dim, tau, shift_of(bound), shard, sliced);
+    const int64_t num_tasks = ceil_div(num_local, kRowsPerTask);
+    std::vector<double> alignment(num_tasks, 0.0);
+    torch::stable::parallel_for(0, num_tasks, std::max<int64_t>(1, (1 << 14) / (dim * kRowsPerTask)), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * kRowsPerTask, last = std::min(first + kRowsPerTask, num_local);
-        rows_backward(rows, data<double>(lse_dense), dim, tau, shard, first, last, out);
+        if (!in_tiles) {
+          rows_backward(rows, data<double>(lse_dense), dim, tau, shard, first, last, out);
+        }
         for (int64_t r = first; r < last; ++r) {
-          const T* unit = rows + shard.row(r) * dim;
-          double along = 0;
-          for (int64_t k = 0; k < dim; ++k) {
-            along += static_cast<double>(unit[k]) * static_cast<double>(out[r * dim + k]);
+          T* row = out + r * dim;
+          if (in_tiles) {
+            sliced.copy_row(r, row);
+            add_positive(rows, data<double>(lse_dense), shard.row(r), num_rows, dim, tau, row);
           }
+          const T* unit = rows + shard.row(r) * dim;
+          const double along = dot_of(unit, row, dim);
           alignment[task] += along;
-          const double factor = scale * (normalize_rows ? static_cast<double>(data<T>(inv)[r]) : 1.0);
+          // Through the normalisation: (g - (g . zhat) zhat) / |z|.
+          const T factor = T(scale * (normalize_rows ? static_cast<double>(data<T>(inv)[r]) : 1.0)), onto = normalize_rows ? T(along) : T(0);
           for (int64_t k = 0; k < dim; ++k) {
-            const double g = out[r * dim + k];
-            out[r * dim + k] = T(factor * (normalize_rows ? g - along * static_cast<double>(unit[k]) : g));
+            row[k] = factor * (row[k] - onto * unit[k]);
           }
         }
       }

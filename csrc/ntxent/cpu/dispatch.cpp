@@ -1,0 +1,81 @@
+// Which instruction set's kernels run: the best this processor has, unless another is asked for (tests, measurements).
+#include <atomic>
+#include <cstring>
+
+#include "ntxent/cpu/tile.h"
+
+namespace cellfast::ntxent::cpu {
+namespace {
+
+enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+Level supported() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    return kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return kAvx2;
+  }
+#endif
+  return kPortable;
+}
+
+std::atomic<int> chosen{-1};
+
+int level() {
+  int current = chosen.load(std::memory_order_relaxed);
+  if (current < 0) {
+    current = supported();
+    chosen.store(current, std::memory_order_relaxed);
+  }
+  return current;
+}
+
+template <typename T>
+const TileKernels<T>& pick(const TileKernels<T>& portable_kernels, [[maybe_unused]] const TileKernels<T>* avx2_kernels,
+                           [[maybe_unused]] const TileKernels<T>* avx512_kernels) {
+  switch (level()) {
+    case kAvx512: return *avx512_kernels;
+    case kAvx2: return *avx2_kernels;
+    default: return portable_kernels;
+  }
+}
+
+}  // namespace
+
+#if defined(__x86_64__)
+#define CELLFAST_X86(kernels) &kernels
+#else
+#define CELLFAST_X86(kernels) nullptr
+#endif
+
+template <>
+const TileKernels<float>& tile_kernels<float>() {
+  return pick(portable::kFloat, CELLFAST_X86(avx2::kFloat), CELLFAST_X86(avx512::kFloat));
+}
+
+template <>
+const TileKernels<double>& tile_kernels<double>() {
+  return pick(portable::kDouble, CELLFAST_X86(avx2::kDouble), CELLFAST_X86(avx512::kDouble));
+}
+
+bool choose_kernels(const char* name) {
+  const int best = supported();
+  const char* const names[] = {"portable", "avx2", "avx512"};
+  if (std::strcmp(name, "auto") == 0) {
+    chosen.store(best);
+    return true;
+  }
+  for (int candidate = 0; candidate <= best; ++candidate) {
+    if (std::strcmp(name, names[candidate]) == 0) {
+      chosen.store(candidate);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace cellfast::ntxent::cpu

@@ -1,0 +1,320 @@
+// NT-Xent in tiles: each tile of similarities is made, exponentiated and summed while it is in the cache, and never stored. One process meets
+// the upper triangle only (0.5 + 1.5 products of M x M x D forward and backward); a shard meets all columns of its rows.
+// Exponents are taken relative to one shift for all rows; where a row lies too far below it, tiles_* say so and rows.h serves instead.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "ntxent/cpu/rows.h"
+#include "ntxent/cpu/tile.h"
+
+namespace cellfast::ntxent::cpu {
+
+// exp(60) summed over 10^7 columns is an ordinary float32 number.
+constexpr double kLargestExponent = 60.0;
+// A row's sum is exact to 1e-10 as long as it is above this: what is smaller than 2^-126 was counted as 2^-126.
+constexpr double kSmallestSum = 0x1p-70;
+// Beyond this the rounding of a logit in float32 is all that is left of it; it is also far from overflow.
+constexpr double kLargestLogit = 1e4;
+constexpr double kLn2 = 0.693147180559945309417;
+
+// What the exponents are relative to, in nats, given a bound on |s|.
+inline double shift_of(double largest_logit) {
+  return std::max(0.0, largest_logit - kLargestExponent);
+}
+
+// Depends on the number of rows only: results do not depend on the number of threads.
+inline int64_t block_of(int64_t num_rows) {
+  return num_rows >= 4096 ? kLargestBlock : num_rows >= 1024 ? kLargestBlock / 2 : kRowStep;
+}
+
+inline int64_t padded(int64_t num_rows) {
+  return ceil_div(num_rows, kRowStep) * kRowStep;
+}
+
+// Uninitialised memory, aligned to cache lines: large buffers are written by the threads that use them.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(size), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Runs work(scratch of the worker, task) for every task below num_tasks, each worker taking the next when it is done with one.
+template <typename Scratch, typename Work>
+void share_out(int64_t num_tasks, std::vector<Scratch>& scratch, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(num_tasks, static_cast<int64_t>(scratch.size()));
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task = next.fetch_add(1); task < num_tasks; task = next.fetch_add(1)) {
+        work(scratch[worker], task);
+      }
+    }
+  });
+}
+
+// In double, in eight sums side by side: one sum waits for every addition.
+template <typename T>
+double dot_of(const T* a, const T* b, int64_t dim) {
+  double lanes[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= dim; k += 8) {
+    for (int l = 0; l < 8; ++l) {
+      lanes[l] += static_cast<double>(a[k + l]) * static_cast<double>(b[k + l]);
+    }
+  }
+  for (; k < dim; ++k) {
+    lanes[0] += static_cast<double>(a[k]) * static_cast<double>(b[k]);
+  }
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+// s_{i,p(i)}, in double: the loss of a hard positive is the small rest of s and lse.
+template <typename T>
+double positive_logit(const T* zhat, int64_t i, int64_t num_rows, int64_t dim, double temperature) {
+  return dot_of(zhat + i * dim, zhat + positive_of(i, num_rows) * dim, dim) / temperature;
+}
+
+// Row i's gradient gains the positive pair's: P + P - 2 of it, without the cancellation at P near 1, added last, where it is not
+// rounded again with every other term.
+template <typename T>
+void add_positive(const T* zhat, const double* lse, int64_t i, int64_t num_rows, int64_t dim, double temperature, T* row) {
+  const int64_t other = positive_of(i, num_rows);
+  const double s = positive_logit(zhat, i, num_rows, dim, temperature);
+  const T weight = T(std::expm1(s - lse[i]) + std::expm1(s - lse[other]));
+  for (int64_t k = 0; k < dim; ++k) {
+    row[k] += weight * zhat[other * dim + k];
+  }
+}
+
+// Rows [first, last) of zhat as panels, scaled so that a product of two is the base-2 exponent of a pair.
+template <typename T>
+void pack_panels(const T* zhat, int64_t first, int64_t last, int64_t dim, int64_t lanes, double temperature, T* panels) {
+  const T scale = T(std::sqrt(1.4426950408889634074 / temperature));
+  torch::stable::parallel_for(0, padded(last - first) / lanes, std::max<int64_t>(1, (1 << 14) / (lanes * dim)), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      T* panel = panels + p * lanes * dim;
+      const int64_t row = first + p * lanes;
+      if (row + lanes <= last) {
+        for (int64_t k = 0; k < dim; ++k) {
+          for (int64_t l = 0; l < lanes; ++l) {
+            panel[k * lanes + l] = scale * zhat[(row + l) * dim + k];
+          }
+        }
+      } else {
+        for (int64_t k = 0; k < dim; ++k) {
+          for (int64_t l = 0; l < lanes; ++l) {
+            panel[k * lanes + l] = row + l < last ? scale * zhat[(row + l) * dim + k] : T(0);
+          }
+        }
+      }
+    }
+  });
+}
+
+// zhat as slices of `width` columns, rows padded.
+template <typename T>
+void pack_slices(const T* zhat, int64_t num_rows, int64_t dim, int64_t width, T* slices) {
+  const int64_t rows = padded(num_rows);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (1 << 14) / dim), [&](int64_t begin, int64_t end) {
+    for (int64_t s = 0; s * width < dim; ++s) {
+      const int64_t valid = std::min(width, dim - s * width);
+      for (int64_t i = begin; i < end; ++i) {
+        T* out = slices + (s * rows + i) * width;
+        for (int64_t c = 0; c < width; ++c) {
+          out[c] = i < num_rows && c < valid ? zhat[i * dim + s * width + c] : T(0);
+        }
+      }
+    }
+  });
+}
+
+// One contiguous range of global rows that a shard owns; a whole minibatch is one range.
+struct Strip {
+  int64_t first, last, local;  // local: the strip's first row within the shard
+};
+
+inline std::vector<Strip> strips_of(const Shard& shard) {
+  if (shard.count == 1) {
+    return {{0, shard.num_rows, 0}};
+  }
+  const int64_t per_view = shard.num_local() / 2, half = shard.num_rows / 2, begin = shard.index * per_view;
+  return {{begin, begin + per_view, 0}, {half + begin, half + begin + per_view, per_view}};
+}
+
+template <typename T>
+struct ForwardScratch {
+  std::vector<T> row_sums, column_sums;
+  explicit ForwardScratch(int64_t lanes) : row_sums(kLargestBlock * lanes), column_sums(kLargestBlock) {}
+};
+
+template <typename T>
+void add_row_sums(const T* lanes_of_rows, int64_t rows, int64_t lanes, double* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
+    T even = 0, odd = 0;
+    for (int64_t l = 0; l < lanes; l += 2) {
+      even += lanes_of_rows[r * lanes + l];
+      odd += lanes_of_rows[r * lanes + l + 1];
+    }
+    sums[r] += static_cast<double>(even) + static_cast<double>(odd);
+  }
+}
+
+// row_loss and lse of the shard's rows; false where a row's sum is below what float32 holds relative to the shift.
+template <typename T>
+bool tiles_forward(const T* zhat, int64_t dim, double temperature, double shift, const Shard& shard, double* row_loss, double* lse) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const int64_t num_rows = shard.num_rows, block = block_of(num_rows), num_blocks = ceil_div(num_rows, block), lanes = kernels.lanes;
+  Buffer<T> panels(padded(num_rows) * dim);
+  pack_panels(zhat, 0, num_rows, dim, lanes, temperature, panels.get());
+  std::vector<double> others(num_rows, 0.0);
+  std::vector<ForwardScratch<T>> scratch(torch::stable::get_num_threads(), ForwardScratch<T>(lanes));
+  const auto tile_of = [&](int64_t i0, int64_t i1, int64_t column_block) {
+    return Tile{i0, i1, column_block * block, std::min((column_block + 1) * block, num_rows), dim, num_rows, shift / kLn2};
+  };
+  if (shard.count == 1) {
+    for (int64_t round = 0; round < num_blocks; ++round) {
+      share_out(pairs_in_round(num_blocks, round), scratch, [&](ForwardScratch<T>& mine, int64_t slot) {
+        const BlockPair pair = pair_of_round(num_blocks, round, slot);
+        const Tile tile = tile_of(pair.first * block, std::min((pair.first + 1) * block, num_rows), pair.second);
+        const bool off_diagonal = pair.first != pair.second;
+        std::fill(mine.row_sums.begin(), mine.row_sums.end(), T(0));
+        std::fill(mine.column_sums.begin(), mine.column_sums.end(), T(0));
+        kernels.forward(panels.get() + tile.i0 * dim, panels.get() + tile.j0 * dim, tile, mine.row_sums.data(),
+                        off_diagonal ? mine.column_sums.data() : nullptr);
+        add_row_sums(mine.row_sums.data(), tile.i1 - tile.i0, lanes, others.data() + tile.i0);
+        if (off_diagonal) {
+          for (int64_t c = 0; c < tile.j1 - tile.j0; ++c) {
+            others[tile.j0 + c] += static_cast<double>(mine.column_sums[c]);
+          }
+        }
+      });
+    }
+  } else {
+    for (const Strip& strip : strips_of(shard)) {
+      Buffer<T> own(padded(strip.last - strip.first) * dim);
+      pack_panels(zhat, strip.first, strip.last, dim, lanes, temperature, own.get());
+      share_out(ceil_div(strip.last - strip.first, block), scratch, [&](ForwardScratch<T>& mine, int64_t task) {
+        const int64_t i0 = strip.first + task * block, i1 = std::min(i0 + block, strip.last);
+        for (int64_t column_block = 0; column_block < num_blocks; ++column_block) {
+          const Tile tile = tile_of(i0, i1, column_block);
+          std::fill(mine.row_sums.begin(), mine.row_sums.end(), T(0));
+          kernels.forward(own.get() + task * block * dim, panels.get() + tile.j0 * dim, tile, mine.row_sums.data(), nullptr);
+          add_row_sums(mine.row_sums.data(), i1 - i0, lanes, others.data() + i0);
+        }
+      });
+    }
+  }
+  for (const Strip& strip : strips_of(shard)) {
+    for (int64_t i = strip.first; i < strip.last; ++i) {
+      if (others[i] < kSmallestSum && num_rows > 2) {
+        return false;
+      }
+      const double s = positive_logit(zhat, i, num_rows, dim, temperature), gap = shift - s;
+      const double loss = gap > 30 && num_rows > 2 ? gap + std::log(others[i] + std::exp(-gap)) : std::log1p(others[i] * std::exp(gap));
+      row_loss[strip.local + i - strip.first] = loss;
+      lse[strip.local + i - strip.first] = s + loss;
+    }
+  }
+  return true;
+}
+
+// The gradient before the Jacobian and without the positive pairs, as slices: [slice][row of the shard, each strip padded][2 * lanes].
+template <typename T>
+class SlicedGradient {
+ public:
+  SlicedGradient(const Shard& shard, int64_t dim)
+      : dim_(dim), width_(2 * tile_kernels<T>().lanes), num_slices_(ceil_div(dim, width_)), per_strip_(strips_of(shard)[0].last - strips_of(shard)[0].first),
+        rows_(padded(per_strip_) * static_cast<int64_t>(strips_of(shard).size())), values_(num_slices_ * rows_ * width_) {
+    torch::stable::parallel_for(0, num_slices_ * rows_, 1 << 10, [&](int64_t begin, int64_t end) {
+      std::fill(values_.get() + begin * width_, values_.get() + end * width_, T(0));
+    });
+  }
+  int64_t num_slices() const { return num_slices_; }
+  T* slice(int64_t s, int64_t padded_row) const { return values_.get() + (s * rows_ + padded_row) * width_; }
+  void copy_row(int64_t local, T* out) const {
+    const int64_t strip = local / per_strip_, row = strip * padded(per_strip_) + local - strip * per_strip_;
+    for (int64_t s = 0; s < num_slices_; ++s) {
+      std::copy_n(slice(s, row), std::min(width_, dim_ - s * width_), out + s * width_);
+    }
+  }
+
+ private:
+  int64_t dim_, width_, num_slices_, per_strip_, rows_;
+  Buffer<T> values_;
+};
+
+// False where a row's lse is below what float32 holds relative to the shift.
+template <typename T>
+bool tiles_backward(const T* zhat, const double* lse, int64_t dim, double temperature, double shift, const Shard& shard,
+                    const SlicedGradient<T>& out) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const int64_t num_rows = shard.num_rows, block = block_of(num_rows), num_blocks = ceil_div(num_rows, block), lanes = kernels.lanes;
+  const int64_t rows = padded(num_rows), width = 2 * lanes, num_slices = ceil_div(dim, width);
+  Buffer<T> panels(rows * dim), values(num_slices * rows * width);
+  pack_panels(zhat, 0, num_rows, dim, lanes, temperature, panels.get());
+  pack_slices(zhat, num_rows, dim, width, values.get());
+  // Register tiles may look a little past the last row.
+  std::vector<T> inv_sum(rows + kRowStep, T(0));
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (std::exp(lse[i] - shift) < kSmallestSum && num_rows > 2) {
+      return false;
+    }
+    inv_sum[i] = T(std::exp(shift - lse[i]));
+  }
+  std::vector<std::vector<T>> scratch(torch::stable::get_num_threads(), std::vector<T>(kLargestBlock * kWeightStride));
+  const auto tile_of = [&](int64_t i0, int64_t i1, int64_t column_block) {
+    return Tile{i0, i1, column_block * block, std::min((column_block + 1) * block, num_rows), dim, num_rows, shift / kLn2};
+  };
+  if (shard.count == 1) {
+    for (int64_t round = 0; round < num_blocks; ++round) {
+      share_out(pairs_in_round(num_blocks, round), scratch, [&](std::vector<T>& mine, int64_t slot) {
+        const BlockPair pair = pair_of_round(num_blocks, round, slot);
+        const Tile tile = tile_of(pair.first * block, std::min((pair.first + 1) * block, num_rows), pair.second);
+        const int64_t height = tile.i1 - tile.i0, breadth = tile.j1 - tile.j0;
+        kernels.weights(panels.get() + tile.i0 * dim, panels.get() + tile.j0 * dim, tile, inv_sum.data(), mine.data());
+        for (int64_t s = 0; s < num_slices; ++s) {
+          const T* slice = values.get() + s * rows * width;
+          kernels.accumulate(mine.data(), slice + tile.j0 * width, height, breadth, out.slice(s, tile.i0));
+          if (pair.first != pair.second) {
+            kernels.accumulate_transposed(mine.data(), slice + tile.i0 * width, breadth, height, out.slice(s, tile.j0));
+          }
+        }
+      });
+    }
+    return true;
+  }
+  int64_t out_first = 0;
+  for (const Strip& strip : strips_of(shard)) {
+    Buffer<T> own(padded(strip.last - strip.first) * dim);
+    pack_panels(zhat, strip.first, strip.last, dim, lanes, temperature, own.get());
+    share_out(ceil_div(strip.last - strip.first, block), scratch, [&](std::vector<T>& mine, int64_t task) {
+      const int64_t i0 = strip.first + task * block, i1 = std::min(i0 + block, strip.last);
+      for (int64_t column_block = 0; column_block < num_blocks; ++column_block) {
+        const Tile tile = tile_of(i0, i1, column_block);
+        kernels.weights(own.get() + task * block * dim, panels.get() + tile.j0 * dim, tile, inv_sum.data(), mine.data());
+        for (int64_t s = 0; s < num_slices; ++s) {
+          kernels.accumulate(mine.data(), values.get() + (s * rows + tile.j0) * width, i1 - i0, tile.j1 - tile.j0,
+                             out.slice(s, out_first + task * block));
+        }
+      }
+    });
+    out_first += padded(strip.last - strip.first);
+  }
+  return true;
+}
+
+}  // namespace cellfast::ntxent::cpu
