@@ -16,4 +16,5 @@ STABLE_TORCH_LIBRARY(cellfast, m) {
   m.def(
       "ntxent_shard_backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature,"
       " bool normalize, int shard, int num_shards, ScalarType dtype) -> (Tensor grad_z, Tensor grad_temperature)");
+  m.def("ntxent_cpu_kernels(str instruction_set) -> str");
 }

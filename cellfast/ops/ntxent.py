@@ -82,7 +82,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
     _, zhat, inv_norm, lse = output
     ctx.dtype = z.dtype
     ctx.save_for_backward(zhat, inv_norm, lse, temperature)
-    ctx.mark_non_differentiable(zhat, inv_norm, lse)
+    # zhat stays differentiable, so that a gradient taken with create_graph depends on z and its own gradient is refused, not dropped.
+    ctx.mark_non_differentiable(inv_norm, lse)
     ctx.set_materialize_grads(False)
 
 

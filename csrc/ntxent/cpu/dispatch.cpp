@@ -62,20 +62,19 @@ const TileKernels<double>& tile_kernels<double>() {
   return pick(portable::kDouble, CELLFAST_X86(avx2::kDouble), CELLFAST_X86(avx512::kDouble));
 }
 
-bool choose_kernels(const char* name) {
-  const int best = supported();
-  const char* const names[] = {"portable", "avx2", "avx512"};
-  if (std::strcmp(name, "auto") == 0) {
-    chosen.store(best);
-    return true;
+const char* choose_kernels(const char* instruction_set) {
+  static const char* const names[] = {"portable", "avx2", "avx512"};
+  if (std::strcmp(instruction_set, "") == 0) {
+    return names[level()];
   }
+  const int best = supported();
   for (int candidate = 0; candidate <= best; ++candidate) {
-    if (std::strcmp(name, names[candidate]) == 0) {
+    if (std::strcmp(instruction_set, names[candidate]) == 0 || (candidate == best && std::strcmp(instruction_set, "auto") == 0)) {
       chosen.store(candidate);
-      return true;
+      return names[candidate];
     }
   }
-  return false;
+  return nullptr;
 }
 
 }  // namespace cellfast::ntxent::cpu

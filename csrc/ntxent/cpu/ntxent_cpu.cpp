@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "ntxent/cpu/rows.h"
@@ -224,7 +225,19 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor zhat, Tensor inv_no
   return shard_backward(grad_loss, zhat, inv_norm, lse, temperature, normalize_rows, 0, 1, dtype);
 }
 
+std::string kernels(std::string instruction_set) {
+  const char* const chosen = choose_kernels(instruction_set.c_str());
+  if (chosen == nullptr) {
+    fail("instruction_set must be auto, avx512, avx2 or portable, as far as this processor has them, got ", instruction_set);
+  }
+  return chosen;
+}
+
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cellfast, CompositeExplicitAutograd, m) {
+  m.impl("ntxent_cpu_kernels", TORCH_BOX(&kernels));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cellfast, CPU, m) {
   m.impl("ntxent_normalize", TORCH_BOX(&normalize));

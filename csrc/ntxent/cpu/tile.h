@@ -41,8 +41,9 @@ struct TileKernels {
 template <typename T>
 const TileKernels<T>& tile_kernels();
 
-// "avx512", "avx2", "portable", or "auto"; false where this build or processor has no such kernels.
-bool choose_kernels(const char* name);
+// "avx512", "avx2", "portable", "auto" (the best this processor runs) or "" (no change): what is in use then. Null where this processor
+// does not run what is asked for.
+const char* choose_kernels(const char* instruction_set);
 
 namespace avx512 {
 extern const TileKernels<float> kFloat;

@@ -104,6 +104,7 @@ __attribute__((always_inline)) inline void dot(const T* __restrict__ a, const T*
     }
   }
   const int64_t panel = dim * lanes;
+#pragma GCC unroll 2
   for (int64_t k = 0; k < dim; ++k) {
     Vector<T> column[kVectors];
 #pragma GCC unroll 4
@@ -247,6 +248,7 @@ void accumulate(const T* w, const T* values, int64_t rows, int64_t depth, T* out
       acc[r][1] = load(target + r * width + lanes);
     }
     const T* weight = w + m * along_depth;
+#pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
       const Vector<T> v0 = load(values + k * width), v1 = load(values + k * width + lanes);
 #pragma GCC unroll 16

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/ops.h>
 
 #include "ntxent/cpu/rows.h"
@@ -38,17 +42,28 @@ inline int64_t padded(int64_t num_rows) {
   return ceil_div(num_rows, kRowStep) * kRowStep;
 }
 
-// Uninitialised memory, aligned to cache lines: large buffers are written by the threads that use them.
+// Uninitialised memory, aligned to cache lines: large buffers are written by the threads that use them. Buffers of many pages ask for huge
+// ones: the tiles walk through more 4 KB pages than a processor keeps translations for.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(size), std::align_val_t{64}))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  explicit Buffer(int64_t size) : alignment_(sizeof(T) * static_cast<size_t>(size) >= 2 * kHugePage ? kHugePage : 64) {
+    const size_t bytes = sizeof(T) * static_cast<size_t>(size);
+    data_ = static_cast<T*>(::operator new(bytes, std::align_val_t{alignment_}));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (alignment_ == kHugePage) {
+      madvise(data_, bytes, MADV_HUGEPAGE);  // advice only: without it the result is the same
+    }
+#endif
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t{alignment_}); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() const { return data_; }
 
  private:
+  static constexpr size_t kHugePage = size_t{1} << 21;
+  size_t alignment_;
   T* data_;
 };
 
