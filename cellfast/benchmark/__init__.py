@@ -51,7 +51,7 @@ SUBJECTS: dict[str, Subject] = {
 def environment() -> dict[str, Any]:
     """Machine, versions, thread count and source commit, as every result carries them."""
     from cellfast.system import system_report
-    from cellfast.training.loop import source_commit
+    from cellfast.training.provenance import source_commit
 
     # Paths and the kernel's build name say where it ran, not what it ran on.
     report = {key: value for key, value in system_report().items() if key not in ("nvcc", "platform")}

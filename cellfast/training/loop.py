@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import threading
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cellfast.augment import AugmentConfig, TwoViews
 from cellfast.data import Loader
@@ -26,12 +24,14 @@ from cellfast.model_file import ModelMetadata, load_weights, save_model
 from cellfast.models import ModelConfig, build_model
 from cellfast.progress import Progress
 from cellfast.screens import Screen
-from cellfast.system import bfloat16_is_native
 from cellfast.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from cellfast.training.config import TrainConfig, automatic_output_size
+from cellfast.training.devices import amp_warning, choose_device
 from cellfast.training.distributed import Processes, start_processes, synchronise_gradients
 from cellfast.training.optimizers import build_optimizer, set_learning_rate
+from cellfast.training.provenance import source_commit
 from cellfast.training.run_folder import MetricsLog, RunFolder
+from cellfast.training.scaling import PlateScaling
 from cellfast.training.schedule import learning_rate_factor
 from cellfast.training.split import data_digest, split_cells
 from cellfast.training.step import TrainingStep, TwoViewModel, views_seed
@@ -48,45 +48,6 @@ class TrainResult:
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict)
     cells_per_second: float | None = None
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: CUDA where there is a GPU, else the CPU; ``cuda`` without one raises `CellfastError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CellfastError(
-            "device cuda was asked for, but torch finds no GPU (cellfast info --system says more); use --device cpu"
-        )
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
-
-
-def amp_warning(device: torch.device) -> str | None:
-    """What to say about ``--amp`` on a CPU that has no bfloat16 arithmetic, else None."""
-    if device.type == "cpu" and not bfloat16_is_native():
-        return (
-            "warning: --amp runs in bfloat16 as asked, but this CPU has no bfloat16 instructions and emulates them, "
-            "which is slower than float32; leave --amp out here"
-        )
-    return None
-
-
-class PlateScaling:
-    """Global rows → (low, high): one pair [C] for the screen, or [B, C], each cell's own plate's."""
-
-    def __init__(self, screen: Screen, method: str) -> None:
-        low, high = screen.channel_scaling()
-        self.low, self.high = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
-        self._per_plate = method == "plate"
-        self._offsets = torch.from_numpy(screen.offsets[1:].copy())
-        self._lows = torch.tensor(np.stack([p.scale_low for p in screen.plates]), dtype=torch.float32)
-        self._highs = torch.tensor(np.stack([p.scale_high for p in screen.plates]), dtype=torch.float32)
-
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._per_plate:
-            return self.low, self.high
-        plate = torch.searchsorted(self._offsets, rows, right=True)
-        return self._lows[plate], self._highs[plate]
 
 
 def train(
@@ -400,18 +361,3 @@ class _Training:
                 git_commit=source_commit(),
             ),
         )
-
-
-def source_commit() -> str:
-    """The git commit of a source checkout, with ``-dirty`` where tracked files were changed; empty for an installed package."""
-    import subprocess
-
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    try:
-        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changed = subprocess.run(["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return commit.stdout.strip() + ("-dirty" if changed.returncode == 1 else "") if commit.returncode == 0 else ""
