@@ -23,6 +23,11 @@ SUBJECTS: dict[str, Subject] = {
         full={"repeats": 5},
         quick={"sizes": ((512, 128), (1024, 128)), "repeats": 3},
     ),
+    "ingest": Subject(
+        "Fields of view to crop stores beside merely reading the images.",
+        "cellfast.benchmark.ingest:measure_ingest",
+        quick={"num_plates": 2, "sites": 2, "repeats": 2, "detect_fields": 4},
+    ),
     "loader": Subject(
         "Minibatches from memory maps and through DALI beside a plain copy.",
         "cellfast.benchmark.loader:measure_loader",

@@ -58,6 +58,8 @@ def finished_ledger(task: PlateTask) -> PlateLedger | None:
     if not task.path.exists():
         return None
     store = PlateStore(task.path)
+    if store.ledger is not None and not store.ledger.get("fields_written"):
+        return None  # nothing of it could be used: that mistake may be mended by now, whatever it was
     wanted = json.loads(json.dumps(task.options))
     for name in sorted(set(wanted) | set(store.options)):
         if wanted.get(name) != store.options.get(name):
@@ -120,10 +122,13 @@ def run_plates(
             ledgers[task.plate] = ledger
     total = sum(task.units * task.passes for task in todo)
     unit = unit if total == sum(task.units for task in todo) else "steps"
-    with Progress("ingest", total, unit, enabled=show_progress and bool(todo)) as progress:
+    with Progress("ingest", total, unit, enabled=show_progress) as progress:
         shown = _Shown(progress, todo)
         if ledgers:
-            progress.message(f"ingest: {len(ledgers)} of {len(tasks)} plates were finished before and are kept")
+            refused = sum(sum(ledger.fields_refused.values()) for ledger in ledgers.values())
+            again = f"; {refused:,} of their fields were refused then: --force tries them again" if refused else ""
+            progress.message(f"ingest: {len(ledgers)} of {len(tasks)} plates were finished before and are kept{again}")
+        progress.enabled &= bool(todo)
         if workers <= 1 or len(todo) <= 1:
             global _counter
             _counter = _Inline(shown)

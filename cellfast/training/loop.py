@@ -151,8 +151,6 @@ class _Training:
             ),
             config.seed,
         )
-        if processes.is_first:
-            folder.prepare(resume=resume, force=force)
         if config.weights and not resume:
             self.say(f"weights: {load_weights(self.model, config.weights)}")
         self.model = self.model.to(device)
@@ -161,12 +159,15 @@ class _Training:
             self.model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
         self.loader = None if self.total_is_zero else self._make_loader()
+        # Last: --force discards the earlier run only when nothing else stands in the way of this one.
+        if processes.is_first:
+            folder.prepare(resume=resume, force=force)
         self.steps_per_epoch = len(self.loader) if self.loader else 0
         self.total_steps = config.steps if config.steps is not None else config.epochs * self.steps_per_epoch
         self.first_step = self._resume() if resume else 0
         if processes.is_first:
             config.save(folder.config)
-        self.interrupted = False
+        self.interrupted, self._interrupted_at = False, 0.0
 
     def _make_loader(self) -> Loader:
         return Loader(
@@ -238,22 +239,28 @@ class _Training:
                 amp=config.amp,
             )
         log = MetricsLog(self.folder, enabled=self.processes.is_first, step=self.first_step)
-        old = None
+        old = {}
         if threading.current_thread() is threading.main_thread():
-            old = signal.signal(signal.SIGINT, self._on_interrupt)
+            # SIGTERM is how clusters and torchrun ask a process to end.
+            old = {number: signal.signal(number, self._on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._loop(log)
         finally:
-            if old is not None:
-                signal.signal(signal.SIGINT, old)
+            for number, handler in old.items():
+                signal.signal(number, handler)
             log.close()
             self.loader.close()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
         if self.interrupted:
+            # torchrun passes on a Ctrl-C that the terminal has sent to every process already.
+            if now - self._interrupted_at < 2.0:
+                return
             raise KeyboardInterrupt
-        self.interrupted = True
-        sys.stderr.write("\ninterrupted: saving after this step (once more to stop at once)\n")
+        self.interrupted, self._interrupted_at = True, now
+        if self.processes.is_first:
+            sys.stderr.write("\ninterrupted: saving after this step (once more to stop at once)\n")
 
     def _loop(self, log: MetricsLog) -> TrainResult:
         config, result = self.config, TrainResult(self.first_step, False, self.folder.model)
@@ -285,7 +292,7 @@ class _Training:
                         # On a GPU reading the loss waits for the device, so it is read now and then only.
                         result.loss = float(loss.detach())
                         if not math.isfinite(result.loss):
-                            self._not_finite(step, result.loss)
+                            self._not_finite(f"the loss is {result.loss} at step {step + 1}")
                     self.step.update(loss)
                     step += 1
                     cells += config.batch_size
@@ -307,10 +314,10 @@ class _Training:
         result.steps = step
         return result
 
-    def _not_finite(self, step: int, loss: float) -> None:
+    def _not_finite(self, what: str) -> None:
         kept = f"; the last good state is in {self.folder.checkpoint}" if self.folder.checkpoint.exists() else ""
         raise CellfastError(
-            f"the loss is {loss} at step {step + 1}{kept}. Try a smaller --lr (now {self.config.lr:g}), a longer --warmup "
+            f"{what}{kept}. Try a smaller --lr (now {self.config.lr:g}), a longer --warmup "
             f"(now {self.config.warmup:g}), a higher --temperature (now {self.config.temperature:g}), --clip-grad-norm 1, or float32 (no --amp)"
         )
 
@@ -328,6 +335,9 @@ class _Training:
         return values
 
     def _save(self, step: int) -> None:
+        # The loss of this step was finite; its gradient need not have been, and the last good checkpoint must outlive it.
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
+            self._not_finite(f"the weights are not finite after step {step}")
         if not self.processes.is_first:
             return
         save_checkpoint(
