@@ -149,6 +149,12 @@ def test_weights_that_are_not_finite_do_not_replace_the_last_checkpoint(screen, 
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
 
+def test_resuming_with_another_model_or_optimizer_names_what_changed(screen, tmp_path):
+    go(screen, tmp_path / "run", steps=1)
+    with pytest.raises(CellfastError, match=r"encoder was cnn4, is resnet18; optimizer was adamw, is lars"):
+        go(screen, tmp_path / "run", steps=2, resume=True, encoder="resnet18", optimizer="lars")
+
+
 def test_force_keeps_the_earlier_run_when_the_new_one_cannot_begin(screen, tmp_path):
     go(screen, tmp_path / "run", steps=1)
     before = (tmp_path / "run" / "model.pt").read_bytes()

@@ -190,7 +190,7 @@ class _Training:
                 f"{self.folder.path}: the run was trained on another screen (data digest {content['training_data'][:12]}, "
                 f"{self.screen.path} has {self.digest[:12]}); resume with the screen it began with"
             )
-        step = restore(content, self.model, self.optimizer, self.folder.checkpoint)
+        step = restore(content, self.model, self.optimizer, self.config.to_dict(), self.folder.checkpoint)
         if self.loader is not None:
             self.loader.load_state_dict(content["loader"])
         self.say(f"resumed at step {step} of {self.total_steps}")
