@@ -23,6 +23,11 @@ SUBJECTS: dict[str, Subject] = {
         full={"repeats": 5},
         quick={"sizes": ((512, 128), (1024, 128)), "repeats": 3},
     ),
+    "ingest": Subject(
+        "Fields of view to crop stores beside merely reading the images.",
+        "cellfast.benchmark.ingest:measure_ingest",
+        quick={"num_plates": 2, "sites": 2, "repeats": 2, "detect_fields": 4},
+    ),
     "loader": Subject(
         "Minibatches from memory maps and through DALI beside a plain copy.",
         "cellfast.benchmark.loader:measure_loader",
@@ -51,7 +56,7 @@ SUBJECTS: dict[str, Subject] = {
 def environment() -> dict[str, Any]:
     """Machine, versions, thread count and source commit, as every result carries them."""
     from cellfast.system import system_report
-    from cellfast.training.loop import source_commit
+    from cellfast.training.provenance import source_commit
 
     # Paths and the kernel's build name say where it ran, not what it ran on.
     report = {key: value for key, value in system_report().items() if key not in ("nvcc", "platform")}

@@ -41,7 +41,7 @@ def embed(
     from cellfast.embedding.embed_store import embed_screen
     from cellfast.model_file import load_model
     from cellfast.screens import Screen
-    from cellfast.training.loop import amp_warning, choose_device
+    from cellfast.training.devices import amp_warning, choose_device
 
     where = choose_device(device)
     if threads:

@@ -12,14 +12,15 @@ import numpy as np
 
 from cellfast.errors import CellfastError
 from cellfast.screens import schema
+from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import PlateWriter
 from cellfast.screens.cutting import BORDERS, crop_origins, cut_crops, inside
 from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, image_info, read_plane
-from cellfast.screens.ingest import PlateTask, count_unit, digest, plate_path, remove_abandoned, run_plates
+from cellfast.screens.ingest import PlateTask, count_unit, digest, other_plates, plate_path, remove_abandoned, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
-from cellfast.screens.locations import LocationError, Locations, LocationSource
+from cellfast.screens.locations import LocationSource
 
 PROBED_FIELDS = 15
 
@@ -154,21 +155,22 @@ def ingest_fields(
             "border": options.border,
             "pixel_size_um": options.pixel_size_um,
             "batch": schema.batch_of_plate(plate, options.batch_regex),
-            "locations": locations.description,
+            "locations": " ".join(text for text in (locations.description, locations.version(fields)) if text),
             "illumination": illumination.description if illumination else None,
             "field_table": digest(
                 [[f.well, f.site, f.image_number, f.files, f.compound, repr(f.concentration), f.moa] for f in fields]
             ),
         }
         work = _PlateWork(tuple(fields), table.channel_names, locations, illumination, options, shape, dtype.name)
-        tasks.append(PlateTask(plate, plate_path(screen, plate), len(fields), described, work))
+        tasks.append(PlateTask(plate, plate_path(screen, plate), len(fields), described, work, 1 + locations.reads_images))
     plates = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
+    elsewhere = locations.unused(table.fields)
     ledger = Ledger(
         source=source,
         locations=locations.description,
         options=asdict(options),
         plates=plates,
-        notes=list(table.notes),
+        notes=[*table.notes, *([elsewhere] if elsewhere else []), *other_plates(screen, tasks)],
         unmatched_metadata=list(unmatched),
         unused_metadata=list(unused),
     )
@@ -193,6 +195,9 @@ def ingest_plate(task: PlateTask) -> PlateLedger:
         except (ImageError, LocationError) as error:
             _refuse(ledger, field, error, options.strict)
             continue
+        finally:
+            if work.locations.reads_images:
+                count_unit(searched=True)
         located.append((field, found))
     capacity = 0
     for _, found in located:
