@@ -26,6 +26,7 @@ class Peer:
 
 
 def _compiled() -> Loss:
+    torch._dynamo.reset()  # or the shapes measured before count against its limit of recompilations
     return torch.compile(ntxent_loss_reference, dynamic=False)
 
 
