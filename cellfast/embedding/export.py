@@ -5,43 +5,29 @@ Three formats, the same program in each: TorchScript (libtorch, C++), pt2 (``tor
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 import json
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cellfast import __version__
 from cellfast.atomic import atomic_path
-from cellfast.embedding.embed_store import FEATURES, CropEncoder, feature_names
+from cellfast.augment import center_crop
+from cellfast.embedding.embed_store import FEATURES, feature_names
+from cellfast.embedding.export_formats import FORMATS, METADATA_NAME, Program, quiet, require_onnx
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
-from cellfast.models import SimCLR
 from cellfast.screens import Screen
 
-# Format → the suffixes its files may have; the first is the usual one.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "torchscript": (".ts", ".torchscript", ".pt"),
-    "pt2": (".pt2",),
-    "onnx": (".onnx",),
-}
-METADATA_NAME = "cellfast.json"
 METADATA_VERSION = 1
+# Of the largest feature of a cell: float32 in another order of operations differs by about 1e-6.
 TOLERANCE = 1e-4
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-# Runs a program: (crops, low, high) → features; low and high are used by programs with scaling per plate.
-Runner = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,83 +45,6 @@ class ExportSummary:
     checked_on: str
     largest_absolute: float
     largest_relative: float
-
-
-class _Network(nn.Module):
-    """Views → the one output that is exported."""
-
-    def __init__(self, model: SimCLR, features: str) -> None:
-        super().__init__()
-        self.encoder = model.encoder
-        self.head = model.projection if features == "z" else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x))
-
-
-class _Program(nn.Module):
-    """What the exported programs share. Only what TorchScript can compile; its plain attributes are read by the C++ example."""
-
-    def __init__(self, network: nn.Module, model: LoadedModel, features: str, names: list[str], batch_size: int | None) -> None:
-        super().__init__()
-        meta = model.metadata
-        self.network = network
-        self.channel_names: list[str] = list(meta.channel_names)
-        self.feature_names: list[str] = names
-        self.num_channels: int = len(meta.channel_names)
-        self.crop_size: int = meta.crop_size
-        self.output_size: int = meta.output_size
-        # The window of augment.center_crop: the stored centroid pixel S//2 lands on s//2.
-        self.start: int = meta.crop_size // 2 - meta.output_size // 2
-        self.bits: int = meta.bits
-        self.scaling: str = meta.scaling
-        self.batch_size: int = batch_size or 0
-
-    def check(self, crops: Tensor) -> None:
-        # Inside the program: a crop of another size would otherwise be cut off centre without a word.
-        if (
-            crops.dim() != 4
-            or crops.size(1) != self.num_channels
-            or crops.size(2) != self.crop_size
-            or crops.size(3) != self.crop_size
-        ):
-            raise ValueError(
-                f"crops must have shape [B, {self.num_channels}, {self.crop_size}, {self.crop_size}], got {crops.size()}"
-            )
-        if self.batch_size > 0 and crops.size(0) != self.batch_size:
-            raise ValueError(f"this program was exported for {self.batch_size} crops at a time, got {crops.size(0)}")
-        stored = crops.dtype == torch.uint8 if self.bits == 8 else crops.dtype == torch.uint16
-        if not stored and crops.dtype != torch.int32 and crops.dtype != torch.float32:
-            raise ValueError(f"crops must be uint{self.bits}, or the same pixel values as int32 or float32")
-
-    def embed(self, crops: Tensor, low: Tensor, inverse: Tensor) -> Tensor:
-        stop = self.start + self.output_size
-        window = crops[:, :, self.start : stop, self.start : stop].to(torch.float32)
-        x = ((window - low.view(-1, 1, 1)) * inverse.view(-1, 1, 1)).clamp(0.0, 1.0)
-        return self.network(x.contiguous(memory_format=torch.channels_last))
-
-
-class _ScreenScaled(_Program):
-    """(crops) → features; the model's own low and high are inside."""
-
-    def __init__(self, network: nn.Module, model: LoadedModel, features: str, names: list[str], batch_size: int | None) -> None:
-        super().__init__(network, model, features, names, batch_size)
-        self.register_buffer("low", model.low)
-        self.register_buffer("inverse", 1.0 / (model.high - model.low).clamp_min(1.0))
-
-    def forward(self, crops: Tensor) -> Tensor:
-        self.check(crops)
-        return self.embed(crops, self.low, self.inverse)
-
-
-class _PlateScaled(_Program):
-    """(crops, low, high) → features; low and high are the plate's, float32 [C]."""
-
-    def forward(self, crops: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        self.check(crops)
-        if low.dim() != 1 or high.dim() != 1 or low.size(0) != self.num_channels or high.size(0) != self.num_channels:
-            raise ValueError(f"low and high must have shape [{self.num_channels}], got {low.size()} and {high.size()}")
-        return self.embed(crops, low, 1.0 / (high - low).clamp_min(1.0))
 
 
 def export_model(
@@ -180,20 +89,17 @@ def export_model(
     if check_cells < 1:
         raise CellfastError(f"the number of crops to check on must be at least 1, got {check_cells}")
     if format == "onnx":
-        _require_onnx()
-    encoder = CropEncoder(model, features=features, device=torch.device("cpu"))
-    samples = _random_samples(model, check_cells, seed) if check is None else _screen_samples(model, encoder, check, check_cells)
-    metadata = export_metadata(model, format, features, encoder.num_features, batch_size)
-    write, run = {
-        "torchscript": (_write_torchscript, _run_torchscript),
-        "pt2": (_write_pt2, _run_pt2),
-        "onnx": (_write_onnx, _run_onnx),
-    }[format]
+        require_onnx()
+    network = model.model.eval()
+    num_features = network.num_features if features == "h" else network.config.projection_dim
+    samples = _random_samples(model, check_cells, seed) if check is None else _screen_samples(model, check, check_cells)
+    metadata = export_metadata(model, format, features, num_features, batch_size)
     with atomic_path(path) as temporary:
-        with _quiet():
-            write(model, features, batch_size, metadata, temporary)
-            absolute, relative = _compare(run(temporary), encoder, samples, batch_size)
-        if relative > TOLERANCE:
+        with quiet():
+            FORMATS[format].write(model, features, batch_size, metadata, temporary)
+            exported = load_exported(temporary)
+            absolute, relative = _compare(exported, model, features, samples)
+        if not relative <= TOLERANCE:
             raise CellfastError(
                 f"the exported model's features differ from the Python model's by {relative:.2g} of their size "
                 f"({absolute:.2g}), more than {TOLERANCE:g}; {path} was not written. Try another --format, and please report this"
@@ -201,21 +107,22 @@ def export_model(
         size = temporary.stat().st_size
     cells = sum(len(crops) for crops, _, _ in samples)
     where = "random crops" if check is None else f"crops of {check.path}"
-    return ExportSummary(path, format, encoder.num_features, size, cells, where, absolute, relative)
+    return ExportSummary(path, format, num_features, size, cells, where, absolute, relative)
 
 
 def check_target(path: Path, format: str | None, source: Path, *, force: bool) -> str:
     """The format to write, from ``format`` or the suffix; `CellfastError` when they disagree or the file is in the way."""
-    known = "; ".join(f"{name}: {', '.join(suffixes)}" for name, suffixes in FORMATS.items())
+    known = "; ".join(f"{name}: {', '.join(kind.suffixes)}" for name, kind in FORMATS.items())
     if format is None:
-        format = next((name for name, suffixes in FORMATS.items() if path.suffix in suffixes), None)
+        format = next((name for name, kind in FORMATS.items() if path.suffix in kind.suffixes), None)
         if format is None:
             raise CellfastError(f"{path}: the suffix {path.suffix!r} names no format ({known}); choose one, or give --format")
     if format not in FORMATS:
         raise CellfastError(f"format {format!r} is not known: choose one of {', '.join(FORMATS)}")
-    if path.suffix not in FORMATS[format]:
+    suffixes = FORMATS[format].suffixes
+    if path.suffix not in suffixes:
         raise CellfastError(
-            f"{path}: a file of format {format} is named {' or '.join('*' + s for s in FORMATS[format])}, not *{path.suffix}"
+            f"{path}: a file of format {format} is named {' or '.join('*' + s for s in suffixes)}, not *{path.suffix}"
         )
     if path.exists() and path.resolve() == source.resolve():
         raise CellfastError(f"{path} is the model itself: choose another name for the exported file")
@@ -265,15 +172,15 @@ def read_export_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CellfastError(f"{path} does not exist or is not a file: expected a file written by cellfast export")
     try:
         if path.suffix == ".onnx":
-            _require_onnx()
+            require_onnx()
             import onnx
 
             text = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}[METADATA_NAME]
         else:
             # Both are zip archives that keep extra files in a folder of their own; nothing but that text is read.
-            reader = torch._C.PyTorchFileReader(str(path))
-            name = next(record for record in reader.get_all_records() if record in (f"extra/{METADATA_NAME}", METADATA_NAME))
-            text = reader.get_record(name).decode()
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_NAME}"))
+                text = archive.read(name).decode()
         return json.loads(text)
     except CellfastError:
         raise
@@ -281,109 +188,71 @@ def read_export_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CellfastError(f"{path} is not a file written by cellfast export: it carries no {METADATA_NAME}") from error
 
 
-def _program(model: LoadedModel, features: str, batch_size: int | None, metadata: dict[str, Any], network: nn.Module) -> _Program:
-    kind = _PlateScaled if model.scaling == "plate" else _ScreenScaled
-    return kind(network, model, features, metadata["feature_names"], batch_size).eval()
+class ExportedModel:
+    """An exported file, loaded: ``features = exported(crops)``, or ``exported(crops, low, high)`` with scaling per plate.
+
+    Attributes:
+        path: the file.
+        metadata: what `export_metadata` put into it.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any], program: Program, device: torch.device) -> None:
+        self.path, self.metadata, self.program, self.device = path, metadata, program, device
+
+    @property
+    def takes_scaling(self) -> bool:
+        """Whether low and high are inputs (scaling per plate)."""
+        return len(self.metadata["inputs"]) > 1
+
+    @torch.inference_mode()
+    def __call__(self, crops: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+        """Features float32 [B, F] of crops as stored, uint8 or uint16 [B, C, S, S]; low, high: float32 [C], of the plate.
+
+        A program of a fixed minibatch gets full ones: the last is filled up, and cut off again.
+
+        Raises:
+            CellfastError: low and high missing, or given to a program that has its own.
+        """
+        if self.takes_scaling != (low is not None and high is not None) or (low is None) != (high is None):
+            raise CellfastError(
+                f"{self.path}: this model is scaled {'per plate: give low and high' if self.takes_scaling else 'inside: low and high are not its inputs'}"
+            )
+        scaling = () if low is None or high is None else (low.to(self.device), high.to(self.device))
+        fixed, count = self.metadata["inputs"][0]["shape"][0], len(crops)
+        crops = crops.to(self.device)
+        if not isinstance(fixed, int):
+            return self.program(crops, *scaling)
+        filled = torch.cat([crops, crops[:1].expand(-count % fixed, -1, -1, -1)])
+        return torch.cat([self.program(part.contiguous(), *scaling) for part in filled.split(fixed)])[:count]
 
 
-def _example(model: LoadedModel, batch_size: int | None) -> tuple[Tensor, ...]:
-    meta = model.metadata
-    # Two crops: torch.export takes a size of one for a constant.
-    shape = (batch_size or 2, len(meta.channel_names), meta.crop_size, meta.crop_size)
-    crops = torch.zeros(shape, dtype=torch.uint8 if meta.bits == 8 else torch.uint16)
-    return (crops, model.low, model.high) if meta.scaling == "plate" else (crops,)
+def load_exported(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> ExportedModel:
+    """Load a file of `export_model`, of any format.
+
+    TorchScript and pt2 files are programs: load only files you trust.
+
+    Raises:
+        CellfastError: not a file written by ``cellfast export``, or its packages are missing.
+    """
+    path, device = Path(path), torch.device(device)
+    metadata = read_export_metadata(path)
+    with quiet():
+        return ExportedModel(path, metadata, FORMATS[metadata["format"]].load(path, device), device)
 
 
-def _write_torchscript(model: LoadedModel, features: str, batch_size: int | None, metadata: dict[str, Any], path: Path) -> None:
-    meta = model.metadata
-    views = torch.zeros(2, len(meta.channel_names), meta.output_size, meta.output_size).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        # The network is traced (torchvision's code need not compile), the program around it is compiled, with its checks.
-        network = torch.jit.trace(_Network(model.model, features).eval(), views, check_trace=False)
-        scripted = torch.jit.script(_program(model, features, batch_size, metadata, network))
-    scripted.save(str(path), _extra_files={METADATA_NAME: json.dumps(metadata, ensure_ascii=False)})
-
-
-def _run_torchscript(path: Path) -> Runner:
-    program = torch.jit.load(str(path), map_location="cpu")
-    return lambda crops, *scaling: program(crops, *scaling[: _num_inputs(path) - 1])
-
-
-def _exported(
-    model: LoadedModel, features: str, batch_size: int | None, metadata: dict[str, Any]
-) -> tuple[_Program, tuple[Tensor, ...], tuple[dict[int, Any] | None, ...]]:
-    """A contiguous copy of the program, example inputs, and which of their sizes may change."""
-    network = copy.deepcopy(_Network(model.model, features)).to(memory_format=torch.contiguous_format).eval()
-    inputs = _example(model, batch_size)
-    sizes: list[dict[int, Any] | None] = [None] * len(inputs)
-    if batch_size is None:
-        sizes[0] = {0: torch.export.Dim.DYNAMIC}
-    return _program(model, features, batch_size, metadata, network), inputs, tuple(sizes)
-
-
-def _write_pt2(model: LoadedModel, features: str, batch_size: int | None, metadata: dict[str, Any], path: Path) -> None:
-    program, inputs, sizes = _exported(model, features, batch_size, metadata)
-    with torch.no_grad():
-        exported = torch.export.export(program, inputs, dynamic_shapes=sizes)
-    torch.export.save(exported, path, extra_files={METADATA_NAME: json.dumps(metadata, ensure_ascii=False)})
-
-
-def _run_pt2(path: Path) -> Runner:
-    program = torch.export.load(path).module()
-    return lambda crops, *scaling: program(crops, *scaling[: _num_inputs(path) - 1])
-
-
-def _write_onnx(model: LoadedModel, features: str, batch_size: int | None, metadata: dict[str, Any], path: Path) -> None:
-    import onnx
-
-    program, inputs, sizes = _exported(model, features, batch_size, metadata)
-    if batch_size is None:
-        sizes = ({0: "batch"}, *sizes[1:])
-    with torch.no_grad():
-        proto = torch.onnx.export(
-            program, inputs, dynamo=True, dynamic_shapes=sizes, input_names=[i["name"] for i in metadata["inputs"]],
-            output_names=["features"], external_data=False, verbose=False,
-        ).model_proto  # fmt: skip
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = METADATA_NAME, json.dumps(metadata, ensure_ascii=False)
-    onnx.checker.check_model(proto)
-    onnx.save(proto, path)
-
-
-def _run_onnx(path: Path) -> Runner:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(crops: Tensor, *scaling: Tensor) -> Tensor:
-        values = [value.numpy() for value in (crops, *scaling)]
-        return torch.from_numpy(session.run(None, dict(zip(names, values)))[0])
-
-    return run
-
-
-def _num_inputs(path: Path) -> int:
-    return len(read_export_metadata(path)["inputs"])
-
-
+@torch.inference_mode()
 def _compare(
-    run: Runner, encoder: CropEncoder, samples: list[tuple[Tensor, Tensor, Tensor]], batch_size: int | None
+    exported: ExportedModel, model: LoadedModel, features: str, samples: list[tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[float, float]:
-    """(largest absolute, largest relative) difference; crops go in singly and together where the program takes any number."""
+    """(largest absolute, largest relative) difference of a written program from the Python model; crops go in singly and together."""
     absolute = relative = 0.0
     for crops, low, high in samples:
-        expected = encoder(crops, low, high)
+        x = center_crop(crops, low, high, model.output_size, memory_format=torch.channels_last)
+        expected = model.model(x)[FEATURES.index(features)].float()
         if not bool(torch.isfinite(expected).all()):
-            raise CellfastError(f"the model {encoder.loaded.path} gives features that are not finite: it cannot be exported")
-        with torch.inference_mode():
-            if batch_size is None:
-                parts = [run(crops[:1], low, high), *([run(crops[1:], low, high)] if len(crops) > 1 else [])]
-            else:
-                # The last minibatch is filled up: the program takes exactly batch_size.
-                filled = torch.cat([crops, crops[:1].expand(-len(crops) % batch_size, -1, -1, -1)])
-                parts = [run(part, low, high) for part in filled.split(batch_size)]
-        found = torch.cat(parts)[: len(crops)]
+            raise CellfastError(f"the model {model.path} gives features that are not finite: it cannot be exported")
+        scaling = (low, high) if exported.takes_scaling else ()
+        found = torch.cat([exported(part, *scaling) for part in (crops[:1], crops[1:]) if len(part)])
         if found.shape != expected.shape or found.dtype != torch.float32 or not bool(torch.isfinite(found).all()):
             return float("inf"), float("inf")
         difference = (found - expected).abs().amax(dim=1)
@@ -393,17 +262,21 @@ def _compare(
 
 
 def _random_samples(model: LoadedModel, count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Crops of values from a little below ``low`` to a little above ``high``: wider ones would be clamped to 0 and 1 throughout."""
+    """Crops of values from a little below ``low`` to a little above ``high`` (wider ones would be clamped to 0 and 1 throughout);
+    the last of several spans the whole range of the pixel type."""
     meta = model.metadata
     low, high = np.asarray(meta.low, dtype=float), np.asarray(meta.high, dtype=float)
     margin = np.maximum(0.1 * (high - low), 1.0)
     random = np.random.default_rng(seed).random((count, len(low), meta.crop_size, meta.crop_size))
     values = (low - margin)[:, None, None] + random * (high - low + 2 * margin)[:, None, None]
     dtype = np.uint8 if meta.bits == 8 else np.uint16
-    return [(torch.from_numpy(values.round().clip(0, np.iinfo(dtype).max).astype(dtype)), model.low, model.high)]
+    crops = values.round().clip(0, np.iinfo(dtype).max).astype(dtype)
+    if count > 1:
+        crops[-1] = np.random.default_rng(seed + 1).integers(0, np.iinfo(dtype).max, crops[-1].shape, dtype, endpoint=True)
+    return [(torch.from_numpy(crops), model.low, model.high)]
 
 
-def _screen_samples(model: LoadedModel, encoder: CropEncoder, screen: Screen, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _screen_samples(model: LoadedModel, screen: Screen, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Crops spread evenly over the screen's cells, by plate, with each plate's scaling."""
     model.check_screen(str(screen.path), screen.channel_names, screen.crop_size, 8 * np.dtype(screen.dtype).itemsize)
     if screen.num_cells == 0:
@@ -414,30 +287,7 @@ def _screen_samples(model: LoadedModel, encoder: CropEncoder, screen: Screen, co
         first, last = screen.offsets[number], screen.offsets[number + 1]
         mine = rows[(rows >= first) & (rows < last)] - first
         if len(mine):
-            samples.append((torch.from_numpy(np.array(store.crops()[mine])), *encoder.scaling_of(store)))
+            low, high = (store.scale_low, store.scale_high) if model.scaling == "plate" else (model.low, model.high)
+            scaling = (torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32))
+            samples.append((torch.from_numpy(np.array(store.crops()[mine])), *scaling))
     return samples
-
-
-def _require_onnx() -> None:
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CellfastError(
-            f"ONNX needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}, not installed here: "
-            "pip install 'cellfast[onnx]'"
-        )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' own remarks: TorchScript's deprecation, notes on operators that are not used here."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
