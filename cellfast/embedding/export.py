@@ -188,6 +188,15 @@ def read_export_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CellfastError(f"{path} is not a file written by cellfast export: it carries no {METADATA_NAME}") from error
 
 
+def is_exported(path: str | os.PathLike[str]) -> bool:
+    """Whether a TorchScript or pt2 file was written by ``cellfast export`` (a model.pt was not)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(f"/extra/{METADATA_NAME}") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 class ExportedModel:
     """An exported file, loaded: ``features = exported(crops)``, or ``exported(crops, low, high)`` with scaling per plate.
 
