@@ -19,13 +19,14 @@ from torch import Tensor
 from cellfast import __version__
 from cellfast.atomic import atomic_path
 from cellfast.augment import center_crop
-from cellfast.embedding.embed_store import FEATURES, feature_names
 from cellfast.embedding.export_formats import FORMATS, METADATA_NAME, Program, quiet, require_onnx
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.screens import Screen
 
 METADATA_VERSION = 1
+# In the order of SimCLR.forward.
+FEATURES = ("h", "z")
 # Of the largest feature of a cell: float32 in another order of operations differs by about 1e-6.
 TOLERANCE = 1e-4
 
@@ -153,12 +154,18 @@ def export_metadata(model: LoadedModel, format: str, features: str, num_features
         "low": None if meta.scaling == "plate" else list(map(float, meta.low)),
         "high": None if meta.scaling == "plate" else list(map(float, meta.high)),
         "features": features,
-        "feature_names": feature_names(features, num_features),
+        "feature_names": _feature_names(features, num_features),
         "model": {"digest": model.digest, "config": model.model.config.to_dict(), "step": meta.step},
         "training_data": meta.training_data or None,
         "trained_with": {"cellfast_version": meta.cellfast_version, "git_commit": meta.git_commit or None},
         "exported_with": {"cellfast_version": __version__, "torch_version": torch.__version__},
     }
+
+
+def _feature_names(features: str, count: int) -> list[str]:
+    # The columns of cellfast embed.
+    digits = max(3, len(str(count - 1)))
+    return [f"{features}{i:0{digits}d}" for i in range(count)]
 
 
 def read_export_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
