@@ -154,7 +154,7 @@ def test_kernels_agree_with_each_other():
 
 def test_unknown_kernels_are_told():
     before = choose("")
-    with pytest.raises(RuntimeError, match="instruction_set must be auto, avx512, avx2 or portable.*got neon"):
+    with pytest.raises(RuntimeError, match=r"instruction_set must be auto, avx512, avx2 or portable.*got neon"):
         choose("neon")
     assert choose("") == before
 
