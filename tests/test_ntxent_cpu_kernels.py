@@ -154,9 +154,49 @@ def test_kernels_agree_with_each_other():
 
 def test_unknown_kernels_are_told():
     before = choose("")
-    with pytest.raises(RuntimeError, match=r"instruction_set must be auto, avx512, avx2 or portable.*got neon"):
+    with pytest.raises(RuntimeError, match=r"instruction_set must be auto, .* portable or emulated_bf16.*got neon"):
         choose("neon")
     assert choose("") == before
+
+
+@pytest.fixture(params=["emulated_bf16", "avx512_bf16"])
+def pair_kernels(request):
+    """Kernels that multiply bfloat16; the emulated ones differ in that one instruction only."""
+    try:
+        choose(request.param)
+    except RuntimeError:
+        pytest.skip(f"needs a processor with {request.param}")
+    yield request.param
+    choose("auto")
+
+
+@pytest.mark.parametrize("num_rows", [2, 14, 46, 48, 50, 98, 194, 1026])
+@pytest.mark.parametrize("dim", [1, 16, 33, 128])
+def test_bfloat16_rows_multiplied_as_such(pair_kernels, num_rows, dim):
+    z = rows(num_rows, dim, dtype=torch.bfloat16)
+    truth, true_grad = with_gradient(ntxent_loss_reference, z.double(), 0.2)
+    plain, plain_grad = with_gradient(ntxent_loss_reference, z, 0.2)
+    ours, grad = with_gradient(ntxent_loss, z, 0.2)
+    assert grad.dtype == torch.bfloat16
+    assert abs(float(ours) - float(truth)) <= abs(float(plain) - float(truth)) + 2e-3 * max(1.0, float(truth))
+    size = float(true_grad.abs().max())
+    if dim > 1:
+        error = float((grad.double() - true_grad).abs().max())
+        assert error <= float((plain_grad.double() - true_grad).abs().max()) + 2**-8 * size
+
+
+@pytest.mark.parametrize("hard", [0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0])
+def test_bfloat16_hard_positives_keep_their_gradient(pair_kernels, temperature, hard):
+    """Positive pairs are not rounded: at P near 1 their gradient would be lost."""
+    z = rows(256, 64, dtype=torch.bfloat16, hard=hard)
+    truth, true_grad = with_gradient(ntxent_loss_reference, z.double(), temperature)
+    plain, plain_grad = with_gradient(ntxent_loss_reference, z, temperature)
+    ours, grad = with_gradient(ntxent_loss, z, temperature)
+    assert float(ours) >= 0
+    assert abs(float(ours) - float(truth)) <= 0.1 * abs(float(plain) - float(truth)) + 1e-2 * float(truth) + 1e-7
+    error = float((grad.double() - true_grad).abs().max())
+    assert error <= float((plain_grad.double() - true_grad).abs().max()) + 2**-7 * float(true_grad.abs().max())
 
 
 PEAK = """

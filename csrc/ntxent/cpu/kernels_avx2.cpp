@@ -16,6 +16,7 @@
 #define CELLFAST_ROWS 4
 #define CELLFAST_VECTORS 3
 #define CELLFAST_OUT_ROWS 6
+#define CELLFAST_PAIRS 0
 #include "ntxent/cpu/tile_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

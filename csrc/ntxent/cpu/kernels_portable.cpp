@@ -10,4 +10,5 @@
 #define CELLFAST_ROWS 2
 #define CELLFAST_VECTORS 3
 #define CELLFAST_OUT_ROWS 4
+#define CELLFAST_PAIRS 0
 #include "ntxent/cpu/tile_kernels.h"

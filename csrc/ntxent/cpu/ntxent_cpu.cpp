@@ -106,7 +106,18 @@ std::tuple<Tensor, Tensor> normalize(Tensor z, bool normalize_rows) {
   return {zhat, inv_norm};
 }
 
-std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_t index, int64_t count) {
+// The kernels for rows that came as `dtype`: bfloat16 rows of one process are multiplied as such where the processor does that faster.
+template <typename T>
+const TileKernels<T>& kernels_for(ScalarType dtype) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == ScalarType::BFloat16 && pair_kernels() != nullptr) {
+      return *pair_kernels();
+    }
+  }
+  return tile_kernels<T>();
+}
+
+std::tuple<Tensor, Tensor> forward_of(Tensor zhat, Tensor temperature, int64_t index, int64_t count, ScalarType dtype) {
   check_rows(zhat, "zhat");
   const int64_t num_rows = zhat.size(0), dim = zhat.size(1);
   check_shard(num_rows, index, count);
@@ -124,7 +135,7 @@ std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_
       std::fill_n(data<double>(lse), shard.num_local(), std::numeric_limits<double>::quiet_NaN());
       return;
     }
-    if (bound <= kLargestLogit && tiles_forward(rows, dim, tau, shift_of(bound), shard, data<double>(row_loss), data<double>(lse))) {
+    if (bound <= kLargestLogit && tiles_forward(kernels_for<T>(dtype), rows, dim, tau, shift_of(bound), shard, data<double>(row_loss), data<double>(lse))) {
       return;
     }
     torch::stable::parallel_for(0, ceil_div(shard.num_local(), kRowsPerTask), 1, [&](int64_t begin, int64_t end) {
@@ -137,8 +148,8 @@ std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_
   return {row_loss, lse};
 }
 
-std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature, bool normalize_rows,
-                                          int64_t index, int64_t count, ScalarType dtype) {
+std::tuple<Tensor, Tensor> backward_of(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature, bool normalize_rows,
+                                       int64_t index, int64_t count, ScalarType dtype, ScalarType kernels_dtype) {
   check_rows(zhat, "zhat");
   const int64_t num_rows = zhat.size(0), dim = zhat.size(1);
   check_shard(num_rows, index, count);
@@ -168,8 +179,9 @@ std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor 
       *data<double>(grad_temperature) = std::numeric_limits<double>::quiet_NaN();
       return;
     }
-    const SlicedGradient<T> sliced(shard, dim);
-    const bool in_tiles = bound <= kLargestLogit && tiles_backward(rows, data<double>(lse_dense), dim, tau, shift_of(bound), shard, sliced);
+    const TileKernels<T>& kernels = kernels_for<T>(kernels_dtype);
+    const SlicedGradient<T> sliced(kernels, shard, dim);
+    const bool in_tiles = bound <= kLargestLogit && tiles_backward(kernels, rows, data<double>(lse_dense), dim, tau, shift_of(bound), shard, sliced);
     const int64_t num_tasks = ceil_div(num_local, kRowsPerTask);
     std::vector<double> alignment(num_tasks, 0.0);
     torch::stable::parallel_for(0, num_tasks, std::max<int64_t>(1, (1 << 14) / (dim * kRowsPerTask)), [&](int64_t begin, int64_t end) {
@@ -204,10 +216,20 @@ std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor 
   return {accumulator == dtype ? grad : torch::stable::to(grad, dtype), grad_temperature};
 }
 
+// Shards are multiplied as float: the forward pass does not know what their rows came as.
+std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_t index, int64_t count) {
+  return forward_of(zhat, temperature, index, count, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature, bool normalize_rows,
+                                          int64_t index, int64_t count, ScalarType dtype) {
+  return backward_of(grad_loss, zhat, inv_norm, lse, temperature, normalize_rows, index, count, dtype, ScalarType::Float);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor z, Tensor temperature, bool normalize_rows) {
   check_rows(z, "z");
   auto [zhat, inv_norm] = normalize(z, normalize_rows);
-  auto [row_loss, lse] = shard_forward(zhat, temperature, 0, 1);
+  auto [row_loss, lse] = forward_of(zhat, temperature, 0, 1, z.scalar_type());
   Tensor loss = new_tensor(z, {}, zhat.scalar_type());
   double sum = 0;
   for (int64_t i = 0; i < z.size(0); ++i) {
@@ -222,13 +244,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor z, Tensor temperature,
 
 std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature, bool normalize_rows,
                                     ScalarType dtype) {
-  return shard_backward(grad_loss, zhat, inv_norm, lse, temperature, normalize_rows, 0, 1, dtype);
+  return backward_of(grad_loss, zhat, inv_norm, lse, temperature, normalize_rows, 0, 1, dtype, dtype);
 }
 
 std::string kernels(std::string instruction_set) {
   const char* const chosen = choose_kernels(instruction_set.c_str());
   if (chosen == nullptr) {
-    fail("instruction_set must be auto, avx512, avx2 or portable, as far as this processor has them, got ", instruction_set);
+    fail("instruction_set must be auto, avx512_bf16, avx512, avx2, portable or emulated_bf16, as far as this processor has them, got ", instruction_set);
   }
   return chosen;
 }

@@ -1,7 +1,9 @@
 // The tile kernels, written once with the compiler's vector types and compiled per instruction set. The including file defines
 //   CELLFAST_KERNELS   namespace and name,  CELLFAST_VECTOR_BYTES   width of a vector,
 //   CELLFAST_ROWS      rows of the logits' register tile (divides lanes for float and double),  CELLFAST_VECTORS  its vectors,
-//   CELLFAST_OUT_ROWS  rows of the weights' register tile (divides kRowStep).
+//   CELLFAST_OUT_ROWS  rows of the weights' register tile (divides kRowStep),
+//   CELLFAST_PAIRS     0: numbers, 1: pairs of bfloat16 in a float's place (tile.h), multiplied as CELLFAST_PAIR_DOT(sum, a, b) does or,
+//                      without that, by shifting them apart.
 // HAZARD: no template or inline function of the standard library may be used here. It would be compiled for this instruction set, and the
 // linker might keep that copy for the whole program, which then stops with an illegal instruction on an older processor.
 
@@ -88,6 +90,26 @@ __attribute__((always_inline)) inline Vector<T> exp2_of(Vector<T> x) {
   return reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << Lanes<T>::mantissa));
 }
 
+// sum + (one number of a, in every lane) * b.
+template <typename T>
+__attribute__((always_inline)) inline Vector<T> multiply_add(Vector<T> sum, const T* a, Vector<T> b) {
+#if CELLFAST_PAIRS
+  // Loaded as an integer: as a float a pair might be a NaN or a denormal number, and be changed on the way.
+  using Bits = typename Lanes<T>::bits;
+  typedef int32_t loose_int __attribute__((may_alias));
+  const Bits pairs = Bits{} + *reinterpret_cast<const loose_int*>(a);
+#if defined(CELLFAST_PAIR_DOT)
+  return CELLFAST_PAIR_DOT(sum, pairs, b);
+#else
+  const Bits high = Bits{} + static_cast<int32_t>(0xffff0000u), other = reinterpret_cast<Bits>(b);
+  sum += reinterpret_cast<Vector<T>>(pairs << 16) * reinterpret_cast<Vector<T>>(other << 16);
+  return sum + reinterpret_cast<Vector<T>>(pairs & high) * reinterpret_cast<Vector<T>>(other & high);
+#endif
+#else
+  return sum + *a * b;
+#endif
+}
+
 constexpr int kRows = CELLFAST_ROWS;
 constexpr int kVectors = CELLFAST_VECTORS;
 constexpr int kOutRows = CELLFAST_OUT_ROWS;
@@ -113,10 +135,9 @@ __attribute__((always_inline)) inline void dot(const T* __restrict__ a, const T*
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const T scalar = a[k * lanes + r];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        acc[r][v] += scalar * column[v];
+        acc[r][v] = multiply_add<T>(acc[r][v], a + k * lanes + r, column[v]);
       }
     }
   }
@@ -136,12 +157,45 @@ inline bool is_dropped(const Tile& t, int64_t row, int64_t column) {
   return row >= t.i1 || column >= t.j1 || apart == 0 || apart == t.num_rows / 2;
 }
 
+// Zero for pairs that do not count; rarely called.
+template <typename T>
+__attribute__((noinline)) void drop(const Tile& t, int64_t i, int64_t j, T (&values)[kRows][kVectors * kLanes<T>]) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVectors * kLanes<T>; ++c) {
+      if (is_dropped(t, i + r, j + c)) {
+        values[r][c] = T(0);
+      }
+    }
+  }
+}
+
+// acc with the pairs that do not count set to zero.
+template <typename T>
+__attribute__((always_inline)) inline void drop_special(const Tile& t, int64_t i, int64_t j, Vector<T> (&acc)[kRows][kVectors]) {
+  constexpr int lanes = kLanes<T>;
+  alignas(64) T values[kRows][kVectors * lanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      store(&values[r][v * lanes], acc[r][v]);
+    }
+  }
+  drop(t, i, j, values);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = load(&values[r][v * lanes]);
+    }
+  }
+}
+
 template <typename T>
 void forward(const T* a, const T* b, const Tile& t, T* row_sums, T* column_sums) {
   constexpr int lanes = kLanes<T>;
   constexpr int width = kVectors * lanes;
   const T shift = static_cast<T>(t.shift);
-  alignas(64) T powers[kRows][width];
   for (int64_t j = t.j0; j < t.j1; j += width) {
     const T* columns = b + (j - t.j0) * t.dim;
     Vector<T> below[kVectors] = {};
@@ -157,22 +211,7 @@ void forward(const T* a, const T* b, const Tile& t, T* row_sums, T* column_sums)
         }
       }
       if (__builtin_expect(is_special(t, i, j, width), 0)) {
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) {
-            store(&powers[r][v * lanes], acc[r][v]);
-          }
-          for (int c = 0; c < width; ++c) {
-            if (is_dropped(t, i + r, j + c)) {
-              powers[r][c] = T(0);
-            }
-          }
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) {
-            acc[r][v] = load(&powers[r][v * lanes]);
-          }
-        }
+        drop_special<T>(t, i, j, acc);
       }
       T* sums = row_sums + (i - t.i0) * lanes;
 #pragma GCC unroll 16
@@ -196,6 +235,53 @@ void forward(const T* a, const T* b, const Tile& t, T* row_sums, T* column_sums)
   }
 }
 
+#if CELLFAST_PAIRS
+// To bfloat16 by rounding to the nearest, in the upper half of each lane; the lower half is left over.
+template <typename T>
+__attribute__((always_inline)) inline typename Lanes<T>::bits rounded(Vector<T> x) {
+  const auto bits = reinterpret_cast<typename Lanes<T>::bits>(x);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+// Twice: pairs of columns, then, kTransposedWeights further, pairs of rows.
+template <typename T>
+__attribute__((always_inline)) inline void store_weights(const Vector<T> (&acc)[kRows][kVectors], int64_t row, int64_t column, T* out) {
+  constexpr int lanes = kLanes<T>;
+  using Bits = typename Lanes<T>::bits;
+  typedef uint64_t wide __attribute__((vector_size(CELLFAST_VECTOR_BYTES)));
+  typedef uint32_t narrow __attribute__((vector_size(CELLFAST_VECTOR_BYTES / 2), aligned(4), may_alias));
+  typedef uint32_t narrow_value __attribute__((vector_size(CELLFAST_VECTOR_BYTES / 2)));
+  const Bits high = Bits{} + static_cast<int32_t>(0xffff0000u), low = Bits{} + 0xffff;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; r += 2) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Bits even = rounded<T>(acc[r][v]), odd = rounded<T>(acc[r + 1][v]);
+      const Bits of_rows = ((even >> 16) & low) | (odd & high);
+      store(out + kTransposedWeights + (row + r) / 2 * kWeightStride + column + v * lanes, reinterpret_cast<Vector<T>>(of_rows));
+#pragma GCC unroll 2
+      for (int side = 0; side < 2; ++side) {
+        const wide two = reinterpret_cast<wide>(side ? odd : even);
+        const wide of_columns = ((two & 0xffffffffu) >> 16) | ((two >> 32) & 0xffff0000u);
+        T* target = out + (row + r + side) * kWeightStride + (column + v * lanes) / 2;
+        *reinterpret_cast<narrow*>(target) = __builtin_convertvector(of_columns, narrow_value);
+      }
+    }
+  }
+}
+#else
+template <typename T>
+__attribute__((always_inline)) inline void store_weights(const Vector<T> (&acc)[kRows][kVectors], int64_t row, int64_t column, T* out) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      store(out + (row + r) * kWeightStride + column + v * kLanes<T>, acc[r][v]);
+    }
+  }
+}
+#endif
+
 template <typename T>
 void weights(const T* a, const T* b, const Tile& t, const T* inv_sum, T* out) {
   constexpr int lanes = kLanes<T>;
@@ -212,30 +298,28 @@ void weights(const T* a, const T* b, const Tile& t, const T* inv_sum, T* out) {
       for (int v = 0; v < kVectors; ++v) {
         of_column[v] = load(inv_sum + j + v * lanes);
       }
-      T* tile = out + (i - t.i0) * kWeightStride + (j - t.j0);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const T of_row = inv_sum[i + r];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          store(tile + r * kWeightStride + v * lanes, exp2_of<T>(acc[r][v] - shift) * (of_column[v] + of_row));
+          acc[r][v] = exp2_of<T>(acc[r][v] - shift) * (of_column[v] + of_row);
         }
       }
       if (__builtin_expect(is_special(t, i, j, width), 0)) {
-        for (int r = 0; r < kRows; ++r) {
-          for (int c = 0; c < width; ++c) {
-            if (is_dropped(t, i + r, j + c)) {
-              tile[r * kWeightStride + c] = T(0);
-            }
-          }
-        }
+        drop_special<T>(t, i, j, acc);
       }
+      store_weights<T>(acc, i - t.i0, j - t.j0, out);
     }
   }
 }
 
 template <typename T, bool Transposed>
 void accumulate(const T* w, const T* values, int64_t rows, int64_t depth, T* out) {
+#if CELLFAST_PAIRS
+  depth /= 2;
+  w += Transposed ? kTransposedWeights : 0;
+#endif
   constexpr int lanes = kLanes<T>;
   constexpr int width = 2 * lanes;
   constexpr int64_t along_row = Transposed ? kWeightStride : 1, along_depth = Transposed ? 1 : kWeightStride;
@@ -253,9 +337,8 @@ void accumulate(const T* w, const T* values, int64_t rows, int64_t depth, T* out
       const Vector<T> v0 = load(values + k * width), v1 = load(values + k * width + lanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kOutRows; ++r) {
-        const T scalar = weight[k * along_row + r * along_depth];
-        acc[r][0] += scalar * v0;
-        acc[r][1] += scalar * v1;
+        acc[r][0] = multiply_add<T>(acc[r][0], weight + k * along_row + r * along_depth, v0);
+        acc[r][1] = multiply_add<T>(acc[r][1], weight + k * along_row + r * along_depth, v1);
       }
     }
 #pragma GCC unroll 16
@@ -268,9 +351,14 @@ void accumulate(const T* w, const T* values, int64_t rows, int64_t depth, T* out
 
 }  // namespace
 
-const TileKernels<float> kFloat = {CELLFAST_STRING(CELLFAST_KERNELS), kLanes<float>, forward<float>, weights<float>, accumulate<float, false>,
-                                   accumulate<float, true>};
-const TileKernels<double> kDouble = {CELLFAST_STRING(CELLFAST_KERNELS), kLanes<double>, forward<double>, weights<double>,
+#if CELLFAST_PAIRS
+const TileKernels<float> kPairs = {CELLFAST_STRING(CELLFAST_KERNELS), kLanes<float>, true, forward<float>, weights<float>,
+                                   accumulate<float, false>, accumulate<float, true>};
+#else
+const TileKernels<float> kFloat = {CELLFAST_STRING(CELLFAST_KERNELS), kLanes<float>, false, forward<float>, weights<float>,
+                                   accumulate<float, false>, accumulate<float, true>};
+const TileKernels<double> kDouble = {CELLFAST_STRING(CELLFAST_KERNELS), kLanes<double>, false, forward<double>, weights<double>,
                                      accumulate<double, false>, accumulate<double, true>};
+#endif
 
 }  // namespace cellfast::ntxent::cpu::CELLFAST_KERNELS

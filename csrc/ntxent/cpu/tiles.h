@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -115,42 +117,71 @@ void add_positive(const T* zhat, const double* lse, int64_t i, int64_t num_rows,
   }
 }
 
+// Two numbers as bfloat16, rounded to the nearest, in a float's place.
+inline float pair_of(float even, float odd) {
+  const auto rounded = [](float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    return bits + 0x7fff + ((bits >> 16) & 1);
+  };
+  return std::bit_cast<float>((rounded(even) >> 16) | (rounded(odd) & 0xffff0000u));
+}
+
+// Columns of a row in the kernels' format.
+template <typename T>
+int64_t packed_dim(const TileKernels<T>& kernels, int64_t dim) {
+  return kernels.pairs ? ceil_div(dim, 2) : dim;
+}
+
 // Rows [first, last) of zhat as panels, scaled so that a product of two is the base-2 exponent of a pair.
 template <typename T>
-void pack_panels(const T* zhat, int64_t first, int64_t last, int64_t dim, int64_t lanes, double temperature, T* panels) {
+void pack_panels(const TileKernels<T>& kernels, const T* zhat, int64_t first, int64_t last, int64_t dim, double temperature, T* panels) {
   const T scale = T(std::sqrt(1.4426950408889634074 / temperature));
+  const int64_t lanes = kernels.lanes, packed = packed_dim(kernels, dim);
   torch::stable::parallel_for(0, padded(last - first) / lanes, std::max<int64_t>(1, (1 << 14) / (lanes * dim)), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      T* panel = panels + p * lanes * dim;
-      const int64_t row = first + p * lanes;
-      if (row + lanes <= last) {
-        for (int64_t k = 0; k < dim; ++k) {
-          for (int64_t l = 0; l < lanes; ++l) {
-            panel[k * lanes + l] = scale * zhat[(row + l) * dim + k];
+      T* panel = panels + p * lanes * packed;
+      const int64_t row = first + p * lanes, valid = std::clamp<int64_t>(last - row, 0, lanes);
+      if (valid < lanes) {
+        std::fill_n(panel, lanes * packed, T(0));
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        if (kernels.pairs) {
+          for (int64_t k = 0; k < packed; ++k) {
+            for (int64_t l = 0; l < valid; ++l) {
+              const float* pair = zhat + (row + l) * dim + 2 * k;
+              panel[k * lanes + l] = pair_of(scale * pair[0], 2 * k + 1 < dim ? scale * pair[1] : 0.0f);
+            }
           }
+          continue;
         }
-      } else {
-        for (int64_t k = 0; k < dim; ++k) {
-          for (int64_t l = 0; l < lanes; ++l) {
-            panel[k * lanes + l] = row + l < last ? scale * zhat[(row + l) * dim + k] : T(0);
-          }
+      }
+      for (int64_t k = 0; k < dim; ++k) {
+        for (int64_t l = 0; l < valid; ++l) {
+          panel[k * lanes + l] = scale * zhat[(row + l) * dim + k];
         }
       }
     }
   });
 }
 
-// zhat as slices of `width` columns, rows padded.
+// zhat as slices, rows padded.
 template <typename T>
-void pack_slices(const T* zhat, int64_t num_rows, int64_t dim, int64_t width, T* slices) {
-  const int64_t rows = padded(num_rows);
+void pack_values(const TileKernels<T>& kernels, const T* zhat, int64_t num_rows, int64_t dim, T* values) {
+  const int64_t per_row = kernels.pairs ? 2 : 1, rows = padded(num_rows) / per_row, width = 2 * kernels.lanes;
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (1 << 14) / dim), [&](int64_t begin, int64_t end) {
     for (int64_t s = 0; s * width < dim; ++s) {
       const int64_t valid = std::min(width, dim - s * width);
       for (int64_t i = begin; i < end; ++i) {
-        T* out = slices + (s * rows + i) * width;
+        T* out = values + (s * rows + i) * width;
+        const T* in = zhat + i * per_row * dim + s * width;
         for (int64_t c = 0; c < width; ++c) {
-          out[c] = i < num_rows && c < valid ? zhat[i * dim + s * width + c] : T(0);
+          if (i * per_row >= num_rows || c >= valid) {
+            out[c] = T(0);
+          } else if (per_row == 1) {
+            out[c] = in[c];
+          } else if constexpr (std::is_same_v<T, float>) {
+            out[c] = pair_of(in[c], in[dim + c]);  // num_rows is even
+          }
         }
       }
     }
@@ -190,15 +221,16 @@ void add_row_sums(const T* lanes_of_rows, int64_t rows, int64_t lanes, double* s
 
 // row_loss and lse of the shard's rows; false where a row's sum is below what float32 holds relative to the shift.
 template <typename T>
-bool tiles_forward(const T* zhat, int64_t dim, double temperature, double shift, const Shard& shard, double* row_loss, double* lse) {
-  const TileKernels<T>& kernels = tile_kernels<T>();
+bool tiles_forward(const TileKernels<T>& kernels, const T* zhat, int64_t dim, double temperature, double shift, const Shard& shard,
+                   double* row_loss, double* lse) {
   const int64_t num_rows = shard.num_rows, block = block_of(num_rows), num_blocks = ceil_div(num_rows, block), lanes = kernels.lanes;
-  Buffer<T> panels(padded(num_rows) * dim);
-  pack_panels(zhat, 0, num_rows, dim, lanes, temperature, panels.get());
+  const int64_t packed = packed_dim(kernels, dim);
+  Buffer<T> panels(padded(num_rows) * packed);
+  pack_panels(kernels, zhat, 0, num_rows, dim, temperature, panels.get());
   std::vector<double> others(num_rows, 0.0);
   std::vector<ForwardScratch<T>> scratch(torch::stable::get_num_threads(), ForwardScratch<T>(lanes));
   const auto tile_of = [&](int64_t i0, int64_t i1, int64_t column_block) {
-    return Tile{i0, i1, column_block * block, std::min((column_block + 1) * block, num_rows), dim, num_rows, shift / kLn2};
+    return Tile{i0, i1, column_block * block, std::min((column_block + 1) * block, num_rows), packed, num_rows, shift / kLn2};
   };
   if (shard.count == 1) {
     for (int64_t round = 0; round < num_blocks; ++round) {
@@ -208,7 +240,7 @@ bool tiles_forward(const T* zhat, int64_t dim, double temperature, double shift,
         const bool off_diagonal = pair.first != pair.second;
         std::fill(mine.row_sums.begin(), mine.row_sums.end(), T(0));
         std::fill(mine.column_sums.begin(), mine.column_sums.end(), T(0));
-        kernels.forward(panels.get() + tile.i0 * dim, panels.get() + tile.j0 * dim, tile, mine.row_sums.data(),
+        kernels.forward(panels.get() + tile.i0 * packed, panels.get() + tile.j0 * packed, tile, mine.row_sums.data(),
                         off_diagonal ? mine.column_sums.data() : nullptr);
         add_row_sums(mine.row_sums.data(), tile.i1 - tile.i0, lanes, others.data() + tile.i0);
         if (off_diagonal) {
@@ -220,14 +252,14 @@ bool tiles_forward(const T* zhat, int64_t dim, double temperature, double shift,
     }
   } else {
     for (const Strip& strip : strips_of(shard)) {
-      Buffer<T> own(padded(strip.last - strip.first) * dim);
-      pack_panels(zhat, strip.first, strip.last, dim, lanes, temperature, own.get());
+      Buffer<T> own(padded(strip.last - strip.first) * packed);
+      pack_panels(kernels, zhat, strip.first, strip.last, dim, temperature, own.get());
       share_out(ceil_div(strip.last - strip.first, block), scratch, [&](ForwardScratch<T>& mine, int64_t task) {
         const int64_t i0 = strip.first + task * block, i1 = std::min(i0 + block, strip.last);
         for (int64_t column_block = 0; column_block < num_blocks; ++column_block) {
           const Tile tile = tile_of(i0, i1, column_block);
           std::fill(mine.row_sums.begin(), mine.row_sums.end(), T(0));
-          kernels.forward(own.get() + task * block * dim, panels.get() + tile.j0 * dim, tile, mine.row_sums.data(), nullptr);
+          kernels.forward(own.get() + task * block * packed, panels.get() + tile.j0 * packed, tile, mine.row_sums.data(), nullptr);
           add_row_sums(mine.row_sums.data(), i1 - i0, lanes, others.data() + i0);
         }
       });
@@ -251,8 +283,8 @@ bool tiles_forward(const T* zhat, int64_t dim, double temperature, double shift,
 template <typename T>
 class SlicedGradient {
  public:
-  SlicedGradient(const Shard& shard, int64_t dim)
-      : dim_(dim), width_(2 * tile_kernels<T>().lanes), num_slices_(ceil_div(dim, width_)), per_strip_(strips_of(shard)[0].last - strips_of(shard)[0].first),
+  SlicedGradient(const TileKernels<T>& kernels, const Shard& shard, int64_t dim)
+      : dim_(dim), width_(2 * kernels.lanes), num_slices_(ceil_div(dim, width_)), per_strip_(strips_of(shard)[0].last - strips_of(shard)[0].first),
         rows_(padded(per_strip_) * static_cast<int64_t>(strips_of(shard).size())), values_(num_slices_ * rows_ * width_) {
     torch::stable::parallel_for(0, num_slices_ * rows_, 1 << 10, [&](int64_t begin, int64_t end) {
       std::fill(values_.get() + begin * width_, values_.get() + end * width_, T(0));
@@ -274,14 +306,15 @@ class SlicedGradient {
 
 // False where a row's lse is below what float32 holds relative to the shift.
 template <typename T>
-bool tiles_backward(const T* zhat, const double* lse, int64_t dim, double temperature, double shift, const Shard& shard,
-                    const SlicedGradient<T>& out) {
-  const TileKernels<T>& kernels = tile_kernels<T>();
+bool tiles_backward(const TileKernels<T>& kernels, const T* zhat, const double* lse, int64_t dim, double temperature, double shift,
+                    const Shard& shard, const SlicedGradient<T>& out) {
   const int64_t num_rows = shard.num_rows, block = block_of(num_rows), num_blocks = ceil_div(num_rows, block), lanes = kernels.lanes;
-  const int64_t rows = padded(num_rows), width = 2 * lanes, num_slices = ceil_div(dim, width);
-  Buffer<T> panels(rows * dim), values(num_slices * rows * width);
-  pack_panels(zhat, 0, num_rows, dim, lanes, temperature, panels.get());
-  pack_slices(zhat, num_rows, dim, width, values.get());
+  const int64_t rows = padded(num_rows), width = 2 * lanes, num_slices = ceil_div(dim, width), packed = packed_dim(kernels, dim);
+  const int64_t per_row = kernels.pairs ? 2 : 1;
+  Buffer<T> panels(rows * packed), values(num_slices * rows / per_row * width);
+  pack_panels(kernels, zhat, 0, num_rows, dim, temperature, panels.get());
+  pack_values(kernels, zhat, num_rows, dim, values.get());
+  const auto value = [&](int64_t slice, int64_t row) { return values.get() + (slice * rows + row) / per_row * width; };
   // Register tiles may look a little past the last row.
   std::vector<T> inv_sum(rows + kRowStep, T(0));
   for (int64_t i = 0; i < num_rows; ++i) {
@@ -290,9 +323,9 @@ bool tiles_backward(const T* zhat, const double* lse, int64_t dim, double temper
     }
     inv_sum[i] = T(std::exp(shift - lse[i]));
   }
-  std::vector<std::vector<T>> scratch(torch::stable::get_num_threads(), std::vector<T>(kLargestBlock * kWeightStride));
+  std::vector<std::vector<T>> scratch(torch::stable::get_num_threads(), std::vector<T>(kWeights));
   const auto tile_of = [&](int64_t i0, int64_t i1, int64_t column_block) {
-    return Tile{i0, i1, column_block * block, std::min((column_block + 1) * block, num_rows), dim, num_rows, shift / kLn2};
+    return Tile{i0, i1, column_block * block, std::min((column_block + 1) * block, num_rows), packed, num_rows, shift / kLn2};
   };
   if (shard.count == 1) {
     for (int64_t round = 0; round < num_blocks; ++round) {
@@ -300,12 +333,11 @@ bool tiles_backward(const T* zhat, const double* lse, int64_t dim, double temper
         const BlockPair pair = pair_of_round(num_blocks, round, slot);
         const Tile tile = tile_of(pair.first * block, std::min((pair.first + 1) * block, num_rows), pair.second);
         const int64_t height = tile.i1 - tile.i0, breadth = tile.j1 - tile.j0;
-        kernels.weights(panels.get() + tile.i0 * dim, panels.get() + tile.j0 * dim, tile, inv_sum.data(), mine.data());
+        kernels.weights(panels.get() + tile.i0 * packed, panels.get() + tile.j0 * packed, tile, inv_sum.data(), mine.data());
         for (int64_t s = 0; s < num_slices; ++s) {
-          const T* slice = values.get() + s * rows * width;
-          kernels.accumulate(mine.data(), slice + tile.j0 * width, height, breadth, out.slice(s, tile.i0));
+          kernels.accumulate(mine.data(), value(s, tile.j0), height, breadth, out.slice(s, tile.i0));
           if (pair.first != pair.second) {
-            kernels.accumulate_transposed(mine.data(), slice + tile.i0 * width, breadth, height, out.slice(s, tile.j0));
+            kernels.accumulate_transposed(mine.data(), value(s, tile.i0), breadth, height, out.slice(s, tile.j0));
           }
         }
       });
@@ -314,15 +346,15 @@ bool tiles_backward(const T* zhat, const double* lse, int64_t dim, double temper
   }
   int64_t out_first = 0;
   for (const Strip& strip : strips_of(shard)) {
-    Buffer<T> own(padded(strip.last - strip.first) * dim);
-    pack_panels(zhat, strip.first, strip.last, dim, lanes, temperature, own.get());
+    Buffer<T> own(padded(strip.last - strip.first) * packed);
+    pack_panels(kernels, zhat, strip.first, strip.last, dim, temperature, own.get());
     share_out(ceil_div(strip.last - strip.first, block), scratch, [&](std::vector<T>& mine, int64_t task) {
       const int64_t i0 = strip.first + task * block, i1 = std::min(i0 + block, strip.last);
       for (int64_t column_block = 0; column_block < num_blocks; ++column_block) {
         const Tile tile = tile_of(i0, i1, column_block);
-        kernels.weights(own.get() + task * block * dim, panels.get() + tile.j0 * dim, tile, inv_sum.data(), mine.data());
+        kernels.weights(own.get() + task * block * packed, panels.get() + tile.j0 * packed, tile, inv_sum.data(), mine.data());
         for (int64_t s = 0; s < num_slices; ++s) {
-          kernels.accumulate(mine.data(), values.get() + (s * rows + tile.j0) * width, i1 - i0, tile.j1 - tile.j0,
+          kernels.accumulate(mine.data(), value(s, tile.j0), i1 - i0, tile.j1 - tile.j0,
                              out.slice(s, out_first + task * block));
         }
       }
