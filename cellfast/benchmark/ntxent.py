@@ -175,24 +175,26 @@ def plot(result: dict[str, Any], path: str | Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in result["rows"] if row["D"] == result["rows"][0]["D"]]  # one D, or the lines would jump
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for name in result["rows"][0]["peers"]:
-        measured = [(row["M"], row["peers"][name]) for row in result["rows"] if "forward_backward" in row["peers"][name]]
+    for name in rows[0]["peers"]:
+        measured = [(row["M"], row["peers"][name]) for row in rows if "forward_backward" in row["peers"][name]]
         if not measured:
             continue
         width = 2.5 if name == "cellfast" else 1.2
         axes[0].plot(
             [m for m, _ in measured], [p["forward_backward"]["median_ms"] for _, p in measured], "o-", label=name, lw=width
         )
-        memory = [(m, p["extra_bytes"] / 1e6) for m, p in measured if p["extra_bytes"]]
+        # Below a megabyte it fits into memory the process already has.
+        memory = [(m, p["extra_bytes"] / 1e6) for m, p in measured if (p["extra_bytes"] or 0) >= 1e6]
         if memory:
             axes[1].plot(*zip(*memory), "o-", label=name, lw=width)
-    axes[0].plot([r["M"] for r in result["rows"]], [r["floor_ms"] for r in result["rows"]], "k:", label="2 G at torch.mm's rate")
+    axes[0].plot([r["M"] for r in rows], [r["floor_ms"] for r in rows], "k:", label="2 G at torch.mm's rate")
     axes[0].set(xscale="log", yscale="log", xlabel="rows M", ylabel="forward + backward, ms")
     axes[1].set(xscale="log", yscale="log", xlabel="rows M", ylabel="memory beyond z, MB")
     axes[0].legend(fontsize=8)
     figure.suptitle(
-        f"NT-Xent, D = {result['rows'][0]['D']}, {result['dtype']}, {result['device']}, {result['threads']} threads, {result['kernels']}"
+        f"NT-Xent, D = {rows[0]['D']}, {result['dtype']}, {result['device']}, {result['threads']} threads, {result['kernels']}"
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
