@@ -31,14 +31,23 @@ CELLFAST_HD constexpr uint64_t descriptor(uint32_t address, uint32_t leading_byt
          (static_cast<uint64_t>(stride_bytes >> 4) << 32) | (uint64_t{1} << 62);
 }
 
-// K-major operand (rows of zhat as rows of A, or as columns of B): 8 rows of 128 bytes, then the next 8. The leading offset is not used.
-CELLFAST_HD constexpr uint64_t k_major(uint32_t block_address, int step) {
-  return descriptor(block_address + static_cast<uint32_t>(step) * kStep * 2, 16, 8 * kChunkBytes);
+// The same operand `bytes` further: the address field is the lowest and does not overflow, shared memory being smaller than 2^18 bytes.
+CELLFAST_HD constexpr uint64_t advance(uint64_t operand, uint32_t bytes) {
+  return operand + (bytes >> 4);
 }
 
-// MN-major operand B (rows of zhat as its K): 64 columns, the next 64 one block further (leading offset); 8 rows, then the next 8 (stride offset).
-CELLFAST_HD constexpr uint64_t n_major(uint32_t block_address, int step, uint32_t block_bytes) {
-  return descriptor(block_address + static_cast<uint32_t>(step) * kStep * kChunkBytes, block_bytes, 8 * kChunkBytes);
+// K-major operand (rows of zhat as rows of A, or as columns of B): 8 rows of 128 bytes, then the next 8. The leading offset is not used.
+// One k-step is 32 bytes of every row.
+constexpr uint32_t kStepBytesKMajor = kStep * 2;
+CELLFAST_HD constexpr uint64_t k_major(uint32_t block_address) {
+  return descriptor(block_address, 16, 8 * kChunkBytes);
+}
+
+// N-major operand B (rows of zhat as its K): 64 columns, the next 64 one block further (leading offset); 8 rows, then the next 8 (stride offset).
+// One k-step is 16 rows.
+constexpr uint32_t kStepBytesNMajor = kStep * kChunkBytes;
+CELLFAST_HD constexpr uint64_t n_major(uint32_t block_address, uint32_t block_bytes) {
+  return descriptor(block_address, block_bytes, 8 * kChunkBytes);
 }
 
 // Accumulator of wgmma m64nNk16: register `reg` of thread `thread` of a warpgroup. Registers 8s..8s+7 in pairs are also the A fragment of
@@ -57,30 +66,38 @@ CELLFAST_HD constexpr int reduced_column(int lane, int index) {
   return 8 * ((base + index) >> 1) + 2 * (lane & 3) + (index & 1);
 }
 
-// The local rows of a shard as blocks of `tile` rows that never hold rows of two views: a block is contiguous in zhat.
+// Row and column numbers are 32-bit inside the kernels (registers are what they are short of); sums of three of them must fit.
+constexpr int64_t kMaxRows = int64_t{1} << 29;
+
+// The local rows of a shard as blocks of `tile` rows that never hold rows of two views: a block is contiguous in zhat. One shard of one is a
+// single range of rows; else the shard's first views are one range and its second views another.
 struct RowBlocks {
-  int64_t num_rows, shard, num_shards;
-  int tile;
-  // One shard of one is a single range of rows; else the shard's first views are one range and its second views another.
-  CELLFAST_HD int64_t num_ranges() const { return num_shards == 1 ? 1 : 2; }
-  CELLFAST_HD int64_t range_rows() const { return num_rows / num_shards / num_ranges(); }
-  CELLFAST_HD int64_t blocks_per_range() const { return ceil_div(range_rows(), tile); }
-  CELLFAST_HD int64_t count() const { return num_ranges() * blocks_per_range(); }
-  CELLFAST_HD int64_t local(int64_t block) const {
-    const int64_t range = block / blocks_per_range();
-    return range * range_rows() + (block - range * blocks_per_range()) * tile;
-  }
-  CELLFAST_HD int64_t global(int64_t block) const { return shard_row(local(block), shard, num_shards, num_rows); }
-  CELLFAST_HD int valid(int64_t block) const {
-    const int64_t left = range_rows() - block % blocks_per_range() * tile;
-    return static_cast<int>(left < tile ? left : tile);
-  }
-  // Where the sum of local row `row` lies when every block has `tile` places.
-  CELLFAST_HD int64_t padded(int64_t row) const {
-    const int64_t range = row / range_rows();
-    return range * blocks_per_range() * tile + (row - range * range_rows());
-  }
+  int num_rows, tile, num_ranges, range_rows, blocks_per_range;
+  int first[2];  // global row at which each range begins
+  CELLFAST_HD int count() const { return num_ranges * blocks_per_range; }
+  CELLFAST_HD int local_rows() const { return num_ranges * range_rows; }
+  CELLFAST_HD int range(int block) const { return block >= blocks_per_range ? 1 : 0; }
+  CELLFAST_HD int in_range(int block) const { return (block - range(block) * blocks_per_range) * tile; }
+  CELLFAST_HD int local(int block) const { return range(block) * range_rows + in_range(block); }
+  CELLFAST_HD int global(int block) const { return first[range(block)] + in_range(block); }
+  CELLFAST_HD int valid(int block) const { return range_rows - in_range(block) < tile ? range_rows - in_range(block) : tile; }
+  // Where the sum of local row `row` lies when every block has `tile` places, and the row's global number.
+  CELLFAST_HD int padded(int row) const { return row < range_rows ? row : row - range_rows + blocks_per_range * tile; }
+  CELLFAST_HD int global_row(int row) const { return row < range_rows ? first[0] + row : first[1] + row - range_rows; }
+  CELLFAST_HD int padded_rows() const { return count() * tile; }
 };
+
+inline RowBlocks row_blocks(int64_t num_rows, int64_t shard, int64_t num_shards, int tile) {
+  RowBlocks rows{};
+  rows.num_rows = static_cast<int>(num_rows);
+  rows.tile = tile;
+  rows.num_ranges = num_shards == 1 ? 1 : 2;
+  rows.range_rows = static_cast<int>(num_rows / num_shards / rows.num_ranges);
+  rows.blocks_per_range = static_cast<int>(ceil_div(rows.range_rows, tile));
+  rows.first[0] = static_cast<int>(shard_row(0, shard, num_shards, num_rows));
+  rows.first[1] = num_shards == 1 ? 0 : static_cast<int>(shard_row(rows.range_rows, shard, num_shards, num_rows));
+  return rows;
+}
 
 constexpr int kForwardColumns = 128;
 
@@ -88,24 +105,24 @@ constexpr int kForwardColumns = 128;
 // sums are the other's row sums; the tiles of a block with itself are visited whole, for their row sums alone. Columns are taken in phases of
 // `phase` blocks, small enough for the cache; within a phase every worker gets an equal run of the tiles, row block by row block.
 struct ForwardTiles {
-  int64_t row_blocks, column_blocks;
+  int row_blocks, column_blocks;
   int ratio;  // row tile / column tile
+  int phase;  // a multiple of ratio
+  int workers;
   bool symmetric;
-  int64_t phase;  // a multiple of ratio
-  int64_t workers;
 
-  CELLFAST_HD int64_t num_phases() const { return ceil_div(column_blocks, phase); }
-  CELLFAST_HD int64_t phase_end(int64_t p) const { return (p + 1) * phase < column_blocks ? (p + 1) * phase : column_blocks; }
-  CELLFAST_HD int64_t first_column(int64_t p, int64_t row_block) const {
+  CELLFAST_HD int num_phases() const { return (column_blocks + phase - 1) / phase; }
+  CELLFAST_HD int phase_end(int p) const { return (p + 1) * phase < column_blocks ? (p + 1) * phase : column_blocks; }
+  CELLFAST_HD int first_column(int p, int row_block) const {
     return symmetric && row_block * ratio > p * phase ? row_block * ratio : p * phase;
   }
   // Row blocks with a tile in phase p.
-  CELLFAST_HD int64_t rows_in_phase(int64_t p) const {
-    const int64_t rows = ceil_div(phase_end(p), ratio);
+  CELLFAST_HD int rows_in_phase(int p) const {
+    const int rows = (phase_end(p) + ratio - 1) / ratio;
     return symmetric && rows < row_blocks ? rows : row_blocks;
   }
   // Tiles of phase p in row blocks before `row_block`.
-  CELLFAST_HD int64_t tiles_before(int64_t p, int64_t row_block) const {
+  CELLFAST_HD int64_t tiles_before(int p, int row_block) const {
     const int64_t width = phase_end(p) - p * phase;
     const int64_t full = p * phase / ratio + 1;  // these row blocks start at or before the phase
     if (!symmetric || row_block <= full) {
@@ -114,15 +131,13 @@ struct ForwardTiles {
     const int64_t n = row_block - full;
     return full * width + n * phase_end(p) - ratio * ((full + row_block - 1) * n / 2);
   }
-  CELLFAST_HD int64_t tiles_in_phase(int64_t p) const { return tiles_before(p, rows_in_phase(p)); }
+  CELLFAST_HD int64_t tiles_in_phase(int p) const { return tiles_before(p, rows_in_phase(p)); }
   // A tile whose elements count for their rows only.
-  CELLFAST_HD bool rows_only(int64_t row_block, int64_t column_block) const {
-    return !symmetric || column_block < (row_block + 1) * ratio;
-  }
+  CELLFAST_HD bool rows_only(int row_block, int column_block) const { return !symmetric || column_block < (row_block + 1) * ratio; }
 };
 
 struct ForwardTile {
-  int64_t row_block, column_block;
+  int row_block, column_block;
   bool begins;  // the first of a run of tiles with one row block: its rows are loaded
   bool ends;    // the last: its row sums are handed over
 };
@@ -130,7 +145,7 @@ struct ForwardTile {
 // One worker's tiles in order; every warp role of a thread block walks the same list.
 class ForwardWalk {
  public:
-  CELLFAST_HD ForwardWalk(const ForwardTiles& tiles, int64_t worker) : tiles_(tiles), worker_(worker) {}
+  CELLFAST_HD ForwardWalk(const ForwardTiles& tiles, int worker) : tiles_(tiles), worker_(worker) {}
 
   CELLFAST_HD bool next(ForwardTile& tile) {
     bool begins = false;
@@ -138,45 +153,44 @@ class ForwardWalk {
       if (++phase_ >= tiles_.num_phases()) {
         return false;
       }
-      const int64_t total = tiles_.tiles_in_phase(phase_);
-      // The remainder goes to other workers in every phase.
-      const int64_t turn = (worker_ + phase_ * 37) % tiles_.workers;
-      const int64_t begin = total * turn / tiles_.workers;
-      left_ = total * (turn + 1) / tiles_.workers - begin;
-      if (left_ > 0) {
-        seek(begin);
-        begins = true;
-      }
+      begins = start_phase();
     }
-    if (column_ == tiles_.phase_end(phase_)) {
+    if (column_ == end_) {
       ++row_;
       column_ = tiles_.first_column(phase_, row_);
       begins = true;
     }
     --left_;
-    tile = {row_, column_, begins, left_ == 0 || column_ + 1 == tiles_.phase_end(phase_)};
+    tile = {row_, column_, begins, left_ == 0 || column_ + 1 == end_};
     ++column_;
     return true;
   }
 
  private:
-  CELLFAST_HD void seek(int64_t index) {
-    int64_t low = 0, high = tiles_.rows_in_phase(phase_);
+  // The worker's run within the phase; false when it has none. What does not divide evenly goes to other workers in every phase.
+  CELLFAST_HD bool start_phase() {
+    const int64_t total = tiles_.tiles_in_phase(phase_);
+    const int64_t turn = (worker_ + static_cast<int64_t>(phase_) * 37) % tiles_.workers;
+    const int64_t begin = total * turn / tiles_.workers;
+    left_ = static_cast<int>(total * (turn + 1) / tiles_.workers - begin);
+    end_ = tiles_.phase_end(phase_);
+    int low = 0, high = tiles_.rows_in_phase(phase_);
     while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      if (tiles_.tiles_before(phase_, middle) <= index) {
+      const int middle = (low + high) / 2;
+      if (tiles_.tiles_before(phase_, middle) <= begin) {
         low = middle;
       } else {
         high = middle;
       }
     }
     row_ = low;
-    column_ = tiles_.first_column(phase_, low) + index - tiles_.tiles_before(phase_, low);
+    column_ = tiles_.first_column(phase_, low) + static_cast<int>(begin - tiles_.tiles_before(phase_, low));
+    return left_ > 0;
   }
 
-  ForwardTiles tiles_;
-  int64_t worker_;
-  int64_t phase_ = -1, left_ = 0, row_ = 0, column_ = 0;
+  const ForwardTiles& tiles_;
+  int worker_;
+  int phase_ = -1, left_ = 0, row_ = 0, column_ = 0, end_ = 0;
 };
 
 // Shared memory of the forward kernel, in bytes from a base that is a multiple of 1024: row operand, ring of column blocks (128 rows x 64
@@ -203,21 +217,20 @@ CELLFAST_HD inline ForwardShape forward_shape(int64_t dim) {
   return shape;
 }
 
-inline ForwardTiles forward_tiles(const RowBlocks& rows, int64_t dim, int64_t multiprocessors) {
+inline ForwardTiles forward_tiles(const RowBlocks& rows, int64_t dim, int multiprocessors) {
   ForwardTiles tiles{};
   tiles.row_blocks = rows.count();
-  tiles.column_blocks = ceil_div(rows.num_rows, kForwardColumns);
+  tiles.column_blocks = static_cast<int>(ceil_div(rows.num_rows, kForwardColumns));
   tiles.ratio = rows.tile / kForwardColumns;
-  tiles.symmetric = rows.num_shards == 1;
+  tiles.symmetric = rows.num_ranges == 1;
   // 12 MB of columns: well inside the cache beside the row operands.
-  int64_t phase = (12 << 20) / (ceil_div(dim, kChunk) * kForwardColumns * kChunkBytes);
-  phase = phase > 256 ? 256 : phase;
-  tiles.phase = phase - phase % 2;
+  const int phase = static_cast<int>((12 << 20) / (ceil_div(dim, kChunk) * kForwardColumns * kChunkBytes));
+  tiles.phase = (phase > 256 ? 256 : phase) / 2 * 2;
   int64_t total = 0;
-  for (int64_t p = 0; p < tiles.num_phases(); ++p) {
+  for (int p = 0; p < tiles.num_phases(); ++p) {
     total += tiles.tiles_in_phase(p);
   }
-  tiles.workers = total < multiprocessors ? total : multiprocessors;
+  tiles.workers = static_cast<int>(total < multiprocessors ? total : multiprocessors);
   return tiles;
 }
 
@@ -235,7 +248,8 @@ struct BackwardShape {
   CELLFAST_HD int stage_bytes() const { return chunks * block_bytes(); }
   CELLFAST_HD int ring_offset() const { return row_bytes(); }
   CELLFAST_HD int factors_offset() const { return ring_offset() + stages * stage_bytes(); }
-  CELLFAST_HD int barrier_offset() const { return factors_offset() + (stages * columns * 4 + 1023) / 1024 * 1024; }
+  CELLFAST_HD int factor_bytes() const { return columns * 8; }  // per column: factor, then (all columns later) lse
+  CELLFAST_HD int barrier_offset() const { return factors_offset() + (stages * factor_bytes() + 1023) / 1024 * 1024; }
   CELLFAST_HD int bytes() const { return barrier_offset() + kBarrierBytes; }
 };
 
@@ -253,8 +267,8 @@ CELLFAST_HD constexpr BackwardShape backward_shape(int64_t dim) {
 }
 
 // Column ranges ("splits") so that few row blocks still fill the multiprocessors: the number that makes the longest worker shortest, and of
-// equals the smallest, because every split writes its own partial gradient. `blocks_that_fit`: at most this many splits.
-inline int64_t backward_splits(int64_t row_blocks, int64_t column_tiles, int64_t multiprocessors, int64_t most) {
+// nearly equals the smallest, because every split writes its own partial gradient. At most `most`.
+inline int backward_splits(int64_t row_blocks, int64_t column_tiles, int64_t multiprocessors, int64_t most) {
   int64_t best = 1, shortest = ceil_div(row_blocks, multiprocessors) * column_tiles;
   for (int64_t splits = 2; splits <= most && splits <= column_tiles; ++splits) {
     const int64_t longest = ceil_div(row_blocks * splits, multiprocessors) * ceil_div(column_tiles, splits);
@@ -263,25 +277,22 @@ inline int64_t backward_splits(int64_t row_blocks, int64_t column_tiles, int64_t
       shortest = longest;
     }
   }
-  return best;
+  return static_cast<int>(best);
 }
 
-struct Range {
-  int64_t begin, end;
-};
-
-CELLFAST_HD inline Range split_range(int64_t count, int64_t split, int64_t splits) {
-  return {count * split / splits, count * (split + 1) / splits};
+// First tile of a split; that of the next one is its end.
+CELLFAST_HD inline int split_begin(int tiles, int split, int splits) {
+  return static_cast<int>(static_cast<int64_t>(tiles) * split / splits);
 }
 
 // True when a tile holds an element that needs its index looked at: a row with itself, a row with its positive, or a place beyond the last
 // row or column.
-CELLFAST_HD inline bool is_special(int64_t first_row, int rows, int row_tile, int64_t first_column, int columns, int64_t num_rows) {
-  const int64_t half = num_rows / 2, end_row = first_row + row_tile, end_column = first_column + columns;
+CELLFAST_HD inline bool is_special(int first_row, int valid_rows, int row_tile, int first_column, int columns, int num_rows) {
+  const int half = num_rows / 2, end_row = first_row + row_tile, end_column = first_column + columns;
   const bool on_diagonal = first_column < end_row && first_row < end_column;
   const bool above = first_column < end_row + half && first_row + half < end_column;
   const bool below = first_column < end_row - half && first_row - half < end_column;
-  return on_diagonal || above || below || rows < row_tile || end_column > num_rows;
+  return on_diagonal || above || below || valid_rows < row_tile || end_column > num_rows;
 }
 
 }  // namespace cellfast::ntxent::sm90

@@ -11,12 +11,13 @@ namespace cellfast::ntxent::sm90 {
 
 struct BackwardArguments {
   RowBlocks rows;
-  int64_t column_tiles, splits;
+  int column_tiles, splits;
   int width;                  // columns of `partial`
   const double* temperature;
   float gain;                 // weights are multiplied by it: half precision would lose small ones
-  const float* factors;       // [column_tiles * columns]: exp2(shift - lse) * gain; 0 beyond the last row
-  const float2* lse;          // [M]: lse * log2(e) as high and low part; the shift is that of row 0
+  // [column_tiles, 2, columns]: exp2(shift - lse) * gain, then the high part of lse * log2(e); 0 beyond the last row. The shift is that of row 0.
+  const float* factors;
+  const float2* lse;          // [M]: lse * log2(e) as high and low part
   const int* wide;            // not 0: lse spans too much for one exponential per element
   float* partial;             // [splits, local rows, width]
 };
@@ -27,27 +28,30 @@ __device__ inline void backward_copy(const CUtensorMap* row_map, const CUtensorM
   const uint32_t barriers = base + shape.barrier_offset();
   const uint32_t rows_full = barriers, rows_empty = barriers + 8, full = barriers + 64, empty = barriers + 128;
   uint32_t stage = 0, parity = 0, run = 0;
-  const int64_t row_blocks = a.rows.count();
-  for (int64_t unit = blockIdx.x; unit < row_blocks * a.splits; unit += gridDim.x) {
-    const int64_t split = unit / row_blocks, block = unit % row_blocks;
-    const int row = static_cast<int>(a.rows.global(block));
+  const int row_blocks = a.rows.count();
+  for (int unit = blockIdx.x; unit < row_blocks * a.splits; unit += gridDim.x) {
+    const int split = unit / row_blocks, block = unit - split * row_blocks;
+    const int row = a.rows.global(block);
     barrier_wait(rows_empty, (run & 1) ^ 1);
     barrier_expect(rows_full, shape.chunks * shape.row_tile * kChunkBytes);
+#pragma unroll 1
     for (int c = 0; c < shape.chunks; ++c) {
+#pragma unroll 1
       for (int b = 0; b < shape.row_tile / kRowBox; ++b) {
         copy_box(base + (c * shape.row_tile + b * kRowBox) * kChunkBytes, row_map, c * kChunk, row + b * kRowBox, rows_full);
       }
     }
     ++run;
-    const Range range = split_range(a.column_tiles, split, a.splits);
-    for (int64_t tile = range.begin; tile < range.end; ++tile) {
+    const int end = split_begin(a.column_tiles, split + 1, a.splits);
+    for (int tile = split_begin(a.column_tiles, split, a.splits); tile < end; ++tile) {
       const uint32_t target = base + shape.ring_offset() + stage * shape.stage_bytes();
       barrier_wait(empty + 8 * stage, parity ^ 1);
-      barrier_expect(full + 8 * stage, shape.chunks * shape.block_bytes() + shape.columns * 4);
+      barrier_expect(full + 8 * stage, shape.chunks * shape.block_bytes() + shape.factor_bytes());
+#pragma unroll 1
       for (int c = 0; c < shape.chunks; ++c) {
-        copy_box(target + c * shape.block_bytes(), column_map, c * kChunk, static_cast<int>(tile) * shape.columns, full + 8 * stage);
+        copy_box(target + c * shape.block_bytes(), column_map, c * kChunk, tile * shape.columns, full + 8 * stage);
       }
-      copy_bytes(base + shape.factors_offset() + stage * shape.columns * 4, a.factors + tile * shape.columns, shape.columns * 4,
+      copy_bytes(base + shape.factors_offset() + stage * shape.factor_bytes(), a.factors + static_cast<int64_t>(tile) * (2 * shape.columns), shape.factor_bytes(),
                  full + 8 * stage);
       if (++stage == shape.stages) {
         stage = 0;
@@ -60,16 +64,16 @@ __device__ inline void backward_copy(const CUtensorMap* row_map, const CUtensorM
 // The rows of one thread: registers of half 0 and 1 belong to two rows.
 struct RowTerms {
   float factor[2], lse[2];
-  int64_t first;  // global row of the warpgroup's first row
+  int first;      // global row of the warpgroup's first row
   int left;       // its valid rows
 };
 
 // acc: similarities of 64 rows with a tile of columns; becomes their weights.
 template <int kRegisters>
 __device__ inline void backward_weights(float (&acc)[kRegisters], const BackwardArguments& a, const RowTerms& rows, float scale, float shift,
-                                        bool wide, const float* column_factors, int64_t first_column, int thread) {
+                                        bool wide, const float* column_factors, int first_column, int thread) {
   constexpr int kColumns = 2 * kRegisters;
-  const int64_t num_rows = a.rows.num_rows;
+  const int num_rows = a.rows.num_rows;
   const bool special = is_special(rows.first, rows.left, kRowBox, first_column, kColumns, num_rows);
   int pair[2] = {-1, -1};
   float weight[2] = {0.0f, 0.0f};
@@ -87,9 +91,7 @@ __device__ inline void backward_weights(float (&acc)[kRegisters], const Backward
     }
   }
   if (wide) {
-    weights_from_two(acc, scale, a.gain, rows.lse, [&](int column) {
-      return first_column + column < num_rows ? a.lse[first_column + column].x : 0.0f;
-    }, thread);
+    weights_from_two(acc, scale, a.gain, rows.lse, column_factors + kColumns, thread);
   } else {
     weights_from_factors(acc, scale, shift, rows.factor, column_factors, thread);
   }
@@ -111,13 +113,13 @@ __device__ inline void backward_multiply(const BackwardArguments& a, uint32_t ba
   constexpr int kAcc = shape.columns / 2, kOut = shape.out_width / 2, kSteps = shape.columns / kStep;
   const uint32_t barriers = base + shape.barrier_offset();
   const uint32_t rows_full = barriers, rows_empty = barriers + 8, full = barriers + 64, empty = barriers + 128;
-  const uint32_t my_rows = base + (shape.split_width ? 0 : group * kRowBox * kChunkBytes);
   const uint32_t ring = base + shape.ring_offset();
+  const uint64_t row_operand = k_major(base + (shape.split_width ? 0 : group * kRowBox * kChunkBytes));
   const uint32_t my_width = shape.split_width ? group * (shape.out_width / kChunk) * shape.block_bytes() : 0;
   const int lane = thread & 31;
   const float scale = exponent_of(*a.temperature).scale, shift = a.lse[0].x;
   const bool wide = *a.wide != 0;
-  const int64_t row_blocks = a.rows.count();
+  const int row_blocks = a.rows.count();
   uint32_t stage = 0, parity = 0, run = 0;
   float out[kOut];
   uint32_t weights[kAcc / 2];
@@ -127,21 +129,23 @@ __device__ inline void backward_multiply(const BackwardArguments& a, uint32_t ba
 
   // Accumulators of similarities are declared anew for every tile: what the epilogue leaves in them is no input of the next product.
   const auto similarities = [&](float (&acc)[kAcc], uint32_t at) {
+    const uint64_t column_operand = k_major(ring + at * shape.stage_bytes());
 #pragma unroll
     for (int c = 0; c < shape.chunks; ++c) {
 #pragma unroll
       for (int step = 0; step < kChunk / kStep; ++step) {
-        multiply(acc, k_major(my_rows + c * shape.row_tile * kChunkBytes, step),
-                 k_major(ring + at * shape.stage_bytes() + c * shape.block_bytes(), step), c + step > 0, T{});
+        multiply(acc, advance(row_operand, c * shape.row_tile * kChunkBytes + step * kStepBytesKMajor),
+                 advance(column_operand, c * shape.block_bytes() + step * kStepBytesKMajor), c + step > 0, T{});
       }
     }
     product_commit();
   };
   const auto accumulate = [&](uint32_t at) {
+    const uint64_t operand = n_major(ring + at * shape.stage_bytes() + my_width, shape.block_bytes());
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       multiply(out, weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3],
-               n_major(ring + at * shape.stage_bytes() + my_width, step, shape.block_bytes()), T{});
+               advance(operand, step * kStepBytesNMajor), T{});
     }
     product_commit();
   };
@@ -152,8 +156,8 @@ __device__ inline void backward_multiply(const BackwardArguments& a, uint32_t ba
     }
   };
 
-  for (int64_t unit = blockIdx.x; unit < row_blocks * a.splits; unit += gridDim.x) {
-    const int64_t split = unit / row_blocks, block = unit % row_blocks;
+  for (int unit = blockIdx.x; unit < row_blocks * a.splits; unit += gridDim.x) {
+    const int split = unit / row_blocks, block = unit - split * row_blocks;
     const int offset = shape.split_width ? 0 : group * kRowBox;
     RowTerms rows;
     rows.first = a.rows.global(block) + offset;
@@ -163,16 +167,16 @@ __device__ inline void backward_multiply(const BackwardArguments& a, uint32_t ba
     for (int half = 0; half < 2; ++half) {
       const int r = accumulator_row(thread, 2 * half);
       rows.lse[half] = r < rows.left ? a.lse[rows.first + r].x : 0.0f;
-      rows.factor[half] = r < rows.left ? a.factors[rows.first + r] : 0.0f;
+      rows.factor[half] = r < rows.left ? a.gain * power_of_two(shift - rows.lse[half]) : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < kOut; ++i) {
       out[i] = 0.0f;
     }
-    const Range range = split_range(a.column_tiles, split, a.splits);
-    const auto weigh = [&](float (&acc)[kAcc], int64_t tile, uint32_t at) {
+    const int begin = split_begin(a.column_tiles, split, a.splits), end = split_begin(a.column_tiles, split + 1, a.splits);
+    const auto weigh = [&](float (&acc)[kAcc], int tile, uint32_t at) {
       backward_weights(acc, a, rows, scale, shift, wide,
-                       reinterpret_cast<const float*>(shared + shape.factors_offset()) + at * shape.columns, tile * shape.columns, thread);
+                       reinterpret_cast<const float*>(shared + shape.factors_offset() + at * shape.factor_bytes()), tile * shape.columns, thread);
     };
     barrier_wait(rows_full, run & 1);
     ++run;
@@ -183,10 +187,10 @@ __device__ inline void backward_multiply(const BackwardArguments& a, uint32_t ba
       similarities(acc, stage);
       product_wait<0>();
       hold(acc);
-      weigh(acc, range.begin, stage);
+      weigh(acc, begin, stage);
       round_weights(acc);
     }
-    for (int64_t tile = range.begin; tile + 1 < range.end; ++tile) {
+    for (int tile = begin; tile + 1 < end; ++tile) {
       const uint32_t current = stage;
       if (++stage == shape.stages) {
         stage = 0;
@@ -228,7 +232,7 @@ __device__ inline void backward_multiply(const BackwardArguments& a, uint32_t ba
       stage = 0;
       parity ^= 1;
     }
-    float* partial = a.partial + (split * (a.rows.num_rows / a.rows.num_shards) + a.rows.local(block) + offset) * a.width;
+    float* partial = a.partial + (static_cast<int64_t>(split) * a.rows.local_rows() + a.rows.local(block) + offset) * a.width;
     const int first = shape.split_width ? group * shape.out_width : 0;
 #pragma unroll
     for (int i = 0; i < kOut; i += 2) {
@@ -261,16 +265,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  const int group = threadIdx.x / 128;
+  const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // the compiler sees one value per warp
   if (group == 0) {
-    give_registers<40>();
+    give_registers<24>();
     if (threadIdx.x == 0) {
       prefetch_map(&row_map);
       prefetch_map(&column_map);
       backward_copy<kDim>(&row_map, &column_map, a, base);
     }
   } else {
-    take_registers<232>();
+    take_registers<240>();
     backward_multiply<T, kDim>(a, base, shared, group - 1, threadIdx.x & 127);
   }
 #endif

@@ -26,34 +26,30 @@ constexpr float kMasked = -INFINITY;  // as an accumulator: its exponential is 0
 
 // Where a thread's accumulators of one 64-row wgmma lie in the matrix of similarities.
 struct Place {
-  int64_t row;         // global row of the wgmma's first row
-  int64_t column;      // of its first column
-  int rows_left;       // rows of the block from that row on: beyond, nothing counts
-  int64_t num_rows;    // M
-  int thread;          // of the warpgroup
+  int row;        // global row of the wgmma's first row
+  int column;     // of its first column
+  int rows_left;  // rows of the block from that row on: beyond, nothing counts
+  int num_rows;   // M
+  int thread;     // of the warpgroup
 };
 
-// Masks what is no negative pair (accumulator -infinity) and hands each positive pair to found(row in the wgmma, value).
+// Masks what is no negative pair (accumulator -infinity) and hands each positive pair to found(half, register, value).
 template <int kRegisters, typename Found>
 CELLFAST_HD inline void mask(float (&acc)[kRegisters], const Place& at, const Found& found) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int r = accumulator_row(at.thread, 2 * half);
-    const int64_t row = at.row + r;
-    const bool valid = r < at.rows_left;
-    // Offsets from the tile's first column; what does not fit an int is not in this tile either.
-    const int64_t self = row - at.column, pair = positive_of(row, at.num_rows) - at.column, end = at.num_rows - at.column;
-    const int self_at = self >= 0 && self < 1024 ? static_cast<int>(self) : -1;
-    const int pair_at = pair >= 0 && pair < 1024 ? static_cast<int>(pair) : -1;
-    const int valid_columns = end < 1024 ? static_cast<int>(end) : 1024;
+    const int r = accumulator_row(at.thread, 2 * half), row = at.row + r;
+    // As columns of the tile; those of another tile are negative or too large to be met.
+    const int self = row - at.column, pair = static_cast<int>(positive_of(row, at.num_rows)) - at.column;
+    const int valid_columns = r < at.rows_left ? at.num_rows - at.column : 0;
 #pragma unroll
     for (int reg = 0; reg < kRegisters; ++reg) {
       if (((reg >> 1) & 1) == half) {
         const int column = accumulator_column(at.thread, reg);
-        if (valid && column == pair_at) {
+        if (column == pair && column < valid_columns) {
           found(half, reg, acc[reg]);
         }
-        if (!valid || column >= valid_columns || column == self_at || column == pair_at) {
+        if (column >= valid_columns || column == self || column == pair) {
           acc[reg] = kMasked;
         }
       }
@@ -93,15 +89,15 @@ CELLFAST_HD inline void weights_from_factors(float (&acc)[kRegisters], float sca
   }
 }
 
-// The same by two exponentials, for any range of lse. `lse_column(column of the tile)` and lse_row are lse * log2(e) in float32; `gain` scales.
-template <int kRegisters, typename LseColumn>
+// The same by two exponentials, for any range of lse. lse_row and lse_column are lse * log2(e) in float32; `gain` scales.
+template <int kRegisters>
 CELLFAST_HD inline void weights_from_two(float (&acc)[kRegisters], float scale, float gain, const float (&lse_row)[2],
-                                         const LseColumn& lse_column, int thread) {
+                                         const float* lse_column, int thread) {
 #pragma unroll
   for (int reg = 0; reg < kRegisters; reg += 4) {
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
-      const float lse = lse_column(accumulator_column(thread, reg + odd));
+      const float lse = lse_column[accumulator_column(thread, reg + odd)];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& a = acc[reg + 2 * half + odd];
@@ -139,7 +135,7 @@ CELLFAST_HD inline double row_loss_of(double sum, double shift, double positive)
 }
 
 // True where exponentials that float32 dropped (below 2^-126) or could not hold may have mattered to lse.
-CELLFAST_HD inline bool needs_repair(double sum, double shift, double positive, int64_t num_rows) {
+CELLFAST_HD inline bool needs_repair(double sum, double shift, double positive, int num_rows) {
   return num_rows > 2 && (std::isinf(sum) || (sum < 0x1p-80 && positive - shift < -80.0));
 }
 

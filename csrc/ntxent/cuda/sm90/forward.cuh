@@ -44,19 +44,22 @@ __device__ inline void forward_copy(const CUtensorMap* row_map, const CUtensorMa
     if (tile.begins) {
       barrier_wait(rows_empty, (run & 1) ^ 1);
       barrier_expect(rows_full, shape.row_bytes());
-      const int row = static_cast<int>(a.rows.global(tile.row_block));
+      const int row = a.rows.global(tile.row_block);
+#pragma unroll 1
       for (int c = 0; c < shape.chunks; ++c) {
+#pragma unroll 1
         for (int b = 0; b < 2 * kSub; ++b) {
           copy_box(base + (c * 2 * kSub + b) * kRowBox * kChunkBytes, row_map, c * kChunk, row + b * kRowBox, rows_full);
         }
       }
       ++run;
     }
+#pragma unroll 1
     for (int c = 0; c < shape.chunks; ++c) {
       barrier_wait(empty + 8 * stage, parity ^ 1);
       barrier_expect(full + 8 * stage, ForwardShape::kStageBytes);
       copy_box(base + shape.ring_offset() + stage * ForwardShape::kStageBytes, column_map, c * kChunk,
-               static_cast<int>(tile.column_block) * kForwardColumns, full + 8 * stage);
+               tile.column_block * kForwardColumns, full + 8 * stage);
       if (++stage == static_cast<uint32_t>(shape.stages)) {
         stage = 0;
         parity ^= 1;
@@ -120,13 +123,12 @@ __device__ inline void forward_multiply(const ForwardArguments& a, uint32_t base
   const uint32_t rows_full = barriers, rows_empty = barriers + 8, full = barriers + 64, empty = barriers + 128;
   const uint32_t sum_full = barriers + 192, sum_empty = sum_full + 16;
   const uint32_t ring = base + shape.ring_offset();
-  const uint32_t my_rows = base + group * kSub * kRowBox * kChunkBytes;
+  const uint64_t row_operand = k_major(base + group * kSub * kRowBox * kChunkBytes);
   const int lane = thread & 31, warp = 4 * group + thread / 32;
   const Exponent exponent = exponent_of(*a.temperature);
   float total[kSub][2] = {};
   uint32_t stage = 0, parity = 0, run = 0, message = 0;
-  int64_t first_row = 0, first_local = 0;
-  int valid = 0;
+  int first_row = 0, first_local = 0, valid = 0;
   if (group == 1) {
     turn_give(1, kTurnThreads);  // the first turn is group 0's
   }
@@ -145,13 +147,14 @@ __device__ inline void forward_multiply(const ForwardArguments& a, uint32_t base
     uint32_t previous = 0;
     for (int c = 0; c < shape.chunks; ++c) {
       barrier_wait(full + 8 * stage, parity);
+      const uint64_t column_operand = k_major(ring + stage * ForwardShape::kStageBytes);
       product_fence();
 #pragma unroll
       for (int step = 0; step < kChunk / kStep; ++step) {
 #pragma unroll
         for (int sub = 0; sub < kSub; ++sub) {
-          multiply(acc[sub], k_major(my_rows + (c * 2 * kSub + sub) * kRowBox * kChunkBytes, step),
-                   k_major(ring + stage * ForwardShape::kStageBytes, step), c + step > 0, T{});
+          multiply(acc[sub], advance(row_operand, (c * 2 * kSub + sub) * kRowBox * kChunkBytes + step * kStepBytesKMajor),
+                   advance(column_operand, step * kStepBytesKMajor), c + step > 0, T{});
         }
       }
       product_commit();
@@ -179,7 +182,7 @@ __device__ inline void forward_multiply(const ForwardArguments& a, uint32_t base
         barrier_arrive(rows_empty);
       }
     }
-    const int64_t first_column = tile.column_block * kForwardColumns;
+    const int first_column = tile.column_block * kForwardColumns;
     const bool rows_only = a.tiles.rows_only(tile.row_block, tile.column_block);
     if (is_special(first_row, valid, 128 * kSub, first_column, kForwardColumns, a.rows.num_rows)) {
 #pragma unroll
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_done();
   }
   __syncthreads();
-  const int group = threadIdx.x / 128;
+  const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // the compiler sees one value per warp
   if (group == 0) {
     give_registers<64>();
     if (threadIdx.x == 0) {
