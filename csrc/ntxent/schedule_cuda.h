@@ -202,6 +202,8 @@ struct ForwardShape {
   static constexpr int kStageBytes = kForwardColumns * kChunkBytes;
   static constexpr int kSumSlots = 2;
   static constexpr int kSumSlotBytes = kConsumerWarps * kForwardColumns * 4;
+  // Warpgroups multiply in turns only where the ring holds a whole tile: one that waits for its turn releases no stage meanwhile.
+  CELLFAST_HD bool takes_turns() const { return stages >= chunks; }
   CELLFAST_HD int row_bytes() const { return chunks * row_tile * kChunkBytes; }
   CELLFAST_HD int ring_offset() const { return row_bytes(); }
   CELLFAST_HD int sums_offset() const { return ring_offset() + stages * kStageBytes; }

@@ -129,7 +129,8 @@ __device__ inline void forward_multiply(const ForwardArguments& a, uint32_t base
   float total[kSub][2] = {};
   uint32_t stage = 0, parity = 0, run = 0, message = 0;
   int first_row = 0, first_local = 0, valid = 0;
-  if (group == 1) {
+  const bool takes_turns = shape.takes_turns();
+  if (takes_turns && group == 1) {
     turn_give(1, kTurnThreads);  // the first turn is group 0's
   }
   ForwardWalk walk(a.tiles, blockIdx.x);
@@ -143,7 +144,9 @@ __device__ inline void forward_multiply(const ForwardArguments& a, uint32_t base
       ++run;
     }
     float acc[kSub][64];
-    turn_wait(1 + group, kTurnThreads);
+    if (takes_turns) {
+      turn_wait(1 + group, kTurnThreads);
+    }
     uint32_t previous = 0;
     for (int c = 0; c < shape.chunks; ++c) {
       barrier_wait(full + 8 * stage, parity);
@@ -170,7 +173,9 @@ __device__ inline void forward_multiply(const ForwardArguments& a, uint32_t base
         parity ^= 1;
       }
     }
-    turn_give(2 - group, kTurnThreads);
+    if (takes_turns) {
+      turn_give(2 - group, kTurnThreads);
+    }
     product_wait<0>();
 #pragma unroll
     for (int sub = 0; sub < kSub; ++sub) {

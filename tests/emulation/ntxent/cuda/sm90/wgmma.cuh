@@ -107,6 +107,8 @@ struct Block {
   ucontext_t scheduler, fibers[kThreads];
   std::vector<std::unique_ptr<char[]>> stacks;
   std::function<bool()> ready[kThreads];
+  const char* waits_for[kThreads] = {};  // for the message of a deadlock
+  uint32_t waits_at[kThreads] = {};
   bool finished[kThreads] = {};
   int current = 0;
   std::map<uint32_t, Barrier> barriers;
@@ -124,8 +126,10 @@ struct Block {
 
 inline Block* block = nullptr;
 
-inline void wait_until(std::function<bool()> condition) {
+inline void wait_until(const char* what, uint32_t at, std::function<bool()> condition) {
   if (!condition()) {
+    block->waits_for[block->current] = what;
+    block->waits_at[block->current] = at;
     block->ready[block->current] = std::move(condition);
     swapcontext(&block->fibers[block->current], &block->scheduler);
   }
@@ -141,16 +145,16 @@ struct ThreadIndex {
 };
 inline ThreadIndex threadIdx;
 
-inline void meet(emulation::Meeting& meeting, int threads) {
+inline void meet(emulation::Meeting& meeting, int threads, const char* what) {
   const uint64_t before = meeting.generation;
   meeting.arrive(threads);
-  emulation::wait_until([&meeting, before] { return meeting.generation != before; });
+  emulation::wait_until(what, static_cast<uint32_t>(threads), [&meeting, before] { return meeting.generation != before; });
 }
 inline void __syncthreads() {
-  meet(emulation::block->meetings[0], emulation::kThreads);
+  meet(emulation::block->meetings[0], emulation::kThreads, "the block");
 }
 inline void __syncwarp() {
-  meet(emulation::block->warps[emulation::block->current / 32], 32);
+  meet(emulation::block->warps[emulation::block->current / 32], 32, "its warp");
 }
 template <typename T>
 T __shfl_sync(unsigned int, T value, int) {
@@ -203,10 +207,10 @@ inline void barrier_expect(uint32_t address, uint32_t bytes) {
 }
 inline void barrier_wait(uint32_t address, uint32_t parity) {
   emulation::Barrier* barrier = &barrier_at(address);
-  emulation::wait_until([barrier, parity] { return (barrier->phases & 1) != parity; });
+  emulation::wait_until("the barrier at", address, [barrier, parity] { return (barrier->phases & 1) != parity; });
 }
 inline void turn_wait(int name, int threads) {
-  meet(emulation::block->meetings[name], threads);
+  meet(emulation::block->meetings[name], threads, "its turn");
 }
 inline void turn_give(int name, int threads) {
   emulation::block->meetings[name].arrive(threads);
@@ -302,11 +306,11 @@ void product_wait() {
   emulation::Meeting& group = emulation::block->meetings[12 + emulation::block->current / 128];
   std::vector<std::vector<emulation::Product>>& open = emulation::block->open[emulation::block->current];
   while (open.size() > kPending + 1) {  // the last one is still being collected
-    meet(group, 128);
+    meet(group, 128, "its warpgroup");
     for (const emulation::Product& p : open.front()) {
       run_product(p);
     }
-    meet(group, 128);
+    meet(group, 128, "its warpgroup");
     open.erase(open.begin());
   }
 }
@@ -391,6 +395,11 @@ inline void run_block(unsigned int index, unsigned int blocks, unsigned int seed
       moved = true;
     }
     if (!moved) {
+      for (int t = 0; t < kThreads; t += t == 0 ? 32 : 1) {
+        if (!block->finished[t] && (t % 32 == 0 || block->waits_for[t] != block->waits_for[t - 1])) {
+          std::fprintf(stderr, "thread %d waits for %s %u\n", t, block->waits_for[t], block->waits_at[t]);
+        }
+      }
       stop("deadlock: every thread waits");
     }
   }
