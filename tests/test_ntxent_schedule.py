@@ -29,6 +29,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.forward_places.restype = loaded.padded_place.restype = ctypes.c_int64
     loaded.loss_of.restype = ctypes.c_double
+    loaded.failure.restype = ctypes.c_char_p
     loaded.loss_of.argtypes = [ctypes.c_double] * 3
     loaded.repair_needed.argtypes = [ctypes.c_double] * 3 + [ctypes.c_int]
     return loaded
@@ -48,6 +49,7 @@ def visits(kernels, num_rows: int, dim: int, shard: int = 0, shards: int = 1, ph
     kernels.forward_visits(*arguments, None)
     counts = np.zeros((out[2], out[3]), np.uint8)
     kernels.forward_visits(*arguments, pointer(counts))
+    assert kernels.failure() is None
     return out, counts
 
 
@@ -220,6 +222,7 @@ def test_forward_kernel_gives_the_losses(kernels, num_rows, dim, shard, shards, 
         pointer(stored), *int64(num_rows, dim, stride, shard, shards), ctypes.c_double(temperature), multiprocessors, phase,
         1 + num_rows, int(eager), pointer(sums), pointer(positives), pointer(exponent),
     )  # fmt: skip
+    assert kernels.failure() is None
     place = [kernels.padded_place(*sizes, ctypes.c_int64(row)) for row in range(len(local))]
     total = sums.astype(np.float64).sum(axis=0)[place]
     positive = positives.astype(np.float64) * exponent[0]
@@ -230,8 +233,7 @@ def test_forward_kernel_gives_the_losses(kernels, num_rows, dim, shard, shards, 
     assert np.allclose(positive / LOG2E + loss, lse[local], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("wide", "eager"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize(("num_rows", "dim", "shard", "shards", "splits", "workers"), [
     (2, 64, 0, 1, 1, 1),
     (130, 5, 0, 1, 2, 2),
@@ -243,8 +245,6 @@ def test_forward_kernel_gives_the_losses(kernels, num_rows, dim, shard, shards, 
     (204, 300, 0, 2, 1, 2),
 ])  # fmt: skip
 def test_backward_kernel_gives_the_gradient_of_the_normalised_rows(kernels, num_rows, dim, shard, shards, splits, workers, wide, eager):
-    if wide and eager:
-        pytest.skip("the kind of weights and the moment of the products do not meet")
     temperature = 0.2
     stored, values, stride = projections(num_rows, dim, hard=0.6)
     local = local_rows(num_rows, shard, shards)
@@ -254,6 +254,7 @@ def test_backward_kernel_gives_the_gradient_of_the_normalised_rows(kernels, num_
         pointer(stored), *int64(num_rows, dim, stride, shard, shards), ctypes.c_double(temperature), pointer(lse * LOG2E), int(wide),
         splits, workers, 1 + num_rows, int(eager), pointer(partial),
     )  # fmt: skip
+    assert kernels.failure() is None
     weights = np.exp(logits - lse[:, None]) + np.exp(logits - lse[None])
     rows = np.arange(num_rows)
     weights[rows, (rows + num_rows // 2) % num_rows] -= 2

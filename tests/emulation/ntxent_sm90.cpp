@@ -24,6 +24,13 @@ void run_backward(const uint16_t* zhat, int64_t dim, int64_t stride, BackwardArg
 
 extern "C" {
 
+// What went wrong since the last call of this function, or null.
+const char* failure() {
+  const char* what = emulation::failure;
+  emulation::failure = nullptr;
+  return what;
+}
+
 int forward_workers(int64_t num_rows, int64_t dim, int64_t shard, int64_t shards, int multiprocessors) {
   const RowBlocks rows = row_blocks(num_rows, shard, shards, forward_shape(dim).row_tile);
   return forward_tiles(rows, dim, multiprocessors).workers;

@@ -54,10 +54,9 @@ constexpr int kThreads = 384;
 constexpr size_t kStack = 256 * 1024;
 constexpr uint32_t kSharedStart = 48;  // the kernel must align its base itself
 
-[[noreturn]] inline void stop(const char* what) {
-  std::fprintf(stderr, "emulation: %s\n", what);
-  std::abort();
-}
+// The first thing that went wrong; every later block of the same call is skipped.
+inline const char* failure = nullptr;
+void stop(const char* what);
 
 inline float from_bits(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -110,7 +109,7 @@ struct Block {
   const char* waits_for[kThreads] = {};  // for the message of a deadlock
   uint32_t waits_at[kThreads] = {};
   bool finished[kThreads] = {};
-  int current = 0;
+  int current = -1;  // the running thread; -1: the scheduler
   std::map<uint32_t, Barrier> barriers;
   Meeting meetings[16], warps[kThreads / 32];
   float exchange[kThreads / 32][32];
@@ -125,6 +124,13 @@ struct Block {
 };
 
 inline Block* block = nullptr;
+
+inline void stop(const char* what) {
+  failure = failure == nullptr ? what : failure;
+  if (block != nullptr && block->current >= 0) {
+    swapcontext(&block->fibers[block->current], &block->scheduler);  // not to return
+  }
+}
 
 inline void wait_until(const char* what, uint32_t at, std::function<bool()> condition) {
   if (!condition()) {
@@ -355,6 +361,9 @@ inline void enter() {
 
 // Runs one block of `body`. Threads and pending copies go on in a random order; stops the program when nothing can go on.
 inline void run_block(unsigned int index, unsigned int blocks, unsigned int seed, bool eager, std::function<void()> body) {
+  if (failure != nullptr) {
+    return;
+  }
   auto owner = std::make_unique<Block>();
   block = owner.get();
   blockIdx.x = index;
@@ -372,7 +381,7 @@ inline void run_block(unsigned int index, unsigned int blocks, unsigned int seed
     makecontext(&block->fibers[t], enter, 0);
   }
   int left = kThreads;
-  while (left > 0) {
+  while (left > 0 && failure == nullptr) {
     bool moved = false;
     const int start = static_cast<int>(block->random() % (kThreads / 32)) * 32;
     for (int i = 0; i < kThreads; ++i) {
@@ -383,6 +392,7 @@ inline void run_block(unsigned int index, unsigned int blocks, unsigned int seed
       block->ready[t] = nullptr;
       block->current = t;
       swapcontext(&block->scheduler, &block->fibers[t]);
+      block->current = -1;
       left -= block->finished[t];
       moved = true;
     }
@@ -403,7 +413,7 @@ inline void run_block(unsigned int index, unsigned int blocks, unsigned int seed
       stop("deadlock: every thread waits");
     }
   }
-  if (!block->copies.empty()) {
+  if (failure == nullptr && !block->copies.empty()) {
     stop("copies were left over");
   }
   block = nullptr;
