@@ -141,9 +141,11 @@ def extensions() -> tuple[list, dict]:
     return modules, {"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)}
 
 
-# Metadata queries (egg_info, sdist, --version) need neither torch nor a compiler.
-if {"egg_info", "dist_info", "sdist", "--version", "--name", "clean"} & set(sys.argv[1:]):
-    setup()
-else:
-    ext_modules, cmdclass = extensions()
-    setup(ext_modules=ext_modules, cmdclass=cmdclass, options={"bdist_wheel": {"py_limited_api": "cp310"}})
+# csrc/check_cuda.py takes the functions above from this file.
+if __name__ == "__main__":
+    # Metadata queries need neither torch nor a compiler.
+    if {"egg_info", "dist_info", "sdist", "--version", "--name", "clean"} & set(sys.argv[1:]):
+        setup()
+    else:
+        ext_modules, cmdclass = extensions()
+        setup(ext_modules=ext_modules, cmdclass=cmdclass, options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -245,14 +245,14 @@ struct BackwardShape {
   int stages;
   int out_width;     // output columns of one warpgroup: the N of the second product
   bool split_width;  // the warpgroups share rows and split the width
-  CELLFAST_HD int row_bytes() const { return chunks * row_tile * kChunkBytes; }
-  CELLFAST_HD int block_bytes() const { return columns * kChunkBytes; }
-  CELLFAST_HD int stage_bytes() const { return chunks * block_bytes(); }
-  CELLFAST_HD int ring_offset() const { return row_bytes(); }
-  CELLFAST_HD int factors_offset() const { return ring_offset() + stages * stage_bytes(); }
-  CELLFAST_HD int factor_bytes() const { return columns * 8; }  // per column: factor, then (all columns later) lse
-  CELLFAST_HD int barrier_offset() const { return factors_offset() + (stages * factor_bytes() + 1023) / 1024 * 1024; }
-  CELLFAST_HD int bytes() const { return barrier_offset() + kBarrierBytes; }
+  CELLFAST_HD constexpr int row_bytes() const { return chunks * row_tile * kChunkBytes; }
+  CELLFAST_HD constexpr int block_bytes() const { return columns * kChunkBytes; }
+  CELLFAST_HD constexpr int stage_bytes() const { return chunks * block_bytes(); }
+  CELLFAST_HD constexpr int ring_offset() const { return row_bytes(); }
+  CELLFAST_HD constexpr int factors_offset() const { return ring_offset() + stages * stage_bytes(); }
+  CELLFAST_HD constexpr int factor_bytes() const { return columns * 8; }  // per column: factor, then (all columns later) lse
+  CELLFAST_HD constexpr int barrier_offset() const { return factors_offset() + (stages * factor_bytes() + 1023) / 1024 * 1024; }
+  CELLFAST_HD constexpr int bytes() const { return barrier_offset() + kBarrierBytes; }
 };
 
 CELLFAST_HD constexpr BackwardShape backward_shape(int64_t dim) {

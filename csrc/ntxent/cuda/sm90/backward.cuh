@@ -177,6 +177,9 @@ __device__ inline void backward_multiply(const BackwardArguments& a, uint32_t ba
     const auto weigh = [&](float (&acc)[kAcc], int tile, uint32_t at) {
       backward_weights(acc, a, rows, scale, shift, wide,
                        reinterpret_cast<const float*>(shared + shape.factors_offset() + at * shape.factor_bytes()), tile * shape.columns, thread);
+      // The factors were read by ordinary loads; the copy engine overwrites them once the stage is released.
+      shared_fence();
+      __syncwarp();
     };
     barrier_wait(rows_full, run & 1);
     ++run;

@@ -93,6 +93,7 @@ __global__ void finish_kernel(FinishArguments a, const T* __restrict__ zhat) {
   if (local < a.rows.local_rows()) {
     const float* column = a.sums + a.rows.padded(local);
     double sum = 0;
+#pragma unroll 16
     for (int worker = 0; worker < a.workers; ++worker) {
       sum += column[worker * a.sums_stride];
     }

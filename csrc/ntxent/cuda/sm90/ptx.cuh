@@ -46,6 +46,11 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// Orders this thread's accesses to shared memory before those of the copy engine and the tensor cores that follow a barrier.
+__device__ inline void shared_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Named barriers: `threads` threads take part, those that only arrive do not wait.
 __device__ inline void turn_wait(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

@@ -215,6 +215,7 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
   emulation::Barrier* barrier = &barrier_at(address);
   emulation::wait_until("the barrier at", address, [barrier, parity] { return (barrier->phases & 1) != parity; });
 }
+inline void shared_fence() {}
 inline void turn_wait(int name, int threads) {
   meet(emulation::block->meetings[name], threads, "its turn");
 }
