@@ -52,7 +52,7 @@ def main() -> int:
         return 0
     from torch.utils import cpp_extension
 
-    include = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    include = [f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in cpp_extension.include_paths())]
     options = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DCELLFAST_SM90A", *setup["STABLE_ABI"], *include]
     nvcc = str(Path(home) / "bin" / "nvcc")
     sources = sorted((ROOT / "csrc").rglob("*.cu"))

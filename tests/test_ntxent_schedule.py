@@ -1,4 +1,4 @@
-"""The kernels for compute capability 9.0 without a GPU: their index logic, and their own source run on the CPU by an emulation of one block."""
+"""The CUDA kernels without a GPU: index logic, and the kernels' own source run on the CPU by an emulation of one thread block."""
 
 from __future__ import annotations
 
@@ -16,23 +16,34 @@ SHARED_LIMIT = 227 * 1024
 LOG2E = 1.4426950408889634
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def compile_library(name: str, folder: Path, *include: str) -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler (c++, g++, clang++) on PATH")
-    library = tmp_path_factory.mktemp("emulation") / "ntxent_sm90.so"
-    sources = [f"-I{ROOT / 'tests' / 'emulation'}", f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "emulation" / "ntxent_sm90.cpp")]
-    command = [compiler, "-std=c++20", "-O2", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC", *sources, "-o", str(library)]
-    built = subprocess.run(command, capture_output=True, text=True)
+    library = folder / f"{name}.so"
+    tests = ROOT / "tests" / "emulation"
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    folders = [f"-I{folder}" for folder in (*(tests / i for i in include), tests, ROOT / "csrc")]
+    built = subprocess.run([compiler, *flags, *folders, str(tests / f"{name}.cpp"), "-o", str(library)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     loaded = ctypes.CDLL(str(library))
+    loaded.failure.restype = ctypes.c_char_p
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    loaded = compile_library("ntxent_sm90", tmp_path_factory.mktemp("sm90"))
     loaded.forward_places.restype = loaded.padded_place.restype = ctypes.c_int64
     loaded.loss_of.restype = ctypes.c_double
-    loaded.failure.restype = ctypes.c_char_p
     loaded.loss_of.argtypes = [ctypes.c_double] * 3
     loaded.repair_needed.argtypes = [ctypes.c_double] * 3 + [ctypes.c_int]
     return loaded
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compile_library("ntxent_portable", tmp_path_factory.mktemp("portable"), "portable")
 
 
 def int64(*values: int) -> list[ctypes.c_int64]:
@@ -271,3 +282,38 @@ def test_rows_outside_the_range_of_float32_are_repaired(kernels):
     assert kernels.repair_needed(0.0, 45.0, -140.0, 512)
     assert kernels.repair_needed(np.inf, 0.0, 14.0, 512)
     assert not kernels.repair_needed(0.0, 0.0, 14.0, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("temperature", [0.01, 0.2])
+@pytest.mark.parametrize(("num_rows", "dim", "shard", "shards"), [(2, 3, 0, 1), (6, 40, 0, 1), (130, 17, 0, 1), (72, 70, 1, 3), (64, 33, 0, 2)])
+def test_portable_kernels(portable, num_rows, dim, shard, shards, temperature, normalize, dtype):
+    random = np.random.default_rng(num_rows + dim)
+    z = random.standard_normal((num_rows, dim))
+    z[num_rows // 2 :] = 0.5 * z[: num_rows // 2] + 0.5 * z[num_rows // 2 :]
+    norms = np.linalg.norm(z, axis=1, keepdims=True)
+    zhat = (z / norms).astype(dtype)
+    values, local = zhat.astype(np.float64), local_rows(num_rows, shard, shards)
+    lse, logits = expected_lse(values, temperature)
+    loss, own_lse = np.full(len(local), np.nan), np.full(len(local), np.nan)
+    grad, along = np.full((len(local), dim), np.nan, dtype), np.full(len(local), np.nan)
+    inv_norm = np.ascontiguousarray((1 / norms[local, 0]).astype(dtype))
+    function = portable.run_float if dtype == np.float32 else portable.run_double
+    function(
+        pointer(zhat), *int64(num_rows, dim, shard, shards), ctypes.c_double(temperature), pointer(lse), pointer(inv_norm),
+        int(normalize), pointer(loss), pointer(own_lse), pointer(grad), pointer(along),
+    )  # fmt: skip
+    assert portable.failure() is None
+    rounding = np.finfo(dtype).eps * 16 / temperature
+    positive = logits[local, (local + num_rows // 2) % num_rows]
+    expected = lse[local] - positive if num_rows > 2 else np.zeros(2)
+    assert np.allclose(loss, expected, rtol=0, atol=rounding)
+    assert np.allclose(own_lse, lse[local], rtol=0, atol=rounding)
+    weights = np.exp(logits - lse[:, None]) + np.exp(logits - lse[None])
+    rows = np.arange(num_rows)
+    weights[rows, (rows + num_rows // 2) % num_rows] -= 2
+    dzhat = (weights @ values)[local]
+    assert np.allclose(along, (dzhat * values[local]).sum(axis=1), rtol=0, atol=8 * rounding)
+    tangent = (dzhat - (dzhat * values[local]).sum(axis=1, keepdims=True) * values[local]) / norms[local] if normalize else dzhat
+    assert np.allclose(grad, tangent / (num_rows * temperature), rtol=0, atol=8 * rounding / temperature / num_rows)

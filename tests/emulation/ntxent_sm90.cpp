@@ -16,7 +16,8 @@ void run_backward(const uint16_t* zhat, int64_t dim, int64_t stride, BackwardArg
   const CUtensorMap row_map = map_of(zhat, a.rows.num_rows, dim, stride, kRowBox);
   const CUtensorMap column_map = map_of(zhat, a.rows.num_rows, dim, stride, backward_shape(kDim).columns);
   for (int w = 0; w < workers; ++w) {
-    emulation::run_block(w, workers, seed, eager, [&] { backward_kernel<Bfloat16, kDim>(row_map, column_map, a); });
+    std::memset(raw, 0xFF, sizeof(raw));
+    emulation::run_block(w, workers, seed, eager, [&] { backward_kernel<Bfloat16, kDim>(row_map, column_map, a); }, kThreads);
   }
 }
 
@@ -145,13 +146,14 @@ void forward(const uint16_t* zhat, int64_t num_rows, int64_t dim, int64_t stride
   a.positives = positives;
   const CUtensorMap row_map = map_of(zhat, num_rows, dim, stride, kRowBox), column_map = map_of(zhat, num_rows, dim, stride, kForwardColumns);
   for (int w = 0; w < a.tiles.workers; ++w) {
+    std::memset(raw, 0xFF, sizeof(raw));
     emulation::run_block(w, a.tiles.workers, seed, eager != 0, [&] {
       if (a.shape.row_tile == 256) {
         forward_kernel<Bfloat16, 2>(row_map, column_map, a);
       } else {
         forward_kernel<Bfloat16, 1>(row_map, column_map, a);
       }
-    });
+    }, kThreads);
   }
   exponent[0] = exponent_of(temperature).scale;
   exponent[1] = exponent_of(temperature).shift;

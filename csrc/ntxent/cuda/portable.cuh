@@ -53,69 +53,69 @@ __device__ void tile_logits(const S* __restrict__ zhat, int64_t dim, const Shard
   __syncthreads();
 }
 
+// Eight threads share a row, each with every eighth column, a running maximum and a sum of its own.
+constexpr int kPerRow = kThreads / kRows;
+
 template <typename S>
 __global__ void forward_kernel(const S* __restrict__ zhat, int64_t dim, const double* __restrict__ temperature, Shard shard,
                                double* __restrict__ row_loss, double* __restrict__ lse) {
   using T = typename Accumulator<S>::type;
   __shared__ T a[kRows][kDepth + 1], b[kColumns][kDepth + 1], logits[kRows][kColumns + 1];
-  __shared__ T largest[kRows], positive[kRows];
-  __shared__ double others[kRows];
-  const int tid = threadIdx.x;
+  const int tid = threadIdx.x, r = tid / kPerRow, part = tid % kPerRow;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kRows;
+  const bool valid_row = begin + r < shard.num_local();
+  const int64_t i = valid_row ? shard.row(begin + r) : 0, pair = positive_of(i, shard.num_rows);
   const double tau = *temperature;
   // A temperature that is not positive cannot be refused without waiting for the device: the loss says NaN instead.
   const T inv_temperature = static_cast<T>(tau > 0 ? 1.0 / tau : static_cast<double>(NAN));
-  if (tid < kRows) {
-    largest[tid] = minus_infinity<T>();
-    positive[tid] = T(0);
-    others[tid] = 0;
-  }
+  T largest = minus_infinity<T>(), positive = T(0);
+  double others = 0;
   for (int64_t first = 0; first < shard.num_rows; first += kColumns) {
     tile_logits<S, T>(zhat, dim, shard, begin, first, inv_temperature, a, b, logits);
-    if (tid < kRows && begin + tid < shard.num_local()) {
-      const int64_t i = shard.row(begin + tid);
-      const int64_t self = i - first, pair = positive_of(i, shard.num_rows) - first;
-      const int valid = static_cast<int>(shard.num_rows - first < kColumns ? shard.num_rows - first : kColumns);
-      T* s = logits[tid];
-      if (pair >= 0 && pair < valid) {
-        positive[tid] = s[pair];
-        s[pair] = minus_infinity<T>();
-      }
-      if (self >= 0 && self < valid) {
-        s[self] = minus_infinity<T>();
-      }
-      T top = largest[tid];
-      bool is_nan = false;
-      for (int c = 0; c < valid; ++c) {
-        is_nan = is_nan || isnan(s[c]);
-        top = s[c] > top ? s[c] : top;
-      }
-      if (is_nan) {
-        others[tid] = static_cast<double>(NAN);
-      } else if (top > minus_infinity<T>()) {
-        double sum = others[tid] * exp(static_cast<double>(largest[tid]) - static_cast<double>(top));
-        for (int c = 0; c < valid; ++c) {
-          sum += static_cast<double>(exp(s[c] - top));
+    if (valid_row) {
+      for (int c = part; c < kColumns && first + c < shard.num_rows; c += kPerRow) {
+        const T s = logits[r][c];
+        if (first + c == pair) {
+          positive = s;
+        } else if (first + c != i) {
+          if (s > largest) {
+            others *= exp(static_cast<double>(largest) - static_cast<double>(s));
+            largest = s;
+          }
+          // A NaN is no maximum but makes the sum NaN. Where nothing but -infinity was met so far there is nothing to add.
+          others += largest > minus_infinity<T>() || isnan(s) ? static_cast<double>(exp(s - largest)) : 0.0;
         }
-        others[tid] = sum;
-        largest[tid] = top;
       }
     }
     __syncthreads();
   }
-  if (tid < kRows && begin + tid < shard.num_local()) {
-    const double p = static_cast<double>(positive[tid]);
+  for (int width = 1; width < kPerRow; width *= 2) {
+    const T other_largest = __shfl_xor_sync(0xffffffff, largest, width);
+    const double other_sum = __shfl_xor_sync(0xffffffff, others, width);
+    positive += __shfl_xor_sync(0xffffffff, positive, width);  // one thread has it, the rest 0
+    const T top = other_largest > largest ? other_largest : largest;
+    // What has seen no column has sum 0 and maximum -infinity, and must not make 0 * NaN.
+    const double mine = largest > minus_infinity<T>() ? others * exp(static_cast<double>(largest) - static_cast<double>(top)) : others;
+    const double more =
+        other_largest > minus_infinity<T>() ? other_sum * exp(static_cast<double>(other_largest) - static_cast<double>(top)) : other_sum;
+    others = mine + more;
+    largest = top;
+  }
+  if (valid_row && part == 0) {
+    const double p = static_cast<double>(positive);
     double loss = 0;  // no negatives at all: N = 1
-    if (isnan(others[tid]) || isnan(p)) {
+    if (isnan(others) || isnan(p)) {
       loss = static_cast<double>(NAN);
-    } else if (others[tid] > 0) {
-      const double gap = static_cast<double>(largest[tid]) - p;
-      loss = gap < 0 ? log1p(others[tid] * exp(gap)) : gap + log(others[tid] + exp(-gap));
+    } else if (others > 0) {
+      const double gap = static_cast<double>(largest) - p;
+      loss = gap < 0 ? log1p(others * exp(gap)) : gap + log(others + exp(-gap));
     }
-    row_loss[begin + tid] = loss;
-    lse[begin + tid] = p + loss;
+    row_loss[begin + r] = loss;
+    lse[begin + r] = p + loss;
   }
 }
+
+constexpr int kRowsPerWarp = kRows / (kThreads / 32);
 
 template <typename S>
 __global__ void backward_kernel(const double* __restrict__ grad_loss, const S* __restrict__ zhat,
@@ -124,16 +124,13 @@ __global__ void backward_kernel(const double* __restrict__ grad_loss, const S* _
                                 typename Accumulator<S>::type* __restrict__ grad, double* __restrict__ alignment) {
   using T = typename Accumulator<S>::type;
   __shared__ T a[kRows][kDepth + 1], b[kColumns][kDepth + 1], weights[kRows][kColumns + 1];
-  __shared__ double along[kRows];
   const int tid = threadIdx.x;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kRows;
   const int rows = static_cast<int>(shard.num_local() - begin < kRows ? shard.num_local() - begin : kRows);
   const double tau = *temperature;
   const T inv_temperature = static_cast<T>(tau > 0 ? 1.0 / tau : static_cast<double>(NAN));
-  // Every thread keeps to its own (row, k) pairs of grad throughout: no two write one value, none waits for another.
-  for (int64_t e = tid; e < rows * dim; e += kThreads) {
-    grad[begin * dim + e] = T(0);
-  }
+  // Each warp owns four rows and each lane every 32nd column of them: no two threads write one value of grad.
+  const int lane = tid % 32, row0 = tid / 32 * kRowsPerWarp;
   for (int64_t first = 0; first < shard.num_rows; first += kColumns) {
     const int valid = static_cast<int>(shard.num_rows - first < kColumns ? shard.num_rows - first : kColumns);
     tile_logits<S, T>(zhat, dim, shard, begin, first, inv_temperature, a, b, weights);
@@ -156,33 +153,42 @@ __global__ void backward_kernel(const double* __restrict__ grad_loss, const S* _
       }
     }
     __syncthreads();
-    for (int64_t e = tid; e < rows * dim; e += kThreads) {
-      const int64_t r = e / dim, k = e % dim;
-      T sum = T(0);
+    for (int64_t k = lane; k < dim; k += 32) {
+      T sum[kRowsPerWarp] = {};
       for (int c = 0; c < valid; ++c) {
-        sum += weights[r][c] * load(zhat[(first + c) * dim + k]);
+        const T value = load(zhat[(first + c) * dim + k]);
+        for (int q = 0; q < kRowsPerWarp; ++q) {
+          sum[q] += weights[row0 + q][c] * value;
+        }
       }
-      grad[begin * dim + e] += sum;
+      for (int q = 0; q < kRowsPerWarp; ++q) {
+        if (row0 + q < rows) {
+          T& target = grad[(begin + row0 + q) * dim + k];
+          target = first == 0 ? sum[q] : target + sum[q];
+        }
+      }
     }
     __syncthreads();
   }
-  __syncthreads();
-  if (tid < rows) {
-    double sum = 0;
-    for (int64_t k = 0; k < dim; ++k) {
-      sum += static_cast<double>(load(zhat[shard.row(begin + tid) * dim + k])) * static_cast<double>(grad[(begin + tid) * dim + k]);
-    }
-    along[tid] = sum;
-    alignment[begin + tid] = sum;
-  }
-  __syncthreads();
   const double scale = *grad_loss / (static_cast<double>(shard.num_rows) * tau);
-  for (int64_t e = tid; e < rows * dim; e += kThreads) {
-    const int64_t r = e / dim, k = e % dim;
-    const double g = static_cast<double>(grad[begin * dim + e]);
-    const double unit = static_cast<double>(load(zhat[shard.row(begin + r) * dim + k]));
+  for (int r = row0; r < row0 + kRowsPerWarp && r < rows; ++r) {
+    const S* unit = zhat + shard.row(begin + r) * dim;
+    T* mine = grad + (begin + r) * dim;
+    double along = 0;
+    for (int64_t k = lane; k < dim; k += 32) {
+      along += static_cast<double>(load(unit[k])) * static_cast<double>(mine[k]);
+    }
+    for (int width = 16; width > 0; width /= 2) {
+      along += __shfl_xor_sync(0xffffffff, along, width);
+    }
+    if (lane == 0) {
+      alignment[begin + r] = along;
+    }
     const double factor = scale * (normalize ? static_cast<double>(inv_norm[begin + r]) : 1.0);
-    grad[begin * dim + e] = static_cast<T>(factor * (normalize ? g - along[r] * unit : g));
+    for (int64_t k = lane; k < dim; k += 32) {
+      const double g = static_cast<double>(mine[k]);
+      mine[k] = static_cast<T>(factor * (normalize ? g - along * static_cast<double>(load(unit[k])) : g));
+    }
   }
 }
 

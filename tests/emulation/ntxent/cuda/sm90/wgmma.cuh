@@ -1,45 +1,15 @@
-// Stands in for csrc/ntxent/cuda/sm90/wgmma.cuh and ptx.cuh when the kernels are compiled for the CPU: one block's 384 threads as fibers that
-// switch wherever a thread would wait. What the hardware may do late is done late here: copies land at a random later moment, their place being
-// NaN until then, and matrix products read shared memory only when they are waited for (or at once: `eager`). A stage that is overwritten too
-// early, a missing wait or a wrong parity thus shows as NaN or as a deadlock. Layouts are written from the PTX ISA, not from schedule_cuda.h.
+// Stands in for csrc/ntxent/cuda/sm90/wgmma.cuh and ptx.cuh when the kernels are compiled for the CPU. What the hardware may do late is done
+// late here: copies land at a random later moment, their place being NaN until then, and matrix products read shared memory only when they are
+// waited for (or at once: `eager`). A stage that is overwritten too early, a missing wait or a wrong parity thus shows as NaN or as a deadlock.
+// Layouts are written from the PTX ISA, not from schedule_cuda.h.
 #pragma once
 
-#include <ucontext.h>
+#include "fibers.h"
 
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <random>
-#include <vector>
-
-#define __device__
-#define __global__
-#define __host__
 #define __shared__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __CUDA_ARCH_FEAT_SM90_ALL 1
-
-struct float2 {
-  float x, y;
-};
-struct float4 {
-  float x, y, z, w;
-};
-inline float2 make_float2(float x, float y) {
-  return {x, y};
-}
-inline float4 make_float4(float x, float y, float z, float w) {
-  return {x, y, z, w};
-}
-struct dim3 {
-  unsigned int x = 0;
-};
 
 // A matrix in memory as the copy engine sees it: [rows][columns] of 2-byte values and a box of [box_rows][64].
 struct CUtensorMap {
@@ -48,146 +18,20 @@ struct CUtensorMap {
   int box_rows;
 };
 
-namespace emulation {
-
-constexpr int kThreads = 384;
-constexpr size_t kStack = 256 * 1024;
-constexpr uint32_t kSharedStart = 48;  // the kernel must align its base itself
-
-// The first thing that went wrong; every later block of the same call is skipped.
-inline const char* failure = nullptr;
-void stop(const char* what);
-
-inline float from_bits(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-inline uint16_t to_bits(float value) {  // round to nearest even
-  uint32_t wide;
-  std::memcpy(&wide, &value, 4);
-  if (std::isnan(value)) {
-    return 0x7FFF;
-  }
-  return static_cast<uint16_t>((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16);
-}
-
-struct Barrier {  // mbarrier object
-  int count = 0, pending = 0;
-  int64_t bytes = 0;
-  uint32_t phases = 0;
-  void settle() {
-    if (pending == 0 && bytes == 0) {
-      ++phases;
-      pending = count;
-    }
-  }
-};
-struct Meeting {  // named barrier
-  int arrived = 0;
-  uint64_t generation = 0;
-  void arrive(int threads) {
-    if (++arrived == threads) {
-      arrived = 0;
-      ++generation;
-    }
-  }
-};
-struct Product {
-  float* d;
-  int columns;
-  uint64_t a, b;
-  bool from_registers, add;
-  uint32_t fragment[4];
-};
-
-struct Block {
-  ucontext_t scheduler, fibers[kThreads];
-  std::vector<std::unique_ptr<char[]>> stacks;
-  std::function<bool()> ready[kThreads];
-  const char* waits_for[kThreads] = {};  // for the message of a deadlock
-  uint32_t waits_at[kThreads] = {};
-  bool finished[kThreads] = {};
-  int current = -1;  // the running thread; -1: the scheduler
-  std::map<uint32_t, Barrier> barriers;
-  Meeting meetings[16], warps[kThreads / 32];
-  float exchange[kThreads / 32][32];
-  struct Copy {
-    std::function<void()> run;
-  };
-  std::vector<Copy> copies;
-  std::vector<std::vector<Product>> open[kThreads];  // groups of a thread: committed ones, and the one being collected last
-  std::mt19937 random;
-  bool eager = false;
-  std::function<void()> body;
-};
-
-inline Block* block = nullptr;
-
-inline void stop(const char* what) {
-  failure = failure == nullptr ? what : failure;
-  if (block != nullptr && block->current >= 0) {
-    swapcontext(&block->fibers[block->current], &block->scheduler);  // not to return
-  }
-}
-
-inline void wait_until(const char* what, uint32_t at, std::function<bool()> condition) {
-  if (!condition()) {
-    block->waits_for[block->current] = what;
-    block->waits_at[block->current] = at;
-    block->ready[block->current] = std::move(condition);
-    swapcontext(&block->fibers[block->current], &block->scheduler);
-  }
-}
-
-}  // namespace emulation
-
-inline dim3 blockIdx, gridDim;
-struct ThreadIndex {
-  struct {
-    operator unsigned int() const { return static_cast<unsigned int>(emulation::block->current); }
-  } x;
-};
-inline ThreadIndex threadIdx;
-
-inline void meet(emulation::Meeting& meeting, int threads, const char* what) {
-  const uint64_t before = meeting.generation;
-  meeting.arrive(threads);
-  emulation::wait_until(what, static_cast<uint32_t>(threads), [&meeting, before] { return meeting.generation != before; });
-}
-inline void __syncthreads() {
-  meet(emulation::block->meetings[0], emulation::kThreads, "the block");
-}
-inline void __syncwarp() {
-  meet(emulation::block->warps[emulation::block->current / 32], 32, "its warp");
-}
-template <typename T>
-T __shfl_sync(unsigned int, T value, int) {
-  return value;  // used for values that are the same in all lanes
-}
-inline float __shfl_xor_sync(unsigned int, float value, int lanes) {
-  float(&slots)[32] = emulation::block->exchange[emulation::block->current / 32];
-  const int lane = emulation::block->current % 32;
-  __syncwarp();
-  slots[lane] = value;
-  __syncwarp();
-  return slots[lane ^ lanes];
-}
-
 namespace cellfast::ntxent::sm90 {
 
 struct Bfloat16 {};
+constexpr uint32_t kSharedStart = 48;  // the kernel must align its base itself
 inline char raw[232448 + 64];  // the kernels' `extern __shared__ char raw[]`
 
 inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(static_cast<const char*>(pointer) - raw) + emulation::kSharedStart;
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - raw) + kSharedStart;
 }
 inline char* shared_pointer(uint32_t address) {
-  if (address < emulation::kSharedStart || address >= emulation::kSharedStart + 232448) {
+  if (address < kSharedStart || address >= kSharedStart + 232448) {
     emulation::stop("an address outside shared memory");
   }
-  return raw + (address - emulation::kSharedStart);
+  return raw + (address - kSharedStart);
 }
 
 inline emulation::Barrier& barrier_at(uint32_t address) {
@@ -351,73 +195,3 @@ inline uint32_t pack(float low, float high, Bfloat16) {
 }
 
 }  // namespace cellfast::ntxent::sm90
-
-namespace emulation {
-
-inline void enter() {
-  block->body();
-  block->finished[block->current] = true;
-  swapcontext(&block->fibers[block->current], &block->scheduler);
-}
-
-// Runs one block of `body`. Threads and pending copies go on in a random order; stops the program when nothing can go on.
-inline void run_block(unsigned int index, unsigned int blocks, unsigned int seed, bool eager, std::function<void()> body) {
-  if (failure != nullptr) {
-    return;
-  }
-  auto owner = std::make_unique<Block>();
-  block = owner.get();
-  blockIdx.x = index;
-  gridDim.x = blocks;
-  block->random.seed(seed + index);
-  block->eager = eager;
-  block->body = std::move(body);
-  std::memset(cellfast::ntxent::sm90::raw, 0xFF, sizeof(cellfast::ntxent::sm90::raw));
-  for (int t = 0; t < kThreads; ++t) {
-    block->stacks.emplace_back(new char[kStack]);
-    getcontext(&block->fibers[t]);
-    block->fibers[t].uc_stack.ss_sp = block->stacks[t].get();
-    block->fibers[t].uc_stack.ss_size = kStack;
-    block->fibers[t].uc_link = nullptr;
-    makecontext(&block->fibers[t], enter, 0);
-  }
-  int left = kThreads;
-  while (left > 0 && failure == nullptr) {
-    bool moved = false;
-    const int start = static_cast<int>(block->random() % (kThreads / 32)) * 32;
-    for (int i = 0; i < kThreads; ++i) {
-      const int t = (start + i) % kThreads;
-      if (block->finished[t] || (block->ready[t] && !block->ready[t]())) {
-        continue;
-      }
-      block->ready[t] = nullptr;
-      block->current = t;
-      swapcontext(&block->scheduler, &block->fibers[t]);
-      block->current = -1;
-      left -= block->finished[t];
-      moved = true;
-    }
-    // Copies land in any order, sometimes long after they were asked for.
-    if (!block->copies.empty() && (!moved || block->random() % 4 == 0)) {
-      const size_t chosen = block->random() % block->copies.size();
-      const std::function<void()> run = std::move(block->copies[chosen].run);
-      block->copies.erase(block->copies.begin() + static_cast<int64_t>(chosen));
-      run();
-      moved = true;
-    }
-    if (!moved) {
-      for (int t = 0; t < kThreads; t += t == 0 ? 32 : 1) {
-        if (!block->finished[t] && (t % 32 == 0 || block->waits_for[t] != block->waits_for[t - 1])) {
-          std::fprintf(stderr, "thread %d waits for %s %u\n", t, block->waits_for[t], block->waits_at[t]);
-        }
-      }
-      stop("deadlock: every thread waits");
-    }
-  }
-  if (failure == nullptr && !block->copies.empty()) {
-    stop("copies were left over");
-  }
-  block = nullptr;
-}
-
-}  // namespace emulation
