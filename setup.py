@@ -87,7 +87,9 @@ def architectures(nvcc: Path) -> list[str]:
     chosen = [a.replace(".", "") for a in re.split(r"[;, ]+", os.environ[source].strip()) if a]
     wrong = [a for a in chosen if not (m := re.fullmatch(r"(\d+)[af]?(\+PTX)?", a)) or m.group(1) not in known]
     if wrong or not chosen:
-        sys.exit(f"{source}={os.environ[source]!r}: {nvcc} does not know {wrong}; it knows {sorted(known, key=int)}, e.g. 80;90a;100+PTX.")
+        sys.exit(
+            f"{source}={os.environ[source]!r}: {nvcc} does not know {wrong}; it knows {sorted(known, key=int)}, e.g. 80;90a;100+PTX."
+        )
     return chosen
 
 

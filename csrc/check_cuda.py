@@ -58,7 +58,10 @@ def main() -> int:
     sources = sorted((ROOT / "csrc").rglob("*.cu"))
     print(f"check-cuda: {nvcc}, {len(sources)} files for compute capabilities {', '.join(ARCHITECTURES)}", flush=True)
     wrong = []
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool,
+    ):
         jobs = [pool.submit(compile_file, nvcc, s, a, options, folder) for a in ARCHITECTURES for s in sources]
         for job in jobs:
             source, architecture, status, said = job.result()

@@ -24,7 +24,9 @@ def compile_library(name: str, folder: Path, *include: str) -> ctypes.CDLL:
     tests = ROOT / "tests" / "emulation"
     flags = ["-std=c++20", "-O2", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     folders = [f"-I{folder}" for folder in (*(tests / i for i in include), tests, ROOT / "csrc")]
-    built = subprocess.run([compiler, *flags, *folders, str(tests / f"{name}.cpp"), "-o", str(library)], capture_output=True, text=True)
+    built = subprocess.run(
+        [compiler, *flags, *folders, str(tests / f"{name}.cpp"), "-o", str(library)], capture_output=True, text=True
+    )
     assert built.returncode == 0, built.stderr
     loaded = ctypes.CDLL(str(library))
     loaded.failure.restype = ctypes.c_char_p
@@ -54,7 +56,9 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
-def visits(kernels, num_rows: int, dim: int, shard: int = 0, shards: int = 1, phase: int = 0, multiprocessors: int = MULTIPROCESSORS):
+def visits(
+    kernels, num_rows: int, dim: int, shard: int = 0, shards: int = 1, phase: int = 0, multiprocessors: int = MULTIPROCESSORS
+):
     out = np.zeros(7, np.int64)
     arguments = [*int64(num_rows, dim, shard, shards), multiprocessors, phase, pointer(out)]
     kernels.forward_visits(*arguments, None)
@@ -255,7 +259,9 @@ def test_forward_kernel_gives_the_losses(kernels, num_rows, dim, shard, shards, 
     (390, 64, 1, 3, 2, 2),
     (204, 300, 0, 2, 1, 2),
 ])  # fmt: skip
-def test_backward_kernel_gives_the_gradient_of_the_normalised_rows(kernels, num_rows, dim, shard, shards, splits, workers, wide, eager):
+def test_backward_kernel_gives_the_gradient_of_the_normalised_rows(
+    kernels, num_rows, dim, shard, shards, splits, workers, wide, eager
+):
     temperature = 0.2
     stored, values, stride = projections(num_rows, dim, hard=0.6)
     local = local_rows(num_rows, shard, shards)
@@ -287,7 +293,9 @@ def test_rows_outside_the_range_of_float32_are_repaired(kernels):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
-@pytest.mark.parametrize(("num_rows", "dim", "shard", "shards"), [(2, 3, 0, 1), (6, 40, 0, 1), (130, 17, 0, 1), (72, 70, 1, 3), (64, 33, 0, 2)])
+@pytest.mark.parametrize(
+    ("num_rows", "dim", "shard", "shards"), [(2, 3, 0, 1), (6, 40, 0, 1), (130, 17, 0, 1), (72, 70, 1, 3), (64, 33, 0, 2)]
+)
 def test_portable_kernels(portable, num_rows, dim, shard, shards, temperature, normalize, dtype):
     random = np.random.default_rng(num_rows + dim)
     z = random.standard_normal((num_rows, dim))

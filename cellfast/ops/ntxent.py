@@ -117,7 +117,6 @@ def _register_missing_cuda(reason: str) -> None:
     for name in ("ntxent_normalize", "ntxent_forward", "ntxent_backward", "ntxent_shard_forward", "ntxent_shard_backward"):
         torch.library.impl(f"cellfast::{name}", "CUDA", refuse)
 
-
     def refuse_choice(name: str) -> str:
         raise RuntimeError(f"cellfast's CUDA operators are not available, so there are no kernels to choose from: {reason}.")
 
