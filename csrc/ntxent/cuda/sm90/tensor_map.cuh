@@ -39,8 +39,13 @@ inline CUtensorMap tensor_map(const AlignedRows& rows, int box_rows) {
   static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult status{};
+#if CUDART_VERSION >= 12050
     cuda::check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status),
                      "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)");
+#else
+    cuda::check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &status),
+                     "cudaGetDriverEntryPoint(cuTensorMapEncodeTiled)");
+#endif
     if (status != cudaDriverEntryPointSuccess || function == nullptr) {
       fail("the CUDA driver has no cuTensorMapEncodeTiled: update it (525 or newer), or set CELLFAST_NTXENT_CUDA=portable");
     }
