@@ -17,4 +17,6 @@ STABLE_TORCH_LIBRARY(cellfast, m) {
       "ntxent_shard_backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature,"
       " bool normalize, int shard, int num_shards, ScalarType dtype) -> (Tensor grad_z, Tensor grad_temperature)");
   m.def("ntxent_cpu_kernels(str instruction_set) -> str");
+  // The CUDA kernels asked for in this process: "auto", "portable" or "sm90a"; "" asks without changing. Returns the one asked for.
+  m.def("ntxent_cuda_kernel(str name) -> str");
 }
