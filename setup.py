@@ -100,7 +100,7 @@ def extensions() -> tuple[list, dict]:
     modules = [
         cpp_extension.CppExtension(
             "cellfast._C",
-            ["csrc/library.cpp", *sorted(glob.glob("csrc/ntxent/cpu/*.cpp"))],
+            ["csrc/library.cpp", *sorted(glob.glob("csrc/*/cpu/*.cpp"))],
             include_dirs=include,
             extra_compile_args={"cxx": cxx},
             depends=headers,
@@ -113,7 +113,7 @@ def extensions() -> tuple[list, dict]:
         modules.append(
             cpp_extension.CUDAExtension(
                 "cellfast._C_cuda",
-                sorted(glob.glob("csrc/ntxent/cuda/*.cu")),
+                sorted(glob.glob("csrc/*/cuda/*.cu")),
                 include_dirs=include,
                 extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc_flags},
                 depends=headers,
