@@ -96,7 +96,7 @@ def extensions() -> tuple[list, dict]:
 
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True))
     include = [str(ROOT / "csrc")]
-    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", *STABLE_ABI]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
     modules = [
         cpp_extension.CppExtension(
             "cellfast._C",

@@ -53,9 +53,7 @@ struct Arguments {
   int64_t batch, channels, crop, size, lattice, kernel, noise_step;
   int64_t out_stride[4];
   Padding padding;
-
-  // First pixel of the central window, and the centre of that window.
-  double middle() const { return static_cast<double>(crop / 2 - size / 2) + 0.5 * static_cast<double>(size - 1); }
+  float middle;  // the centre of the central window, whose first pixel is S // 2 - s // 2
 };
 
 template <typename... Parts>
@@ -163,6 +161,7 @@ inline Arguments checked(const Tensor& crops, const Tensor& low, const Tensor& i
   a.bank = optional_data<float>(noise_bank);
   a.noise_step = noise_step;
   a.padding = static_cast<Padding>(padding);
+  a.middle = static_cast<float>(static_cast<double>(a.crop / 2 - a.size / 2) + 0.5 * static_cast<double>(a.size - 1));
   a.out = static_cast<float*>(out.data_ptr());
   return a;
 }
