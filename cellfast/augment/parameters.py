@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from kornia.augmentation.random_generator import AffineGenerator, PlainUniformGenerator, ResizedCropGenerator
 
 from cellfast.augment.config import AugmentConfig, Range
 from cellfast.errors import CellfastError
@@ -89,6 +88,9 @@ class ParameterDraws:
             raise CellfastError(
                 f"augment.translation_px {config.translation_px:g} is more than half of the stored crop ({crop_size} px)"
             )
+        # Here and below: training on views that someone else made needs no Kornia.
+        from kornia.augmentation.random_generator import AffineGenerator, ResizedCropGenerator
+
         shift = config.translation_px / crop_size  # Kornia counts a shift in fractions of the edge
         self._affine = AffineGenerator(degrees=config.rotation_deg, translate=(shift, shift), scale=config.zoom)
         window = (output_size, output_size)
@@ -168,6 +170,8 @@ def smoothing_basis(size: int, sigma: float) -> torch.Tensor:
 
 
 def _uniform(bounds: Range, shape: int | tuple[int, int]) -> torch.Tensor:
+    from kornia.augmentation.random_generator import PlainUniformGenerator
+
     count = shape if isinstance(shape, int) else math.prod(shape)
     generator = PlainUniformGenerator((torch.tensor(bounds), "value", None, None))
     return generator(torch.Size((count,)))["value"].view(shape)

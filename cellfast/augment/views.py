@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import get_gaussian_kernel1d
 
 from cellfast.augment.config import AugmentConfig
 from cellfast.augment.parameters import NOISE_STARTS, NOISE_STEP, ParameterDraws, ViewParameters
@@ -210,6 +209,8 @@ class TwoViews:
         view, cell = torch.nonzero(sigma, as_tuple=True)
         if len(cell) == 0:
             return
+        from kornia.filters import get_gaussian_kernel1d
+
         s, channels = self.output_size, self.num_channels
         kernel = get_gaussian_kernel1d(self.config.blur_kernel_px, sigma[view, cell][:, None])
         band = (kernel.to(v.device) @ self._constant("blur", v.device)).view(-1, s, s)
