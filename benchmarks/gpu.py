@@ -104,7 +104,9 @@ class Bench:
             "python": platform.python_version(),
             "cpus": os.cpu_count(),
             "torch": said(self.python, "-c", versions),
-            "nvidia_smi": said("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"),
+            "nvidia_smi": said(
+                "nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"
+            ),
             "nvcc": said("nvcc", "--version").splitlines()[-2:],
             "commit": said("git", "-C", str(ROOT), "rev-parse", "HEAD"),
             "missing_packages": sorted(missing_packages().values()),
@@ -184,10 +186,14 @@ def table(out: Path) -> list[str]:
         lines.append(f"{path.stem:32s} {', '.join(parts)}")
     for path in sorted(out.glob("embed-*.json")):
         result = json.loads(path.read_text())
-        lines.append(f"{path.stem:32s} resident {result['resident']['cells_per_second']:,.0f} cells/s ({100 * result['fraction']:.1f} %)")
+        lines.append(
+            f"{path.stem:32s} resident {result['resident']['cells_per_second']:,.0f} cells/s ({100 * result['fraction']:.1f} %)"
+        )
     if (out / "decode.json").exists():
         for row in json.loads((out / "decode.json").read_text())["rows"]:
-            rate = f"{row['decode_fields_per_second']:,.0f} fields/s" if "decode_fields_per_second" in row else row["failed"][:120]
+            rate = (
+                f"{row['decode_fields_per_second']:,.0f} fields/s" if "decode_fields_per_second" in row else row["failed"][:120]
+            )
             lines.append(f"decode {row['compression']:8s} {row['decode']:6s} {row['threads']:3d} threads   {rate}")
     return lines
 
@@ -225,7 +231,9 @@ def main() -> int:
     bench.save()
     print("\n".join(bench.summary["table"]))
     failed = [name for name, entry in bench.summary["steps"].items() if not entry["ok"]]
-    print(f"{len(bench.summary['steps'])} steps, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}; {bench.out / 'summary.json'}")
+    print(
+        f"{len(bench.summary['steps'])} steps, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}; {bench.out / 'summary.json'}"
+    )
     return 1 if failed else 0
 
 

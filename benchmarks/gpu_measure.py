@@ -65,7 +65,9 @@ def decode(device: str, tiny: bool) -> Any:
     from cellfast.benchmark.device import measure_decode
 
     if tiny:
-        return measure_decode(fields=3, height=64, width=80, cells_per_field=4, crop_size=16, threads=(1,), repeats=1, device=device)
+        return measure_decode(
+            fields=3, height=64, width=80, cells_per_field=4, crop_size=16, threads=(1,), repeats=1, device=device
+        )
     return measure_decode(threads=(1, os.cpu_count() or 1), device=device)
 
 

@@ -159,7 +159,7 @@ def test_what_cannot_be_kept_or_read_is_refused_by_name(tmp_path):
         write_field_store(path, [*files, [*files[0][:2], tmp_path / "wide.tif"]])
     assert not path.exists()
     tifffile.imwrite(tmp_path / "pages.tif", np.zeros((2, 40, 50), np.uint16))
-    with pytest.raises(CellfastError, match="pages.tif must be a single-page greyscale TIFF"):
+    with pytest.raises(CellfastError, match=r"pages\.tif must be a single-page greyscale TIFF"):
         write_field_store(path, [[tmp_path / "pages.tif"] * 3])
     with pytest.raises(CellfastError, match="3 channels need as many names, got A"):
         write_field_store(path, files, ["A"])

@@ -34,9 +34,7 @@ def make_step(encoder: str, *, chunk_size: int | None, amp: bool = False, per_vi
                 layer.eval()
     optimizer = build_optimizer(model, "adamw", lr=1e-3, weight_decay=1e-4)
     module = TwoViewModel(model, per_view)
-    return TrainingStep(
-        module, NTXentLoss(0.1), optimizer, device=torch.device("cpu"), amp=amp, chunk_size=chunk_size, **values
-    )
+    return TrainingStep(module, NTXentLoss(0.1), optimizer, device=torch.device("cpu"), amp=amp, chunk_size=chunk_size, **values)
 
 
 def gradients(step: TrainingStep, seed: int = 5) -> tuple[float, dict[str, torch.Tensor]]:
@@ -57,9 +55,7 @@ def test_pieces_have_the_views_of_the_whole(chunk_size):
         assert sum(sizes) == CELLS
         assert max(sizes) <= chunk_size
         assert max(sizes) - min(sizes) <= 1
-        per_cell = ViewPieces(
-            two_views, crops, low.expand(CELLS, 3), high.expand(CELLS, 3), seed=3, chunk_size=chunk_size
-        )
+        per_cell = ViewPieces(two_views, crops, low.expand(CELLS, 3), high.expand(CELLS, 3), seed=3, chunk_size=chunk_size)
         for number, cells in enumerate(pieces.cells):
             for made in (pieces[number], pieces[number], per_cell[number]):
                 assert torch.equal(made, whole[:, cells].flatten(0, 1))
@@ -75,7 +71,9 @@ def test_gradients_are_those_of_the_undivided_minibatch(encoder, frozen, chunk_s
     assert plain.keys() == cached.keys()
     for name, gradient in plain.items():
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(cached[name], gradient, atol=2e-4 * scale + 1e-7, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            cached[name], gradient, atol=2e-4 * scale + 1e-7, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_one_piece_is_the_plain_step_exactly_and_dividing_the_loss_is_not():
@@ -126,7 +124,9 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
         step = make_step("cnn4", chunk_size=4)
-        step.module = torch.nn.parallel.DistributedDataParallel(step.module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        step.module = torch.nn.parallel.DistributedDataParallel(
+            step.module, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
         step = TrainingStep(step.module, step.loss, step.optimizer, device=step.device, chunk_size=4)
         crops, low, high = minibatch()
         two_views = TwoViews("none", 3, SIZE, OUT, memory_format=torch.channels_last)

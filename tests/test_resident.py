@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_loader import all_crops, make_screen
 
 from cellfast.data import Loader
 from cellfast.data import resident as resident_module
 from cellfast.data.resident import choose_feed
 from cellfast.errors import CellfastError
-from test_loader import all_crops, make_screen
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,9 @@ def test_the_choice_is_by_size_and_says_why(monkeypatch):
     assert choose_feed("resident", 60 << 30, gpu)[0] == "resident"
     assert choose_feed("stream", 1, gpu) == ("stream", "as asked")
     assert choose_feed("auto", 1, gpu, streams_only="the dali loader streams") == ("stream", "the dali loader streams")
-    with pytest.raises(CellfastError, match=r"--feed resident: the cells need 95.00 of 100.0 GiB free on cuda:0; use --feed stream"):
+    with pytest.raises(
+        CellfastError, match=r"--feed resident: the cells need 95.00 of 100.0 GiB free on cuda:0; use --feed stream"
+    ):
         choose_feed("resident", 95 << 30, gpu)
     assert choose_feed("auto", 1, CPU)[0] == "stream"
     monkeypatch.setattr(resident_module, "available_memory", lambda: 1 << 20)

@@ -76,7 +76,12 @@ def weights(run):
 
 @pytest.mark.parametrize(
     "how",
-    [{"optimizer": "adamw"}, {"optimizer": "lars"}, {"chunk_size": 5, "encoder": "resnet18"}, {"feed": "resident", "chunk_size": 16}],
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "lars"},
+        {"chunk_size": 5, "encoder": "resnet18"},
+        {"feed": "resident", "chunk_size": 16},
+    ],
     ids=lambda how: ",".join(map(str, how.values())),
 )
 def test_a_resumed_run_equals_one_that_never_stopped(screen, tmp_path, how, monkeypatch):
@@ -133,7 +138,9 @@ def test_options_for_a_gpu_are_refused_without_one(screen, tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_to_the_same_loss(screen, tmp_path):
-    losses = [go(screen, tmp_path / str(c), steps=3, compile=c, chunk_size=k).loss for c, k in ((False, None), (True, None), (True, 8))]
+    losses = [
+        go(screen, tmp_path / str(c), steps=3, compile=c, chunk_size=k).loss for c, k in ((False, None), (True, None), (True, 8))
+    ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     assert losses[2] == pytest.approx(losses[0], abs=1e-3)
 

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +173,12 @@ def measure_decode(
     # Smooth with noise and, as from many cameras, 12 significant bits: compressible like a field, not like random bytes.
     small = rng.integers(0, 3000, (8, height // 16 + 1, width // 16 + 1))
     planes = [
-        (np.kron(s, np.ones((16, 16), int))[:height, :width] + rng.integers(0, 64, (height, width))).astype(np.uint16) * 16 for s in small
+        (np.kron(s, np.ones((16, 16), int))[:height, :width] + rng.integers(0, 64, (height, width))).astype(np.uint16) * 16
+        for s in small
     ]
-    centers = np.stack((rng.uniform(0, width - 1, fields * cells_per_field), rng.uniform(0, height - 1, fields * cells_per_field)), 1)
+    centers = np.stack(
+        (rng.uniform(0, width - 1, fields * cells_per_field), rng.uniform(0, height - 1, fields * cells_per_field)), 1
+    )
     field_index = np.repeat(np.arange(fields), cells_per_field)
     with tempfile.TemporaryDirectory(prefix="cellfast-bench-") as folder:
         for compression in compressions:
@@ -223,7 +226,7 @@ def _constant_views(batch_size: int, size: int, device: torch.device, chunk_size
     class Constant(ViewPieces):
         def __init__(self) -> None:
             edges = np.linspace(0, batch_size, -(-batch_size // chunk_size) + 1).round().astype(int).tolist()
-            self.num_cells, self.cells = batch_size, [slice(a, b) for a, b in zip(edges, edges[1:])]
+            self.num_cells, self.cells = batch_size, [slice(a, b) for a, b in pairwise(edges)]
 
         def __getitem__(self, piece: int) -> torch.Tensor:
             cells = self.cells[piece]

@@ -133,7 +133,9 @@ class FieldDecoder:
             raise CellfastError(f"fields {group.tolist()} decode to several shapes: {', '.join(map(str, sorted(shapes)))}")
         (shape,) = shapes
         if len(shape) == 3 and shape[2] != 1:
-            raise CellfastError(f"fields {group.tolist()} decode to shape {list(shape)}: expected one greyscale plane per channel")
+            raise CellfastError(
+                f"fields {group.tolist()} decode to shape {list(shape)}: expected one greyscale plane per channel"
+            )
         height, width = shape[:2]
         return torch.from_dlpack(planes.as_tensor()).view(len(group), channels, height, width)
 
@@ -169,7 +171,9 @@ class DeviceFieldCells:
         if len(self._field) and not 0 <= self._field.min() <= self._field.max() < count:
             raise CellfastError(f"fields must lie in 0..{count - 1}, got {self._field.min()}..{self._field.max()}")
         if random_margin_px < 0 or border not in ("pad", "reflect"):
-            raise CellfastError(f"border must be pad or reflect and the margin not negative, got {border!r} and {random_margin_px}")
+            raise CellfastError(
+                f"border must be pad or reflect and the margin not negative, got {border!r} and {random_margin_px}"
+            )
         self.random_margin_px, self.seed = int(random_margin_px), int(seed)
         self._origins = crop_origins(centers[:, 1], centers[:, 0], crop_size)
 

@@ -12,6 +12,7 @@ import io
 import os
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def write_field_store(
                 if first is None:
                     first = (dtype, shape)
                 if (dtype, shape) != first:
-                    raise CellfastError(f"{name} is {dtype} {shape}, the first file is {first[0]} {first[1]}: all fields must be alike")
+                    raise CellfastError(
+                        f"{name} is {dtype} {shape}, the first file is {first[0]} {first[1]}: all fields must be alike"
+                    )
                 if plain:
                     content = name.read_bytes()
                 else:
@@ -129,7 +132,9 @@ class EncodedFields:
         data = self._file[name] if isinstance(link, h5py.HardLink) else None
         if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
             found = ", ".join(self._file) or "nothing"
-            raise CellfastError(f"{self.path} has no dataset {name!r} of its own: it holds {found}; links to other files are refused")
+            raise CellfastError(
+                f"{self.path} has no dataset {name!r} of its own: it holds {found}; links to other files are refused"
+            )
         return data
 
     def _open_flat(self) -> None:
@@ -137,7 +142,9 @@ class EncodedFields:
         if attrs.get("format") != FORMAT:
             raise CellfastError(f"{self.path} is not a field store (format {attrs.get('format')!r}, expected {FORMAT!r})")
         if int(attrs["version"]) > VERSION:
-            raise CellfastError(f"{self.path} is field store version {attrs['version']}, this cellfast reads {VERSION}: upgrade cellfast")
+            raise CellfastError(
+                f"{self.path} is field store version {attrs['version']}, this cellfast reads {VERSION}: upgrade cellfast"
+            )
         self.num_fields, self.num_channels = int(attrs["num_fields"]), int(attrs["num_channels"])
         self.shape, self.dtype = (int(attrs["height"]), int(attrs["width"])), np.dtype(str(attrs["dtype"]))
         self._offsets = self._own("offsets")[:]
@@ -158,7 +165,7 @@ class EncodedFields:
             return [np.ascontiguousarray(part, np.uint8) for part in self._data[index]]
         edges = self._offsets[index * self.num_channels : (index + 1) * self.num_channels + 1]
         content = self._data[edges[0] : edges[-1]]
-        return [content[a - edges[0] : b - edges[0]] for a, b in zip(edges, edges[1:])]
+        return [content[a - edges[0] : b - edges[0]] for a, b in pairwise(edges)]
 
     def close(self) -> None:
         """Close the file."""

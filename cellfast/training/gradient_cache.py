@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class ViewPieces:
         self.num_cells = crops.shape[0]
         count = -(-self.num_cells // chunk_size)
         edges = np.linspace(0, self.num_cells, count + 1).round().astype(int).tolist()
-        self.cells = [slice(first, last) for first, last in zip(edges, edges[1:])]
+        self.cells = [slice(first, last) for first, last in pairwise(edges)]
         self._parameters = two_views.draw(self.num_cells, seed)
 
     def __len__(self) -> int:
@@ -89,7 +90,9 @@ class GradientCache:
 def _batch_norm_remembers_nothing(module: nn.Module) -> Iterator[None]:
     """BatchNorm in training mode normalises by the minibatch and leaves its running averages alone."""
     # Not momentum = 0: an infinity times 0 would enter the averages as NaN, and the minibatch counter would still move.
-    tracking = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats]
+    tracking = [
+        layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats
+    ]
     for layer in tracking:
         layer.track_running_stats = False
     try:
