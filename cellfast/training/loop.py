@@ -78,6 +78,8 @@ def train(
     """
     device = choose_device(config.device)
     tune_malloc()
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # minibatches have one shape
     if config.threads:
         torch.set_num_threads(config.threads)
     processes = start_processes(device)
@@ -85,12 +87,12 @@ def train(
         return _Training(Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, say).run()
     except torch.OutOfMemoryError as error:
         raise CellfastError(
-            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder"
+            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
         ) from error
     except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
             raise CellfastError(
-                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder"
+                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
             ) from error
         raise
     finally:
