@@ -19,7 +19,9 @@ from gpu import Bench, missing_packages
 def test_a_failing_step_is_recorded_and_the_others_go_on(tmp_path):
     bench = Bench(tmp_path, "cpu", 60)
     bench.step("bad", lambda: {"said": bench.command("bad", [sys.executable, "-c", "raise SystemExit('no such luck')"])})
-    bench.step("slow", lambda: {"said": bench.command("slow", [sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.5)})
+    bench.step(
+        "slow", lambda: {"said": bench.command("slow", [sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.5)}
+    )
     bench.step("good", lambda: {"said": bench.command("good", [sys.executable, "-c", "print('fine')"])})
     steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
     assert [steps[name]["ok"] for name in ("bad", "slow", "good")] == [False, False, True]
