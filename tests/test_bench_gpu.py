@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu import Bench, missing_packages
+from gpu import Bench, missing_packages  # noqa: E402
 
 
 def test_a_failing_step_is_recorded_and_the_others_go_on(tmp_path):

@@ -286,13 +286,9 @@ class _Training:
                         final=config.final_lr,
                     )
                     set_learning_rate(self.optimizer, config.lr * factor)
-                    low, high = self.scaling(batch.rows)
+                    low, high = self.scaling.on(batch.rows, self.device)
                     views = self.step.views(
-                        self.two_views,
-                        batch.crops,
-                        low.to(self.device, non_blocking=True),
-                        high.to(self.device, non_blocking=True),
-                        seed=views_seed(config.seed, step, self.processes.rank),
+                        self.two_views, batch.crops, low, high, seed=views_seed(config.seed, step, self.processes.rank)
                     )
                     loss = self.step.compute_loss(views)
                     self._look(self.losses.put(step, loss), result)
