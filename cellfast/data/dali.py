@@ -41,7 +41,7 @@ def require_dali() -> Any:
     return nvidia.dali
 
 
-class _Source:
+class EpochSource:
     """What ``external_source`` calls: hands out the inputs of one epoch and remembers which rows they belong to."""
 
     def __init__(self) -> None:
@@ -65,18 +65,18 @@ class _Source:
             self.waiting.append((rows, None))  # DALI has no empty minibatch
 
 
-class _Pipeline:
+class EpochPipeline:
     """A DALI pipeline that runs epochs of minibatches given as (rows, inputs), a few ahead of the consumer.
 
     ``graph(dali, source)`` builds it from the source's outputs.
     """
 
     def __init__(
-        self, batch_size: int, device: torch.device, prefetch: int, num_threads: int, graph: Callable[[Any, _Source], Any]
+        self, batch_size: int, device: torch.device, prefetch: int, num_threads: int, graph: Callable[[Any, EpochSource], Any]
     ) -> None:
         self._batch_size, self.device, self._prefetch = batch_size, device, prefetch
         self._num_threads, self._graph = num_threads, graph
-        self._source = _Source()
+        self._source = EpochSource()
         self._pipe = self._build()
 
     def _build(self) -> Any:
@@ -107,7 +107,7 @@ class _Pipeline:
                 while waiting and waiting[0][1] is None:
                     yield Batch(empty, torch.from_numpy(waiting.popleft()[0]))
                 if output is not None:
-                    yield Batch(self._tensor(output), torch.from_numpy(waiting[0][0]))
+                    yield Batch(self.tensor(output), torch.from_numpy(waiting[0][0]))
                     waiting.popleft()
         finally:
             if self._pipe is not None:
@@ -128,7 +128,8 @@ class _Pipeline:
             self._pipe = None  # DALI's state is unknown after an error: build it anew when it is used again
             raise
 
-    def _tensor(self, output: Any) -> torch.Tensor:
+    def tensor(self, output: Any) -> torch.Tensor:
+        """DALI's result as one torch tensor, sharing its memory."""
         return torch.from_dlpack(output.as_tensor())
 
 
@@ -148,7 +149,7 @@ class CropPipeline:
         self._gather = gather
         self._empty = torch.empty((0, *gather.row_shape), dtype=_torch_dtype(gather.dtype), device=device)
 
-        def graph(dali: Any, source: _Source) -> Any:
+        def graph(dali: Any, source: EpochSource) -> Any:
             # no_copy=False: DALI copies the array when it is fed, so that one buffer serves every minibatch.
             (crops,) = dali.fn.external_source(
                 source=source,
@@ -161,7 +162,7 @@ class CropPipeline:
             )
             return crops
 
-        self._pipeline = _Pipeline(batch_size, device, prefetch, num_threads, graph)
+        self._pipeline = EpochPipeline(batch_size, device, prefetch, num_threads, graph)
         self._buffer = np.empty((batch_size, *gather.row_shape), dtype=gather.dtype)
 
     def run(self, sampler: RowSampler, epoch: int, indices: range) -> Iterator[Batch]:
@@ -324,7 +325,7 @@ class FieldCellPipeline:
             (0, source.num_channels, crop_size, crop_size), dtype=_torch_dtype(source.dtype), device=device
         )  # fmt: skip
 
-        def graph(dali: Any, feed: _Source) -> Any:
+        def graph(dali: Any, feed: EpochSource) -> Any:
             # no_copy: the cells of a field all read the one decoded array, which the feed keeps until their windows are used.
             channels, pixel = source.num_channels, dali_type(dali, source.dtype)
             start, *planes = dali.fn.external_source(
@@ -340,7 +341,7 @@ class FieldCellPipeline:
             ]  # fmt: skip
             return dali.fn.stack(*windows, axis=0)
 
-        self._pipeline = _Pipeline(batch_size, device, prefetch, num_threads, graph)
+        self._pipeline = EpochPipeline(batch_size, device, prefetch, num_threads, graph)
 
     def __len__(self) -> int:
         return len(self._field)

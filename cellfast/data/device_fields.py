@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from cellfast.data.cut_cells import cut_cells
-from cellfast.data.dali import dali_type, require_dali
+from cellfast.data.dali import EpochPipeline, EpochSource, dali_type, require_dali
 from cellfast.data.loader import Batch
 from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins
 
 DECODES = ("auto", "cpu", "mixed")
+
+
+class _PlanePipeline(EpochPipeline):
+    """Planes of one size as one tensor [n, H, W]."""
+
+    def tensor(self, output: Any) -> torch.Tensor:
+        shapes = {tuple(shape) for shape in output.shape()}
+        if len(shapes) != 1:
+            raise CellfastError(f"fields decoded together have several sizes: {', '.join(map(str, sorted(shapes)))}")
+        (shape,) = shapes
+        if len(shape) == 3 and shape[2] != 1:
+            raise CellfastError(f"a field decodes to shape {list(shape)}: expected one greyscale plane per channel")
+        return super().tensor(output).view(-1, *shape[:2])
 
 
 class FieldDecoder:
@@ -49,6 +62,7 @@ class FieldDecoder:
         self.source, self.fields_per_group = source, fields_per_group
         self._encoded = hasattr(source, "encoded")
         self._threads, self._prefetch = num_threads, prefetch
+        self._pipelines: dict[str, _PlanePipeline] = {}
         self.notes: list[str] = []
         self.decode = decode if self._encoded else "cpu"
         if not self._encoded:
@@ -84,41 +98,38 @@ class FieldDecoder:
         self.notes.append(f"decode {self.decode}: the faster on the first fields ({measured}, {self._threads} threads)")
 
     def _epoch(self, groups: Sequence[np.ndarray], decode: str) -> Iterator[torch.Tensor]:
-        remaining = iter(groups)
+        def feeds() -> Iterator[tuple[np.ndarray, tuple]]:
+            for group in groups:
+                yield group, (self._read(group),)
 
-        def feed() -> list[np.ndarray]:
-            return self._read(next(remaining))  # StopIteration is DALI's end of epoch
+        if decode not in self._pipelines:
+            self._pipelines[decode] = self._pipeline(decode)
+        batches = self._pipelines[decode].epoch(feeds(), torch.empty(0))
+        try:
+            for planes, _ in batches:
+                yield planes.view(-1, self.source.num_channels, *planes.shape[1:])
+        finally:
+            batches.close()
 
-        pipe = self._pipeline(feed, decode)
-        cuda = self.device.type == "cuda"
-        for group in groups:
-            # Bound to torch's stream, the outputs need no wait here, and go back to DALI in that stream's order.
-            (planes,) = pipe.run(torch.cuda.current_stream(self.device)) if cuda else pipe.run()
-            yield self._tensor(planes, group)
+    def _pipeline(self, decode: str) -> _PlanePipeline:
+        pixel, encoded = self.source.dtype, self._encoded
 
-    def _pipeline(self, feed: Callable[[], list[np.ndarray]], decode: str) -> Any:
-        dali, cuda = require_dali(), self.device.type == "cuda"
-        device_id = None
-        if cuda:
-            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
-        channels, pixel = self.source.num_channels, dali_type(dali, self.source.dtype)
-        pipe = dali.Pipeline(
-            batch_size=self.fields_per_group * channels, num_threads=self._threads, device_id=device_id,
-            prefetch_queue_depth=self._prefetch,
-        )  # fmt: skip
-        with pipe:
-            if self._encoded:
-                content = dali.fn.external_source(source=feed, dtype=dali.types.UINT8, ndim=1, batch=True, no_copy=False)
-                # Both types are needed: without dtype the result is silently 8-bit.
-                planes = dali.fn.decoders.image(
-                    content, device="mixed" if decode == "mixed" else "cpu", output_type=dali.types.ANY_DATA, dtype=pixel,
-                    adjust_orientation=False,
-                )  # fmt: skip
-            else:
-                planes = dali.fn.external_source(source=feed, dtype=pixel, ndim=2, batch=True, no_copy=False)
-            pipe.set_outputs(planes.gpu() if cuda and decode != "mixed" else planes)
-        pipe.build()
-        return pipe
+        def graph(dali: Any, source: EpochSource) -> Any:
+            kept = {"source": source, "num_outputs": 1, "batch": True, "no_copy": False}
+            if not encoded:
+                return dali.fn.external_source(dtype=dali_type(dali, pixel), ndim=2, **kept)[0]
+            (content,) = dali.fn.external_source(dtype=dali.types.UINT8, ndim=1, **kept)
+            # Both types are needed: without dtype the result is silently 8-bit.
+            return dali.fn.decoders.image(
+                content,
+                device="mixed" if decode == "mixed" else "cpu",
+                output_type=dali.types.ANY_DATA,
+                dtype=dali_type(dali, pixel),
+                adjust_orientation=False,
+            )
+
+        planes = self.fields_per_group * self.source.num_channels
+        return _PlanePipeline(planes, self.device, self._prefetch, self._threads, graph)
 
     def _read(self, group: np.ndarray) -> list[np.ndarray]:
         if len(group) > self.fields_per_group:
@@ -126,18 +137,6 @@ class FieldDecoder:
         if self._encoded:
             return [content for index in group.tolist() for content in self.source.encoded(index)]
         return [np.ascontiguousarray(plane) for field in self.source.read(group.tolist()) for plane in field]
-
-    def _tensor(self, planes: Any, group: np.ndarray) -> torch.Tensor:
-        channels, shapes = self.source.num_channels, {tuple(shape) for shape in planes.shape()}
-        if len(shapes) != 1:
-            raise CellfastError(f"fields {group.tolist()} decode to several shapes: {', '.join(map(str, sorted(shapes)))}")
-        (shape,) = shapes
-        if len(shape) == 3 and shape[2] != 1:
-            raise CellfastError(
-                f"fields {group.tolist()} decode to shape {list(shape)}: expected one greyscale plane per channel"
-            )
-        height, width = shape[:2]
-        return torch.from_dlpack(planes.as_tensor()).view(len(group), channels, height, width)
 
 
 class DeviceFieldCells:
