@@ -213,6 +213,10 @@ class _Training:
         if self.loader is not None:
             for note in self.loader.notes:
                 self.say(note)
+        if config.chunk_size is not None:
+            self.say(
+                f"gradient caching: pieces of at most {config.chunk_size} cells per process; BatchNorm sees one piece at a time"
+            )
         if self.total_is_zero:
             self._save_model(0)
             self.say(f"no steps asked for: {self.folder.model} is randomly initialised")
