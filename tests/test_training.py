@@ -139,7 +139,8 @@ def test_options_for_a_gpu_are_refused_without_one(screen, tmp_path):
 @pytest.mark.slow
 def test_a_compiled_model_trains_to_the_same_loss(screen, tmp_path):
     losses = [
-        go(screen, tmp_path / str(c), steps=3, compile=c, chunk_size=k).loss for c, k in ((False, None), (True, None), (True, 8))
+        go(screen, tmp_path / f"{c}{k}", steps=3, compile=c, chunk_size=k).loss
+        for c, k in ((False, None), (True, None), (True, 8))
     ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     assert losses[2] == pytest.approx(losses[0], abs=1e-3)
