@@ -10,7 +10,7 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
 STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: help build demo test test-all test-gpu check-cuda lint bench clean
+.PHONY: help build demo test test-all test-gpu check-cuda lint bench bench-gpu clean
 
 help:
 	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
@@ -20,6 +20,7 @@ help:
 	@echo "make check-cuda  compiles the CUDA code for compute capabilities 8.0, 9.0a and 10.0 (no GPU needed); prints registers and spills"
 	@echo "make lint      ruff"
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
+	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
 	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
 
 build: $(STAMP) .build-stamp
@@ -60,6 +61,10 @@ lint: build
 
 bench: build
 	$(PY) benchmarks/run_all.py --out $(OUT)
+
+# With the interpreter's own torch; what is missing comes from WHEELS alone (into .venv-gpu), nothing is downloaded.
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf build .build-stamp cellfast/*.so *.egg-info .pytest_cache .ruff_cache

@@ -114,11 +114,11 @@ def extensions() -> tuple[list, dict]:
 
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True))
     include = [str(ROOT / "csrc")]
-    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", *STABLE_ABI]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
     modules = [
         cpp_extension.CppExtension(
             "cellfast._C",
-            ["csrc/library.cpp", *sorted(glob.glob("csrc/ntxent/cpu/*.cpp"))],
+            ["csrc/library.cpp", *sorted(glob.glob("csrc/*/cpu/*.cpp"))],
             include_dirs=include,
             extra_compile_args={"cxx": cxx},
             depends=headers,
@@ -133,7 +133,7 @@ def extensions() -> tuple[list, dict]:
         modules.append(
             cpp_extension.CUDAExtension(
                 "cellfast._C_cuda",
-                sorted(glob.glob("csrc/ntxent/cuda/**/*.cu", recursive=True)),
+                sorted(glob.glob("csrc/*/cuda/**/*.cu", recursive=True)),
                 include_dirs=include,
                 extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc_flags},
                 depends=headers,

@@ -74,9 +74,18 @@ def weights(run):
     return load_model(run).model.state_dict()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-def test_a_resumed_run_equals_one_that_never_stopped(screen, tmp_path, optimizer, monkeypatch):
-    values = {"steps": 8, "optimizer": optimizer, "lr": 0.01, "checkpoint_every": 3}
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "lars"},
+        {"chunk_size": 5, "encoder": "resnet18"},
+        {"feed": "resident", "chunk_size": 16},
+    ],
+    ids=lambda how: ",".join(map(str, how.values())),
+)
+def test_a_resumed_run_equals_one_that_never_stopped(screen, tmp_path, how, monkeypatch):
+    values = {"steps": 8, "lr": 0.01, "checkpoint_every": 3, **how}
     go(screen, tmp_path / "straight", **values)
     from cellfast.training.loop import _Training
 
@@ -108,6 +117,33 @@ def test_the_same_seed_gives_the_same_model_and_another_another(screen, tmp_path
         go(screen, tmp_path / name, steps=3, seed=seed)
     a, b, c = (load_model(tmp_path / name).digest for name in "abc")
     assert a == b != c
+
+
+def test_resident_cells_train_the_model_that_streamed_ones_do(screen, tmp_path):
+    said: list[str] = []
+    for feed in ("resident", "stream"):
+        config = TrainConfig(**{**SMALL, "steps": 4, "feed": feed})
+        train(screen, tmp_path / feed, config, say=said.append)
+    assert load_model(tmp_path / "resident").digest == load_model(tmp_path / "stream").digest
+    assert any(text.startswith("feed resident: as asked") for text in said)
+    assert any(text == "feed stream: as asked" for text in said)
+
+
+def test_options_for_a_gpu_are_refused_without_one(screen, tmp_path):
+    with pytest.raises(CellfastError, match="--cuda-graphs cannot be used: they need a GPU, and this runs on cpu"):
+        go(screen, tmp_path / "run", steps=1, cuda_graphs=True)
+    with pytest.raises(CellfastError, match="--feed resident is not possible: the dali loader streams"):
+        go(screen, tmp_path / "run2", steps=1, feed="resident", loader="dali")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_loss(screen, tmp_path):
+    losses = [
+        go(screen, tmp_path / f"{c}{k}", steps=3, compile=c, chunk_size=k).loss
+        for c, k in ((False, None), (True, None), (True, 8))
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-3)
 
 
 def test_no_steps_writes_a_random_model(screen, tmp_path):

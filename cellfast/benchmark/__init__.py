@@ -34,6 +34,12 @@ SUBJECTS: dict[str, Subject] = {
         full={"screen": None},
         quick={"screen": None, "num_cells": 4000, "repeats": 2},
     ),
+    "decode": Subject(
+        "TIFF fields decoded by DALI from HDF5, and their cells cut, on the GPU where there is one.",
+        "cellfast.benchmark.device:measure_decode",
+        full={"fields": 48},
+        quick={"fields": 8, "compressions": ("none", "lzw"), "repeats": 1},
+    ),
     "augment": Subject(
         "Two views per cell beside the explicit Kornia chain.",
         "cellfast.benchmark.augment:measure_augment",

@@ -26,8 +26,10 @@ from cellfast.progress import Progress
 from cellfast.screens import Screen
 from cellfast.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from cellfast.training.config import TrainConfig, automatic_output_size
+from cellfast.training.cuda_graph import GraphedStep
 from cellfast.training.devices import amp_warning, choose_device
 from cellfast.training.distributed import Processes, start_processes, synchronise_gradients
+from cellfast.training.losses_seen import LossReader
 from cellfast.training.optimizers import build_optimizer, set_learning_rate
 from cellfast.training.provenance import source_commit
 from cellfast.training.run_folder import MetricsLog, RunFolder
@@ -76,6 +78,8 @@ def train(
     """
     device = choose_device(config.device)
     tune_malloc()
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # minibatches have one shape
     if config.threads:
         torch.set_num_threads(config.threads)
     processes = start_processes(device)
@@ -83,12 +87,12 @@ def train(
         return _Training(Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, say).run()
     except torch.OutOfMemoryError as error:
         raise CellfastError(
-            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder"
+            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
         ) from error
     except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
             raise CellfastError(
-                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder"
+                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
             ) from error
         raise
     finally:
@@ -181,6 +185,7 @@ class _Training:
             world_size=self.processes.world_size,
             backend=self.config.loader,
             device=self.device,
+            feed=self.config.feed,
         )
 
     def _resume(self) -> int:
@@ -208,6 +213,10 @@ class _Training:
         if self.loader is not None:
             for note in self.loader.notes:
                 self.say(note)
+        if config.chunk_size is not None:
+            self.say(
+                f"gradient caching: pieces of at most {config.chunk_size} cells per process; BatchNorm sees one piece at a time"
+            )
         if self.total_is_zero:
             self._save_model(0)
             self.say(f"no steps asked for: {self.folder.model} is randomly initialised")
@@ -216,13 +225,15 @@ class _Training:
         if config.compile:
             module = torch.compile(module)
         module = synchronise_gradients(module, self.processes, self.device)
-        self.step = TrainingStep(
+        self.losses = LossReader(self.device)
+        self.step = (GraphedStep if config.cuda_graphs else TrainingStep)(
             module,
             NTXentLoss(config.temperature).to(self.device),
             self.optimizer,
             device=self.device,
             amp=config.amp,
             clip_grad_norm=config.clip_grad_norm,
+            chunk_size=config.chunk_size,
         )
         self.validation = None
         if self.processes.is_first and len(self.split.validation) > 1:
@@ -279,24 +290,18 @@ class _Training:
                         final=config.final_lr,
                     )
                     set_learning_rate(self.optimizer, config.lr * factor)
-                    low, high = self.scaling(batch.rows)
-                    views = self.two_views(
-                        batch.crops,
-                        low.to(self.device, non_blocking=True),
-                        high.to(self.device, non_blocking=True),
-                        seed=views_seed(config.seed, step, self.processes.rank),
+                    low, high = self.scaling.on(batch.rows, self.device)
+                    views = self.step.views(
+                        self.two_views, batch.crops, low, high, seed=views_seed(config.seed, step, self.processes.rank)
                     )
                     loss = self.step.compute_loss(views)
-                    looked_at = self.device.type == "cpu" or (step + 1) % config.log_every == 0 or step + 1 == self.total_steps
-                    if looked_at:
-                        # On a GPU reading the loss waits for the device, so it is read now and then only.
-                        result.loss = float(loss.detach())
-                        if not math.isfinite(result.loss):
-                            self._not_finite(f"the loss is {result.loss} at step {step + 1}")
+                    self._look(self.losses.put(step, loss), result)
                     self.step.update(loss)
                     step += 1
                     cells += config.batch_size
                     progress.advance(config.batch_size, f"loss {result.loss:.4f}" if result.loss is not None else None)
+                    if step == self.total_steps:
+                        self._look(self.losses.drain(), result)
                     if step % config.log_every == 0 or step == self.total_steps:
                         result.cells_per_second = cells / (time.monotonic() - began)
                         log.write(step, loss=result.loss, lr=config.lr * factor, cells_per_second=result.cells_per_second)
@@ -305,6 +310,7 @@ class _Training:
                         result.validation = self._validate(log, step, progress) or result.validation
                     stop = self.processes.any(self.interrupted)
                     if ends or stop or step % config.checkpoint_every == 0:
+                        self._look(self.losses.drain(), result)
                         self._save(step)
                     if stop or step == self.total_steps:
                         break
@@ -313,6 +319,12 @@ class _Training:
                     break
         result.steps = step
         return result
+
+    def _look(self, losses: list[tuple[int, float]], result: TrainResult) -> None:
+        for step, loss in losses:
+            result.loss = loss
+            if not math.isfinite(loss):
+                self._not_finite(f"the loss is {loss} at step {step + 1}")
 
     def _not_finite(self, what: str) -> None:
         kept = f"; the last good state is in {self.folder.checkpoint}" if self.folder.checkpoint.exists() else ""

@@ -16,6 +16,7 @@ class PlateScaling:
         low, high = screen.channel_scaling()
         self.low, self.high = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
         self._per_plate = method == "plate"
+        self._there: tuple[Tensor, Tensor] | None = None
         self._offsets = torch.from_numpy(screen.offsets[1:].copy())
         self._lows = torch.tensor(np.stack([p.scale_low for p in screen.plates]), dtype=torch.float32)
         self._highs = torch.tensor(np.stack([p.scale_high for p in screen.plates]), dtype=torch.float32)
@@ -25,3 +26,14 @@ class PlateScaling:
             return self.low, self.high
         plate = torch.searchsorted(self._offsets, rows, right=True)
         return self._lows[plate], self._highs[plate]
+
+    def on(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same on ``device``: the screen's pair is sent once, each cell's own from pinned memory; the host does not wait."""
+        if device.type == "cpu":
+            return self(rows)
+        if not self._per_plate:
+            if self._there is None or self._there[0].device != device:
+                self._there = (self.low.to(device), self.high.to(device))
+            return self._there
+        low, high = self(rows)
+        return low.pin_memory().to(device, non_blocking=True), high.pin_memory().to(device, non_blocking=True)
