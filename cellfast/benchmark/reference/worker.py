@@ -34,7 +34,7 @@ from typing import Any
 
 
 def memory_bytes(name: str) -> int:
-    """``VmHWM`` (peak) or ``VmRSS`` (now) of this process in bytes. (``ru_maxrss`` would begin with the parent's.)"""
+    """``VmHWM`` (peak), ``VmRSS`` (now) or ``VmSize`` of this process in bytes. (``ru_maxrss`` would begin with the parent's.)"""
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -169,13 +169,14 @@ def implementation(job: dict[str, Any]) -> Any:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Carry out a job; memory that runs out is a result, not a failure."""
-    if job.get("memory_limit_bytes"):
-        resource.setrlimit(resource.RLIMIT_AS, (job["memory_limit_bytes"],) * 2)
     import torch
 
     torch.set_num_threads(job["threads"])
     side = implementation(job)
     imported = memory_bytes("VmRSS")
+    if job.get("allowed_bytes"):
+        # Beyond this an allocation fails in this process, instead of the operating system choosing another one to end.
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes("VmSize") + job["allowed_bytes"],) * 2)
     try:
         result = PARTS[job["part"]](side, job)
     except (MemoryError, RuntimeError) as error:
