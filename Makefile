@@ -10,7 +10,7 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
 STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: help build demo test test-all test-gpu lint bench clean
+.PHONY: help build demo test test-all test-gpu lint bench figures clean
 
 help:
 	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails where there is none"
 	@echo "make lint      ruff"
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
+	@echo "make figures   README's table of figures from benchmarks/results/"
 	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
 
 build: $(STAMP) .build-stamp
@@ -56,6 +57,9 @@ lint: build
 
 bench: build
 	$(PY) benchmarks/run_all.py --out $(OUT)
+
+figures: build
+	$(PY) -m cellfast.benchmark.readme
 
 clean:
 	rm -rf build .build-stamp cellfast/*.so *.egg-info .pytest_cache .ruff_cache
