@@ -140,7 +140,9 @@ def _reference(r: dict[str, Any]) -> Iterator[Row]:
 
 
 def _scores(run: dict[str, Any]) -> str:
-    shares = " and ".join(f"{100 * run[k]['accuracy']:.1f} % ({run[k]['num_correct']}/{run[k]['num_evaluated']})" for k in ("nsc", "nscb"))
+    shares = " and ".join(
+        f"{100 * run[k]['accuracy']:.1f} % ({run[k]['num_correct']}/{run[k]['num_evaluated']})" for k in ("nsc", "nscb")
+    )
     return f"{shares} after {run['steps']} steps in {run['seconds']:.0f} s"
 
 
@@ -163,7 +165,9 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
             subject, quick = document["subject"], document["quick"]
             document["environment"]["system"], document["result"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CellfastError(f"{path}: expected a result of cellfast benchmark (subject, quick, environment, result): {error!r}") from error
+            raise CellfastError(
+                f"{path}: expected a result of cellfast benchmark (subject, quick, environment, result): {error!r}"
+            ) from error
         if quick:
             raise CellfastError(f"{path}: made with --quick, whose figures say little: measure it without")
         documents.append((list(FIGURES).index(subject) if subject in FIGURES else len(FIGURES), subject, document))

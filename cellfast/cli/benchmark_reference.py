@@ -69,7 +69,9 @@ def reference(
     chosen = {key: value for key, value in given.items() if value is not None}
     settings = replace(QUICK if quick else Settings(), **chosen) if chosen else None
     earlier = _earlier(out) if update else None
-    click.echo("beside: " + (f"the reference in {reference_dir}" if reference_dir else "a plain PyTorch baseline (no --reference-dir)"))
+    click.echo(
+        "beside: " + (f"the reference in {reference_dir}" if reference_dir else "a plain PyTorch baseline (no --reference-dir)")
+    )
     result = measure_reference(
         reference_dir=str(reference_dir) if reference_dir else None,
         reference_python=reference_python,

@@ -85,7 +85,15 @@ class Implementation:
         from importlib.metadata import PackageNotFoundError, version
 
         found = {}
-        for name in ("torchvision", "albumentations", "opencv-python-headless", "numpy", "pandas", "scikit-learn", "scikit-image"):
+        for name in (
+            "torchvision",
+            "albumentations",
+            "opencv-python-headless",
+            "numpy",
+            "pandas",
+            "scikit-learn",
+            "scikit-image",
+        ):
             with contextlib.suppress(PackageNotFoundError):
                 found[name] = version(name)
         return found

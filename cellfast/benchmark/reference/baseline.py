@@ -253,7 +253,9 @@ def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: f
         keep = np.ones(len(table), bool)
         if not_same_batch:
             keep = ~table["moa"].isin(in_batches[in_batches == 1].index).to_numpy()
-        x, compound, moa, batch = (v[keep] for v in (table[names].to_numpy(), table["compound"].to_numpy(), table["moa"].to_numpy(), batches))
+        x, compound, moa, batch = (
+            v[keep] for v in (table[names].to_numpy(), table["compound"].to_numpy(), table["moa"].to_numpy(), batches)
+        )
         correct = 0
         for i in range(len(x)):
             allowed = compound != compound[i]

@@ -61,7 +61,9 @@ def simulated_screen(folder: Path, num_cells: int, size: int, seed: int = 0) -> 
     for command in commands:
         done = subprocess.run([sys.executable, "-m", "cellfast", *command], capture_output=True, text=True)
         if done.returncode != 0:
-            raise CellfastError(f"making the simulated screen failed: cellfast {' '.join(command[:2])}: {done.stderr.strip()[-500:]}")
+            raise CellfastError(
+                f"making the simulated screen failed: cellfast {' '.join(command[:2])}: {done.stderr.strip()[-500:]}"
+            )
     return screen
 
 
@@ -117,7 +119,13 @@ def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int 
     first_index = folder / "all.csv"
     table.to_csv(first_index, index=False)
     store = folder / "screen"
-    ingest_crops(read_crop_index(first_index, root=strips), store, channel_names=list(screen.channel_names), force=True, show_progress=False)
+    ingest_crops(
+        read_crop_index(first_index, root=strips),
+        store,
+        channel_names=list(screen.channel_names),
+        force=True,
+        show_progress=False,
+    )
     # The store keeps plates and wells together: the index follows its order, and row i is one cell everywhere.
     made = Screen.open(store)
     order = made.metadata()["Metadata_ObjectNumber"].to_numpy()
@@ -165,9 +173,7 @@ def simulated_features(num_cells: int, num_features: int, seed: int = 0) -> tupl
             compound = treatment % 38
             for number, plate in enumerate(plates[:3]):
                 well = f"{'BCDEFG'[treatment // 10 % 6]}{2 + number + 3 * (treatment // 60):02d}"
-                wells.append(
-                    (names[plate], well, f"compound{compound}", float(treatment // 38 + 1), f"moa{compound % 12}", week)
-                )
+                wells.append((names[plate], well, f"compound{compound}", float(treatment // 38 + 1), f"moa{compound % 12}", week))
     of_well = np.sort(rng.integers(0, len(wells), num_cells))
     frame = pd.DataFrame([wells[w] for w in of_well], columns=[*EVALUATION_COLUMNS[:5], "week"])
     frame = frame.sort_values(["week", "Metadata_Plate"], kind="stable").reset_index(drop=True)

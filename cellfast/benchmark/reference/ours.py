@@ -59,7 +59,9 @@ class Implementation:
         if self._model is None:
             c = self.config
             self._model = build_model(
-                ModelConfig(c.encoder, CHANNELS, c.stem, c.projection_dim, c.projection_layers, input_transform=c.input_transform),
+                ModelConfig(
+                    c.encoder, CHANNELS, c.stem, c.projection_dim, c.projection_layers, input_transform=c.input_transform
+                ),
                 self.seed,
             )
         return self._model
@@ -231,5 +233,5 @@ def load_reference_weights(model: SimCLR, state: dict[str, torch.Tensor]) -> Non
             number, _, rest = rest.partition(".")
             renamed[f"encoder.{_CHILDREN[int(number)]}.{rest}"] = value
         else:
-            renamed[f"projection.{ {'l1': 0, 'l2': 2}[head]}.{rest}"] = value
+            renamed[f"projection.{ {'l1': 0, 'l2': 2}[head] }.{rest}"] = value
     model.load_state_dict(renamed)

@@ -167,10 +167,14 @@ def _check(part: str, entry: dict[str, Any], labels: Sequence[str]) -> None:
         tolerance = LOSS_TOLERANCE if part == "loss" else SCORE_TOLERANCE
         values = [d[key] for d in done]
         if values and max(values) - min(values) > tolerance * max(1.0, abs(values[0])):
-            raise CellfastError(f"{part}: the sides disagree on {key} ({', '.join(map(str, values))}): their times are not comparable")
+            raise CellfastError(
+                f"{part}: the sides disagree on {key} ({', '.join(map(str, values))}): their times are not comparable"
+            )
 
 
-def measure_agreement(ours: Side, other: Side, cells: Cells, settings: Settings, *, batch_size: int = 16, steps: int = 3) -> dict[str, Any]:
+def measure_agreement(
+    ours: Side, other: Side, cells: Cells, settings: Settings, *, batch_size: int = 16, steps: int = 3
+) -> dict[str, Any]:
     """Losses of training steps from the same weights, crops and views, number by number.
 
     In float32 the first loss is compared, from the crops on. In float64, from the very same inputs, every loss of ``steps`` steps and the

@@ -17,7 +17,13 @@ from cellfast.errors import CellfastError
 
 
 def measure_quality(
-    sides: Sequence[Side], cells: Cells, settings: Settings, *, steps: int, seeds: Sequence[int] = (0,), say: Callable[[str], None] = print
+    sides: Sequence[Side],
+    cells: Cells,
+    settings: Settings,
+    *,
+    steps: int,
+    seeds: Sequence[int] = (0,),
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train and score.
 
@@ -46,7 +52,9 @@ def measure_quality(
             "cells": cells.num_cells, "origin": cells.origin, "seeds": list(seeds), "runs": runs}  # fmt: skip
 
 
-def _run(side: Side, cells: Cells, settings: Settings, metadata: pd.DataFrame, limit: str, seed: int, **until: Any) -> dict[str, Any]:
+def _run(
+    side: Side, cells: Cells, settings: Settings, metadata: pd.DataFrame, limit: str, seed: int, **until: Any
+) -> dict[str, Any]:
     features = cells.folder / f"features-{os.getpid()}.npy"
     job = {**cells.job(), **settings.job(), "seed": seed, "features_file": str(features), **until}
     result = side.run("train", threads=settings.threads, **job)
@@ -83,7 +91,9 @@ def score_features(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, An
         # A thousand cells leave some batch without a control well: sphering over all instead, on every side alike.
         wells, _ = normalize_profiles(wells, parse_steps([DEFAULT_STEPS[0], "sphering"]))
     result = evaluate_profiles(wells, EvaluationOptions(num_permutations=0, average_precision=False)).result
-    scores = {key: {k: result[key][k] for k in ("accuracy", "num_correct", "num_evaluated", "interval_95")} for key in ("nsc", "nscb")}
+    scores = {
+        key: {k: result[key][k] for k in ("accuracy", "num_correct", "num_evaluated", "interval_95")} for key in ("nsc", "nscb")
+    }
     return {**scores, **_retrieval(features, metadata)}
 
 
@@ -106,6 +116,10 @@ def _retrieval(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, Any]:
 
 
 def _line(run: dict[str, Any]) -> str:
-    retrieval = "" if run["retrieval"] is None else f"  retrieval {100 * run['retrieval']:.1f} % (chance {100 * run['retrieval_chance']:.1f} %)"
+    retrieval = (
+        ""
+        if run["retrieval"] is None
+        else f"  retrieval {100 * run['retrieval']:.1f} % (chance {100 * run['retrieval_chance']:.1f} %)"
+    )
     scores = "  ".join(f"{k.upper()} {run[k]['num_correct']}/{run[k]['num_evaluated']}" for k in ("nsc", "nscb"))
     return f"{run['limit']:<14} {run['side']:<26} {run['steps']:>4} steps {run['seconds']:6.0f} s  {scores}{retrieval}"

@@ -120,14 +120,27 @@ def _quality(q: dict[str, Any]) -> Iterator[str]:
 
 
 def _scaling(s: dict[str, Any]) -> Iterator[str]:
-    yield from ("", "## Scaling", "", "Extrapolated figures are marked ~: a straight line through the two largest sizes measured.")
+    yield from (
+        "",
+        "## Scaling",
+        "",
+        "Extrapolated figures are marked ~: a straight line through the two largest sizes measured.",
+    )
     for part, sides in s["cells"].items():
-        yield from ("", f"{part}, seconds (memory above imports)", "", "| cells | " + " | ".join(sides) + " |", "|---|" + "---|" * len(sides))
+        yield from (
+            "",
+            f"{part}, seconds (memory above imports)",
+            "",
+            "| cells | " + " | ".join(sides) + " |",
+            "|---|" + "---|" * len(sides),
+        )
         by_size: dict[int, dict[str, str]] = {}
         for name, rows in sides.items():
             for row in rows:
                 mark = "~" if row.get("extrapolated") else ""
-                text = f"{mark}{row['seconds']:,.3g} s ({mark}{_size(row['growth_bytes'])})" if "seconds" in row else "out of memory"
+                text = (
+                    f"{mark}{row['seconds']:,.3g} s ({mark}{_size(row['growth_bytes'])})" if "seconds" in row else "out of memory"
+                )
                 by_size.setdefault(row["cells"], {})[name] = text
         for n, cells in sorted(by_size.items()):
             yield f"| {n:,} | " + " | ".join(cells.get(name, "") for name in sides) + " |"
@@ -145,7 +158,13 @@ def _scaling(s: dict[str, Any]) -> Iterator[str]:
                 else:
                     texts.append(f"out of memory at {_size(row['allowed_bytes'])}" if "out_of_memory" in row else "too long")
             yield f"| {n} | " + " | ".join(texts) + " |"
-    yield from ("", "cells/s by threads", "", "| part | side | " + " | ".join(_threads(s)) + " |", "|---|---|" + "---|" * len(_threads(s)))
+    yield from (
+        "",
+        "cells/s by threads",
+        "",
+        "| part | side | " + " | ".join(_threads(s)) + " |",
+        "|---|---|" + "---|" * len(_threads(s)),
+    )
     for part, sides in s["cores"].items():
         for name, rows in sides.items():
             yield f"| {part} | {name} | " + " | ".join(f"{row['cells_per_second']:,.4g}" for row in rows) + " |"

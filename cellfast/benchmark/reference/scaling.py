@@ -101,7 +101,12 @@ def _by_cells(
                 values, frame = simulated_features(n, settings.score_features)
                 np.save(folder / "f.npy", values, allow_pickle=False)
                 frame.to_csv(folder / "m.csv", index=False)
-                job |= {**cells.job(), "features_file": str(folder / "f.npy"), "metadata_file": str(folder / "m.csv"), "warm_up": int(n <= 1000)}
+                job |= {
+                    **cells.job(),
+                    "features_file": str(folder / "f.npy"),
+                    "metadata_file": str(folder / "m.csv"),
+                    "warm_up": int(n <= 1000),
+                }
             for side in sides:
                 points = [(m, e["median_seconds"]) for m, e in measured[label(side)].items() if "median_seconds" in e]
                 if points and line_through(points, n) > seconds_limit:
@@ -110,7 +115,9 @@ def _by_cells(
                 entry = summary(side.run(part, threads=settings.threads, **job))
                 measured[label(side)][n] = entry
                 if "median_seconds" in entry:
-                    say(f"{part} {n:,} cells {label(side)}: {entry['median_seconds']:.2f} s, {entry['growth_bytes'] / 2**20:.0f} MiB")
+                    say(
+                        f"{part} {n:,} cells {label(side)}: {entry['median_seconds']:.2f} s, {entry['growth_bytes'] / 2**20:.0f} MiB"
+                    )
             shutil.rmtree(folder)
         found[part] = {name: _table(entries, extrapolated) for name, entries in measured.items()}
     return found
@@ -153,25 +160,37 @@ def _by_minibatch(
                 row = {"minibatch": n, "allowed_bytes": allowed}
                 row |= {k: entry[k] for k in ("out_of_memory", "timed_out", "growth_bytes", "median_seconds") if k in entry}
                 found[part][label(side)].append(row)
-                text = f"{entry['median_seconds']:.3f} s, {entry['growth_bytes'] / 2**30:.2f} GiB" if "median_seconds" in entry else "stops here"
+                text = (
+                    f"{entry['median_seconds']:.3f} s, {entry['growth_bytes'] / 2**30:.2f} GiB"
+                    if "median_seconds" in entry
+                    else "stops here"
+                )
                 say(f"{part} minibatch {n} {label(side)}: {text}")
                 if "median_seconds" not in entry:
                     break
     return found
 
 
-def _by_cores(sides: Sequence[Side], cells: Cells, settings: Settings, cores: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
+def _by_cores(
+    sides: Sequence[Side], cells: Cells, settings: Settings, cores: Sequence[int], say: Callable[[str], None]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     small = replace(settings, batch_size=min(64, settings.batch_size))
     for part in ("augment", "step", "score"):
         found[part] = {label(side): [] for side in sides}
         job: dict[str, Any] = {**cells.job(), **small.job(), "repeats": 2, "minibatches": 4}
         if part == "score":
-            job |= {"features_file": str(cells.folder / "features.npy"), "metadata_file": str(cells.folder / "features.csv"), "repeats": 1}
+            job |= {
+                "features_file": str(cells.folder / "features.npy"),
+                "metadata_file": str(cells.folder / "features.csv"),
+                "repeats": 1,
+            }
         for side in sides:
             for threads in cores:
                 job["workers"] = threads
                 entry = summary(side.run(part, threads=threads, **job))
-                found[part][label(side)].append({"threads": threads, "seconds": entry["median_seconds"], "cells_per_second": entry["cells_per_second"]})
+                found[part][label(side)].append(
+                    {"threads": threads, "seconds": entry["median_seconds"], "cells_per_second": entry["cells_per_second"]}
+                )
                 say(f"{part} {threads} threads {label(side)}: {entry['cells_per_second']:,.1f} cells/s")
     return found

@@ -62,7 +62,9 @@ class Side:
             if done.returncode == -9:
                 return {"out_of_memory": "the operating system ended the process"}
             if done.returncode != 0 or not result.exists():
-                raise CellfastError(f"{self.name}: '{part}' failed with status {done.returncode}:\n{_end_of(done.stderr)}{self._hint(done.stderr)}")
+                raise CellfastError(
+                    f"{self.name}: '{part}' failed with status {done.returncode}:\n{_end_of(done.stderr)}{self._hint(done.stderr)}"
+                )
             return json.loads(result.read_text(encoding="utf-8"))
 
     def _hint(self, text: str) -> str:
@@ -98,7 +100,9 @@ def other_side(reference_dir: str | os.PathLike[str] | None, reference_python: s
         raise CellfastError(
             f"--reference-dir {reference_dir}: expected a checkout of SamriddhiJain/SimCLR-for-cell-profiling (src/simclr.py), found none"
         )
-    return Side("reference", HERE / "adapter.py", python=reference_python or sys.executable, values={"reference_dir": str(folder)})
+    return Side(
+        "reference", HERE / "adapter.py", python=reference_python or sys.executable, values={"reference_dir": str(folder)}
+    )
 
 
 def checkout_commit(reference_dir: str | os.PathLike[str] | None) -> str:
