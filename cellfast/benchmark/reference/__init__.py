@@ -20,9 +20,9 @@ from cellfast.errors import CellfastError
 
 SECTIONS = ("parts", "agreement", "quality", "scaling")
 MOST_CELLS, QUICK_CELLS = 1_000, 120
-QUICK = Settings(batch_size=32, size=56, repeats=2, slow_repeats=1, score_cells=2_000, score_features=128)
+QUICK = Settings(batch_size=32, size=56, repeats=2, slow_repeats=1, score_cells=2_000, score_features=128, one_process=True)
 QUICK_SCALING: dict[str, Any] = {
-    "loaded": (120,), "scored": (500,), "minibatches": (32, 128), "step_minibatches": (16,), "cores": (),
+    "loaded": (), "scored": (), "minibatches": (32, 128), "step_minibatches": (), "cores": (),
 }  # fmt: skip
 
 

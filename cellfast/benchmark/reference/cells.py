@@ -50,10 +50,11 @@ class Cells:
 def simulated_screen(folder: Path, num_cells: int, size: int, seed: int = 0) -> Path:
     """A simulated screen of at least ``num_cells`` cells with crops of ``size`` px, made by cellfast's own commands."""
     images, screen = folder / "simulated", folder / "simulated-screen"
-    # 4 plates of 12 wells, 2 fields each; a field of 512 px holds about 25 cells.
-    fields_of_25 = max(1, -(-num_cells // 1000))
+    # 26 wells in all; a field of 640 px holds 30 cells.
+    per_field = 30 if num_cells > 600 else max(6, num_cells // 15)
+    sites = max(1, -(-num_cells // 700))
     commands = [
-        ["simulate", str(images), "--preset", "small", "--sites", str(2 * fields_of_25), "--cells-per-field", "30",
+        ["simulate", str(images), "--preset", "small", "--sites", str(sites), "--cells-per-field", str(per_field),
          "--field-size", "640", "640", "--seed", str(seed), "--force"],
         ["ingest", "fields", str(images / "image.csv"), "--image-root", str(images / "images"), "--locations",
          str(images / "locations"), "--moa", str(images / "moa.csv"), "--crop-size", str(size), "-o", str(screen), "--force"],

@@ -27,6 +27,7 @@ class Settings:
         repeats: timings of each part; slow parts are repeated ``slow_repeats`` times.
         score_cells, score_features: the table of features that is scored.
         epochs: passes over the cells in the part from crops to accuracy.
+        one_process: all parts of a side in one process, which is quicker and less exact about memory.
     """
 
     encoder: str = "resnet18"
@@ -39,6 +40,7 @@ class Settings:
     score_cells: int = 10_000
     score_features: int = 512
     epochs: int = 1
+    one_process: bool = False
 
     def job(self) -> dict[str, Any]:
         """What a job of `worker` must know about them."""
@@ -76,14 +78,38 @@ def measure_parts(
     Raises:
         CellfastError: the sides disagree, or a side failed.
     """
-    features, metadata = write_scored_table(cells.folder, settings)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise CellfastError(f"unknown part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    jobs = _jobs(cells, settings, parts)
+    names = [label(side) for side in sides]
+    together: dict[str, dict[str, Any]] = {}
+    if settings.one_process:
+        for side in sides:
+            together[label(side)] = dict(zip(jobs, side.run_several(list(jobs.values()), threads=settings.threads)))
     found: dict[str, Any] = {}
+    for part, job in jobs.items():
+        entry: dict[str, Any] = {"what": PARTS[part][0]}
+        for side in sides:
+            name = label(side)
+            result = together[name][part] if settings.one_process else side.run_several([job], threads=settings.threads)[0]
+            entry[name] = summary(result)
+            say(f"{part:<11} {name:<26} {describe(entry[name])}")
+        _check(part, entry, names)
+        entry |= ratios(entry[names[0]], entry[names[-1]])
+        if "times_faster" in entry:
+            say(f"{part:<11} {entry['times_faster']:.1f} × as fast")
+        found[part] = entry
+    return found
+
+
+def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Part → what both sides are asked to do."""
+    features, metadata = write_scored_table(cells.folder, settings)
+    jobs = {}
     for part in parts:
-        what, slow = PARTS[part]
-        job = {**cells.job(), **settings.job(), "repeats": settings.slow_repeats if slow else settings.repeats}
+        repeats = settings.slow_repeats if PARTS[part][1] else settings.repeats
+        job = {"part": part, **cells.job(), **settings.job(), "repeats": repeats}
         if part == "augment":
             job["minibatches"] = -1  # all of them
         if part == "score":
@@ -92,16 +118,8 @@ def measure_parts(
             job["repeats"] = max(1, settings.slow_repeats - 1)
         if part == "end to end":
             job["epochs"] = settings.epochs
-        entry: dict[str, Any] = {"what": what}
-        for side in sides:
-            entry[label(side)] = summary(side.run(part, threads=settings.threads, **job))
-            say(f"{part:<11} {label(side):<26} {describe(entry[label(side)])}")
-        _check(part, entry, [label(side) for side in sides])
-        entry |= ratios(entry[label(sides[0])], entry[label(sides[-1])])
-        if "times_faster" in entry:
-            say(f"{part:<11} {entry['times_faster']:.1f} × as fast")
-        found[part] = entry
-    return found
+        jobs[part] = job
+    return jobs
 
 
 def label(side: Side) -> str:
@@ -181,17 +199,23 @@ def measure_agreement(
     features after them are: encoder, per-view BatchNorm, head, NT-Xent, Adam and weight decay.
     """
     found: dict[str, Any] = {"cells": batch_size, "steps": steps}
-    for name, double in (("float32", False), ("float64", True)):
-        job = {**cells.job(), **settings.job(), "batch_size": batch_size, "steps": steps, "double": double, "workers": 0,
-               "weights": str(cells.folder / "weights.pt"), "inputs": str(cells.folder / "inputs.npy")}  # fmt: skip
-        theirs = other.run("agree", threads=settings.threads, **job)
-        here = ours.run("agree", threads=settings.threads, **job)
+    precisions = ("float32", "float64")
+    jobs = [
+        {
+            "part": "agree", **cells.job(), **settings.job(), "batch_size": batch_size, "steps": steps, "double": name == "float64",
+            "workers": 0, "weights": str(cells.folder / f"weights-{name}.pt"), "inputs": str(cells.folder / f"inputs-{name}.npy"),
+        }
+        for name in precisions
+    ]  # fmt: skip
+    theirs = other.run_several(jobs, threads=settings.threads)
+    here = ours.run_several(jobs, threads=settings.threads)
+    for name, a, b in zip(precisions, here, theirs):
         found[name] = {
-            "losses": here["losses"],
-            f"losses of the {other.name}": theirs["losses"],
-            "first_loss_difference": abs(here["losses"][0] - theirs["losses"][0]),
-            "largest_loss_difference": max(abs(a - b) for a, b in zip(here["losses"], theirs["losses"])),
-            "largest_feature_difference": max(abs(a - b) for a, b in zip(here["features"], theirs["features"])),
-            "largest_input_difference": here["largest_input_difference"],
+            "losses": a["losses"],
+            f"losses of the {other.name}": b["losses"],
+            "first_loss_difference": abs(a["losses"][0] - b["losses"][0]),
+            "largest_loss_difference": max(abs(x - y) for x, y in zip(a["losses"], b["losses"])),
+            "largest_feature_difference": max(abs(x - y) for x, y in zip(a["features"], b["features"])),
+            "largest_input_difference": a["largest_input_difference"],
         }
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,40 +32,51 @@ def measure_quality(
     Returns:
         ``{"steps", "runs": [{"side", "limit", "seed", "steps", "seconds", "nsc", …}]}``
     """
-    runs: list[dict[str, Any]] = []
-    ours, other = sides[0], sides[-1]
+    other = sides[-1]
     metadata = pd.read_csv(cells.metadata)
+    runs: list[dict[str, Any]] = []
+
+    def train(side: Side, seed: int, limits: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        found = _train(side, cells, settings, metadata, seed, limits)
+        for run in found:
+            say(_line(run))
+        runs.extend(found)
+        return found
+
     for seed in seeds:
-        for side in (ours, other):
-            runs.append(_run(side, cells, settings, metadata, "random weights", seed, steps=0))
-            say(_line(runs[-1]))
-        reference = _run(other, cells, settings, metadata, "same steps", seed, steps=steps)
-        runs.append(reference)
-        say(_line(reference))
+        anew = {"random weights": {"steps": 0}, "same steps": {"steps": steps}}
+        seconds = train(other, seed, anew)[-1]["seconds"]
         for side in sides[:-1]:
-            runs.append(_run(side, cells, settings, metadata, "same steps", seed, steps=steps))
-            say(_line(runs[-1]))
-            runs.append(_run(side, cells, settings, metadata, "same time", seed, wall_seconds=reference["seconds"]))
-            say(_line(runs[-1]))
+            train(side, seed, {**anew, "same time": {"wall_seconds": seconds}})
     return {"steps": steps, "batch_size": settings.batch_size, "size": settings.size, "encoder": settings.encoder,
             "cells": cells.num_cells, "origin": cells.origin, "seeds": list(seeds), "runs": runs}  # fmt: skip
 
 
-def _run(
-    side: Side, cells: Cells, settings: Settings, metadata: pd.DataFrame, limit: str, seed: int, **until: Any
-) -> dict[str, Any]:
-    features = cells.folder / f"features-{os.getpid()}.npy"
-    job = {**cells.job(), **settings.job(), "seed": seed, "features_file": str(features), **until}
-    result = side.run("train", threads=settings.threads, **job)
-    if "seconds" not in result:
-        raise CellfastError(f"{side.name}: training for the comparison of quality did not finish: {result}")
-    values = np.load(features, allow_pickle=False)
-    Path(features).unlink()
-    return {
-        "side": label(side), "limit": limit, "seed": seed, "steps": result["steps"], "seconds": result["seconds"][0],
-        "loss": result["loss"] if result["steps"] else None, "peak_bytes": result["peak_bytes"],
-        **score_features(values, metadata),
-    }  # fmt: skip
+def _train(
+    side: Side, cells: Cells, settings: Settings, metadata: pd.DataFrame, seed: int, limits: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One run for each limit, each from weights of its own."""
+    files = [cells.folder / f"features-{os.getpid()}-{number}.npy" for number in range(len(limits))]
+    jobs = [
+        {"part": "train", **cells.job(), **settings.job(), "seed": seed, "features_file": str(file), **until}
+        for file, until in zip(files, limits.values())
+    ]
+    if settings.one_process:
+        results = side.run_several(jobs, threads=settings.threads)
+    else:
+        results = [side.run_several([job], threads=settings.threads)[0] for job in jobs]
+    runs = []
+    for limit, file, result in zip(limits, files, results):
+        if "seconds" not in result:
+            raise CellfastError(f"{side.name}: training for the comparison of quality did not finish: {result}")
+        values = np.load(file, allow_pickle=False)
+        file.unlink()
+        runs.append({
+            "side": label(side), "limit": limit, "seed": seed, "steps": result["steps"], "seconds": result["seconds"][0],
+            "loss": result["loss"] if result["steps"] else None, "peak_bytes": result["peak_bytes"],
+            **score_features(values, metadata),
+        })  # fmt: skip
+    return runs
 
 
 def score_features(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, Any]:
@@ -85,16 +95,18 @@ def score_features(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, An
     known, _ = add_batch(canonical_metadata(frame, find_metadata_columns(list(frame.columns))))
     table = ProfileTable(known, np.ascontiguousarray(features), [f"h{i:03d}" for i in range(features.shape[1])])
     wells = collapse(table, ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
+    steps: tuple[str, ...] = DEFAULT_STEPS
     try:
-        wells, _ = normalize_profiles(wells, parse_steps(DEFAULT_STEPS))
+        wells, _ = normalize_profiles(wells, parse_steps(steps))
     except CellfastError:
-        # A thousand cells leave some batch without a control well: sphering over all instead, on every side alike.
-        wells, _ = normalize_profiles(wells, parse_steps([DEFAULT_STEPS[0], "sphering"]))
+        # A thousand cells can leave a batch without a control well: sphering over all instead, on every side alike.
+        steps = (DEFAULT_STEPS[0], "sphering")
+        wells, _ = normalize_profiles(wells, parse_steps(steps))
     result = evaluate_profiles(wells, EvaluationOptions(num_permutations=0, average_precision=False)).result
     scores = {
         key: {k: result[key][k] for k in ("accuracy", "num_correct", "num_evaluated", "interval_95")} for key in ("nsc", "nscb")
     }
-    return {**scores, **_retrieval(features, metadata)}
+    return {**scores, "normalize": list(steps), **_retrieval(features, metadata)}
 
 
 def _retrieval(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, Any]:

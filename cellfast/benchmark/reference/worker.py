@@ -1,8 +1,7 @@
 """One measurement in a process of its own, so that its peak memory is its own: ``python worker.py JOB.json``.
 
-The same code times every implementation. It imports the standard library, NumPy and PyTorch only, because it also runs in the
-environment of a reference checkout, where cellfast is not installed. JOB.json names the implementation's file and what to measure;
-the result is written to the job's ``result`` path.
+JOB.json may hold several jobs; the peak of each then begins at what the one before left. The same code times every implementation. It imports the standard library, NumPy and PyTorch only, because it also runs in the
+environment of a reference checkout, where cellfast is not installed. A job names the implementation's file and what to measure.
 
 An implementation is a class ``Implementation(job)`` with ``name`` and ``description``, and of these the methods a job asks for:
 
@@ -190,15 +189,29 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def start_peak_anew() -> bool:
+    """Let ``VmHWM`` begin at the present size again, where the kernel allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
 def main() -> None:
-    """Read the job named on the command line, and write its result beside it or where it says."""
+    """Read the file named on the command line, ``{"result", "jobs": [job, …]}``, and write the list of results where it says."""
     # This file's folder would otherwise come before everything else and lend its module names to the reference.
     sys.path[:] = [entry for entry in sys.path if entry and os.path.abspath(entry) != os.path.dirname(os.path.abspath(__file__))]
     with open(sys.argv[1], encoding="utf-8") as handle:
-        job = json.load(handle)
-    result = run(job)
-    with open(job["result"], "w", encoding="utf-8") as handle:
-        json.dump(result, handle)
+        work = json.load(handle)
+    results = []
+    for number, job in enumerate(work["jobs"]):
+        if number:
+            gc.collect()
+            start_peak_anew()
+        results.append(run(job))
+    with open(work["result"], "w", encoding="utf-8") as handle:
+        json.dump(results, handle)
 
 
 if __name__ == "__main__":
