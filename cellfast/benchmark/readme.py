@@ -226,6 +226,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 
     check = "--check" in (sys.argv[1:] if arguments is None else arguments)
     readme = root / "README.md"
+    if not readme.is_file():
+        print(f"{readme}: not there; the figures are made in a source checkout", file=sys.stderr)
+        return 2
     before = readme.read_text(encoding="utf-8")
     try:
         after = with_figures(before, root / "benchmarks" / "results")

@@ -127,6 +127,8 @@ def _scaling(s: dict[str, Any]) -> Iterator[str]:
         "Extrapolated figures are marked ~: a straight line through the two largest sizes measured.",
     )
     for part, sides in s["cells"].items():
+        if not any(sides.values()):
+            continue
         yield from (
             "",
             f"{part}, seconds (memory above imports)",
@@ -158,12 +160,15 @@ def _scaling(s: dict[str, Any]) -> Iterator[str]:
                 else:
                     texts.append(f"out of memory at {_size(row['allowed_bytes'])}" if "out_of_memory" in row else "too long")
             yield f"| {n} | " + " | ".join(texts) + " |"
+    threads = _threads(s)
+    if not threads:
+        return
     yield from (
         "",
         "cells/s by threads",
         "",
-        "| part | side | " + " | ".join(_threads(s)) + " |",
-        "|---|---|" + "---|" * len(_threads(s)),
+        "| part | side | " + " | ".join(threads) + " |",
+        "|---|---|" + "---|" * len(threads),
     )
     for part, sides in s["cores"].items():
         for name, rows in sides.items():
