@@ -80,7 +80,7 @@ class Implementation:
         """Open the screen and gather every cell into minibatches once."""
         job = self.job
         self.screen = screen = Screen.open(job["screen"])
-        self.loader = Loader(screen, job["batch_size"], shuffle=True, seed=self.seed, drop_last=True)
+        self.loader: Loader | None = None
         self.scaling = PlateScaling(screen, self.config.scaling)
         augment = dict(self.config.augment)
         self.two_views = TwoViews(
@@ -92,6 +92,8 @@ class Implementation:
         return screen.num_cells
 
     def _minibatches(self) -> Any:
+        if self.loader is None:
+            self.loader = Loader(self.screen, self.job["batch_size"], shuffle=True, seed=self.seed, drop_last=True)
         for batch in self.loader:
             self._count += 1
             low, high = self.scaling(batch.rows)
