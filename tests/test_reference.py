@@ -256,7 +256,9 @@ def test_retrieval_counts_neighbours_of_other_wells_only():
 def test_features_of_both_sides_are_scored_alike():
     features, metadata = simulated_features(1200, 16)
     found = score_features(features, metadata)
-    assert found["nsc"]["num_evaluated"] == metadata[metadata["compound"] != "DMSO"].groupby(["compound", "concentration"]).ngroups
+    assert (
+        found["nsc"]["num_evaluated"] == metadata[metadata["compound"] != "DMSO"].groupby(["compound", "concentration"]).ngroups
+    )
     assert 0 <= found["nsc"]["interval_95"][0] <= found["nsc"]["accuracy"] <= found["nsc"]["interval_95"][1] <= 1
     json.dumps(found, allow_nan=False)
 

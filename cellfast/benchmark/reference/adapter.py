@@ -166,7 +166,7 @@ class Implementation:
             leaf = z.detach().clone().requires_grad_()
             value = criterion(F.normalize(leaf[:half], dim=1), F.normalize(leaf[half:], dim=1))
             value.backward()
-            return float(value), float(leaf.grad.norm())
+            return float(value.detach()), float(leaf.grad.norm())
 
         return run
 

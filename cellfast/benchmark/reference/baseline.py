@@ -144,7 +144,7 @@ class Implementation:
             leaf = z.detach().clone().requires_grad_()
             value = nt_xent(leaf[:half], leaf[half:])
             value.backward()
-            return float(value), float(leaf.grad.norm())
+            return float(value.detach()), float(leaf.grad.norm())
 
         return run
 
@@ -163,7 +163,7 @@ class Implementation:
         """One training step on two ready views."""
         shape = (self.job["batch_size"], 3, self.job["size"], self.job["size"])
         first, second = torch.randn(shape), torch.randn(shape)
-        return lambda: float(self._update(first, second))
+        return lambda: float(self._update(first, second).detach())
 
     def epoch(self) -> int:
         """One pass over the loader."""
@@ -180,7 +180,7 @@ class Implementation:
         self.model().train()
         while not finished(step):
             for first, second in self.loader:
-                loss = float(self._update(first, second))
+                loss = float(self._update(first, second).detach())
                 step += 1
                 if finished(step):
                     break
@@ -212,7 +212,7 @@ class Implementation:
         np.save(job["inputs"], first.numpy(), allow_pickle=False)
         self.model().to(double)
         first = first.to(double)
-        losses = [float(self._update(first, first.flip(3))) for _ in range(job["steps"])]
+        losses = [float(self._update(first, first.flip(3)).detach()) for _ in range(job["steps"])]
         self.model().eval()
         with torch.no_grad():
             h = self.model()(first)[0]

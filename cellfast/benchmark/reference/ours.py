@@ -115,7 +115,7 @@ class Implementation:
             leaf = z.detach().clone().requires_grad_()
             value = ntxent_loss(leaf, 0.1)
             value.backward()
-            return float(value), float(leaf.grad.norm())
+            return float(value.detach()), float(leaf.grad.norm())
 
         return run
 
