@@ -368,7 +368,7 @@ def test_results_added_or_changed_change_the_figures(tmp_path):
     other = {**document(), "subject": "colour", "result": {"figures": [{"what": "w", "cellfast": "c", "beside": "b"}]}}
     other["environment"]["system"]["cpu"]["name"] = "another CPU"
     (results / "colour.json").write_text(json.dumps(other))
-    assert "| w (a) | c | b | `cellfast benchmark colour` |" in figures(results)
+    assert "| w (a) | c | b | `python benchmarks/bench_colour.py` |" in figures(results)
     assert "(a) measured on another CPU" in figures(results)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")

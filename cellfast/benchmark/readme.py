@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cellfast.benchmark import SUBJECTS
 from cellfast.errors import CellfastError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,9 +147,19 @@ def _scores(run: dict[str, Any]) -> str:
     return f"{shares} after {run['steps']} steps in {run['seconds']:.0f} s"
 
 
+def _memory(r: dict[str, Any]) -> Iterator[Row]:
+    yield Row(
+        f"memory while training from a store of {r['store_bytes'] / 2**30:.0f} GiB on a machine of {r['machine_bytes'] / 2**30:.0f} GiB, "
+        f"minibatch {r['batch_size']}",
+        f"{r['peak_own_bytes'] / 2**30:.2f} GiB of its own",
+        f"pages of the store that the system may drop {r['peak_file_pages_bytes'] / 2**30:.2f} GiB",
+    )
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "reference": _reference, "ntxent": _ntxent, "ingest": _ingest, "loader": _loader, "augment": _augment, "train": _train,
     "evaluate": _evaluate,
+    "memory": _memory,
 }  # fmt: skip
 
 
@@ -190,7 +201,8 @@ def figures(folder: str | Path) -> str:
         mark = machines.index(machine)
         for row in rows:
             note = "" if mark == 0 else f" ({'abcdefgh'[mark - 1]})"
-            lines.append(f"| {row.what}{note} | {row.cellfast} | {row.beside} | `cellfast benchmark {subject}` |")
+            command = f"cellfast benchmark {subject}" if subject in SUBJECTS else f"python benchmarks/bench_{subject}.py"
+            lines.append(f"| {row.what}{note} | {row.cellfast} | {row.beside} | `{command}` |")
     if len(lines) == 2:
         raise CellfastError(f"{folder}: no results; make them with `make bench`")
     lines.append("")
