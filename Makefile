@@ -10,7 +10,7 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
 STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: help build demo test test-all test-gpu check-cuda lint bench bench-gpu clean
+.PHONY: help build demo test test-all test-gpu check-cuda lint bench bench-gpu figures clean
 
 help:
 	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint      ruff"
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
 	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
+	@echo "make figures   README's table of figures from benchmarks/results/"
 	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
 
 build: $(STAMP) .build-stamp
@@ -65,6 +66,9 @@ bench: build
 # With the interpreter's own torch; what is missing comes from WHEELS alone (into .venv-gpu), nothing is downloaded.
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
+
+figures: build
+	$(PY) -m cellfast.benchmark.readme
 
 clean:
 	rm -rf build .build-stamp cellfast/*.so *.egg-info .pytest_cache .ruff_cache

@@ -22,6 +22,9 @@ STEMS: dict[str, tuple[int, int, bool]] = {
     "full": (3, 1, False),
 }
 CNN4_WIDTHS = (16, 32, 64, 64)
+# perakis2021: what the public implementation of Perakis et al. makes of a crop in [0, 1] before its encoder, see `WrappedInverse`.
+INPUT_TRANSFORMS = ("none", "perakis2021")
+_PERAKIS2021_MEAN, _PERAKIS2021_STD = (0.7469, 0.7403, 0.7307), (0.1548, 0.1594, 0.1706)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ModelConfig:
         projection_hidden: width of the head's hidden layers; None: as wide as h.
         projection_batch_norm: BatchNorm before each ReLU of the head, as in SimCLR; the reference implementation of Perakis et
             al. has none.
+        input_transform: ``none``, or ``perakis2021``: inverted and normalised as by that implementation (`WrappedInverse`).
 
     Raises:
         CellfastError: a value outside its range, with the values there are.
@@ -53,12 +57,17 @@ class ModelConfig:
     projection_layers: int = 2
     projection_hidden: int | None = None
     projection_batch_norm: bool = False
+    input_transform: str = "none"
 
     def __post_init__(self) -> None:
         if self.encoder not in ENCODERS:
             raise CellfastError(f"encoder {self.encoder!r} is not known: choose one of {', '.join(ENCODERS)}")
         if self.stem not in STEMS:
             raise CellfastError(f"stem {self.stem!r} is not known: choose one of {', '.join(STEMS)}")
+        if self.input_transform not in INPUT_TRANSFORMS:
+            raise CellfastError(
+                f"input_transform {self.input_transform!r} is not known: choose one of {', '.join(INPUT_TRANSFORMS)}"
+            )
         for name in ("num_channels", "projection_dim", "projection_layers", "projection_hidden"):
             value = getattr(self, name)
             if value is None and name == "projection_hidden":
@@ -78,8 +87,31 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values."""
-        return asdict(self)
+        """The configuration as plain values; an input transform of none is left out, so that files without one stay as they were."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("input_transform", "none")}
+
+
+class WrappedInverse(nn.Module):
+    """x in [0, 1] → (inverse of x − mean) / std per channel, as the reference implementation of Perakis et al. sees crops.
+
+    Equivalent, for 8-bit pixels v and x = v / 255, to ``(((256 − v) % 256) / 255 − mean) / std``: that code multiplies pixels that are
+    already 0 to 255 by 255 and casts to 8 bits, so that they wrap around: images are inverted, and black stays black. Between 8-bit
+    steps x below half a step is black. Its constants are for three channels; other numbers of channels take their average.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        for name, values in (("mean", _PERAKIS2021_MEAN), ("std", _PERAKIS2021_STD)):
+            tensor = torch.tensor(values) if num_channels == 3 else torch.full((num_channels,), sum(values) / 3)
+            # Not in the state_dict: constants, and weights from elsewhere do not have them.
+            self.register_buffer(name, tensor[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inverse = torch.where(x < 0.5 / 255, torch.zeros((), dtype=x.dtype, device=x.device), 256 / 255 - x)
+        return (inverse - self.mean) / self.std
 
 
 class CNN4(nn.Module):
@@ -133,6 +165,7 @@ class SimCLR(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.input_transform = WrappedInverse(config.num_channels) if config.input_transform == "perakis2021" else nn.Identity()
         if config.encoder == "cnn4":
             self.encoder: nn.Module = CNN4(config.num_channels)
             self.num_features: int = CNN4_WIDTHS[-1]
@@ -152,11 +185,11 @@ class SimCLR(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Features h, [B, F] float32 (bfloat16 under autocast), of views x, [B, C, s, s] float32 in [0, 1]."""
-        return self.encoder(x)
+        return self.encoder(self.input_transform(x))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features h, [B, F], and projections z, [B, D], of views x, [B, C, s, s] float32 in [0, 1]."""
-        h = self.encoder(x)
+        h = self.encode(x)
         return h, self.projection(h)
 
 

@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 
 from cellfast.errors import CellfastError
+from cellfast.profiles import whitening
 from cellfast.profiles.normalize import Step, normalize_profiles, parse_steps
 from cellfast.profiles.table import ProfileTable
 from cellfast.profiles.whitening import fit_whitening, ledoit_wolf_shrinkage
@@ -177,3 +178,14 @@ def test_two_controls_cannot_choose_the_regularisation():
     with pytest.raises(CellfastError, match=r"from 2 control rows.*--lambda 0\.1x"):
         fit_whitening(x)
     assert np.isfinite(fit_whitening(x, "0.1x").matrix).all()
+
+
+def test_a_matrix_power_through_few_rows_equals_the_one_by_eigenvalues():
+    rng = np.random.default_rng(0)
+    for n, scale in ((3, 1.0), (20, 1e-6), (20, 30.0), (40, 1.0)):
+        rows, x = rng.standard_normal((n, 60)) * scale, rng.standard_normal((7, 60))
+        for power, added in ((-0.5, 1.0), (0.5, 1.0), (0.5, 0.0)):
+            expected = x @ whitening.symmetric_power(whitening.second_moment(rows), power, added)
+            np.testing.assert_allclose(
+                whitening.times_power(x, rows, power, added), expected, rtol=0, atol=1e-10 * np.abs(expected).max()
+            )

@@ -14,7 +14,8 @@
   displacement is a visible one, 1.5 px rms over 10 px, and that affine is not made;
 * crop, flip and displacement are one bilinear interpolation, not three; the crop is taken from the central output window of the
   stored crop, so that a displacement across the window's edge meets real pixels first and reflected ones after;
-* its normalisation constants belong to inverted 8-bit crops and are replaced by the scaling to [0, 1].
+* its crops are inverted (a pixel conversion wraps around) and normalised with constants for that: ``inverted`` lets the operations
+  act on the inverted image as they do there, and the model's ``input_transform`` does the rest; ``--recipe perakis2021`` sets both.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class AugmentConfig:
         blur_p: probability of a Gaussian blur.
         blur_sigma_px: (low, high) of its standard deviation, uniform.
         blur_kernel_px: width of its kernel, odd; borders are reflected.
+        inverted: jitter, noise and clamping act on the inverted image, 256/255 − x and 0 for x below half an 8-bit step; the views are
+            turned back, so that they lie in [1/255, 256/255].
 
     Raises:
         CellfastError: a value out of its range.
@@ -89,6 +92,7 @@ class AugmentConfig:
     blur_p: float = 0.2
     blur_sigma_px: Range = (0.1, 1.0)
     blur_kernel_px: int = 5
+    inverted: bool = False
 
     def __post_init__(self) -> None:
         for name in ("crop_area", "crop_ratio", "zoom", "blur_sigma_px"):
@@ -124,6 +128,8 @@ class AugmentConfig:
             )
         if not isinstance(self.blur_kernel_px, int) or self.blur_kernel_px < 1 or self.blur_kernel_px % 2 == 0:
             raise CellfastError(f"augment.blur_kernel_px must be an odd number of pixels, got {self.blur_kernel_px!r}")
+        if not isinstance(self.inverted, bool):
+            raise CellfastError(f"augment.inverted must be true or false, got {self.inverted!r}")
         if self.padding not in _PADDING:
             raise CellfastError(f"augment.padding must be one of {', '.join(_PADDING)}, got {self.padding!r}")
 

@@ -94,7 +94,8 @@ class TwoViews:
         if batch == 0:
             return views
         with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
-            if self.method == "fused":
+            # The operator does not invert: such views (the perakis2021 recipe's) are made in the plain form.
+            if self.method == "fused" and not self.config.inverted:
                 self._fused(crops, low, inverse, parameters, views)
             else:
                 self._in_chunks(crops, low, inverse, parameters, views)
@@ -139,6 +140,8 @@ class TwoViews:
         for start in range(0, batch, chunk):
             cells = slice(start, min(start + chunk, batch))
             x = _scaled(crops[cells], low if low.ndim == 1 else low[cells], inverse if inverse.ndim == 1 else inverse[cells])
+            if self.config.inverted:
+                x = torch.where(x < 0.5 / 255, 0.0, 256 / 255 - x)
             halves[:, cells].copy_(self._views_of(x, grid_matrix, p, cells, batch))
 
     def draw(self, batch: int, seed: int) -> ViewParameters:
@@ -188,7 +191,10 @@ class TwoViews:
             windows = self._constant("noise", device).as_strided((NOISE_STARTS, s * s), (NOISE_STEP, 1))
             noise = windows.index_select(0, start.reshape(-1)).view_as(v)
             v.add_(noise.mul_(std[..., None, None]))
-        return v.clamp_(0.0, 1.0).permute(2, 0, 1, 3, 4)
+        v.clamp_(0.0, 1.0)
+        if self.config.inverted:
+            v.neg_().add_(256 / 255)
+        return v.permute(2, 0, 1, 3, 4)
 
     def _displace(self, grid: torch.Tensor, noise: torch.Tensor, row: torch.Tensor) -> None:
         """Add the elastic displacement to the points ``grid`` (complex, [2k, s, s]) of those views whose ``row`` is not −1."""

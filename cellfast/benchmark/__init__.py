@@ -8,12 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing that ``cellfast benchmark`` measures: ``module:function`` called with ``full`` or ``quick`` arguments."""
+    """One thing that ``cellfast benchmark`` measures: ``module:function`` called with ``full`` or ``quick`` arguments.
+
+    ``command``: a click command ``module:name`` of its own, for a subject with options beyond --quick and --out.
+    """
 
     help: str
     function: str
     full: dict[str, Any] = field(default_factory=dict)
     quick: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -55,6 +59,12 @@ SUBJECTS: dict[str, Subject] = {
         "Aggregation and nearest neighbours beside torch, pandas and scikit-learn.",
         "cellfast.benchmark.evaluate:measure_evaluate",
         quick={"num_cells": 100_000, "num_treatments": 5_000, "num_large": 10_000, "num_plain_cells": 2_000, "repeats": 1},
+    ),
+    "reference": Subject(
+        "The whole way beside the reference implementation (a checkout of yours) or a plain PyTorch baseline.",
+        "cellfast.benchmark.reference:measure_reference",
+        quick={"quick": True},
+        command="cellfast.cli.benchmark_reference:reference",
     ),
 }
 

@@ -39,7 +39,7 @@ def benchmark(context: click.Context) -> None:
 def _command(name: str) -> click.Command:
     @click.command(name, help=SUBJECTS[name].help)
     @click.option("--quick", is_flag=True, help="Smaller sizes and fewer repeats; under three minutes.")
-    @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
+    @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
     def run(quick: bool, out: Path | None) -> None:
         document = run_subject(name, quick=quick, out=out)
         click.echo(json.dumps(document["result"], indent=2, default=str))
@@ -49,5 +49,12 @@ def _command(name: str) -> click.Command:
     return run
 
 
-for _name in SUBJECTS:
-    benchmark.add_command(_command(_name))
+def _own_command(path: str) -> click.Command:
+    import importlib
+
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+for _name, _subject in SUBJECTS.items():
+    benchmark.add_command(_own_command(_subject.command) if _subject.command else _command(_name))

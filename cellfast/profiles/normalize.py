@@ -246,11 +246,10 @@ def _coral(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
     controls, rule = find_controls(table.metadata, step.controls)
     groups = _groups(table, by, controls, step, 1)
     x = table.features.astype(np.float64)
-    target = whitening.symmetric_power(whitening.second_moment(x[controls]), 0.5, lam)
-    result = np.empty_like(x)
+    aligned = np.empty_like(x)
     for _, rows in groups:
-        source = whitening.symmetric_power(whitening.second_moment(x[rows[controls[rows]]]), -0.5, 1.0)
-        result[rows] = x[rows] @ source @ target
+        aligned[rows] = whitening.times_power(x[rows], x[rows[controls[rows]]], -0.5, 1.0)
+    result = whitening.times_power(aligned, x[controls], 0.5, lam)
     fewest = min(int(controls[rows].sum()) for _, rows in groups)
     entry = {"step": "coral", "by": by, "groups": len(groups), "controls": rule, "num_controls": int(controls.sum()),
              "fewest_controls": fewest, "num_features": x.shape[1], "lambda": lam}  # fmt: skip

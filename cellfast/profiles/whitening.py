@@ -64,6 +64,25 @@ def symmetric_power(c: np.ndarray, power: float, added: float = 0.0) -> np.ndarr
     return (v * (np.maximum(s, 0.0) + added) ** power) @ v.T
 
 
+def times_power(x: np.ndarray, rows: np.ndarray, power: float, added: float) -> np.ndarray:
+    """``x @ symmetric_power(second_moment(rows), power, added)`` without the D × D matrix where rows [n, D] are few; x [N, D].
+
+    With G = rows · rowsᵀ / n = U · diag(s) · Uᵀ (n × n), (C + added · I)^power = added^power · I + rowsᵀ · U · diag(f(s) / n) · Uᵀ · rows and
+    f(s) = ((s + added)^power − added^power) / s: nothing is divided by a small singular value.
+    """
+    n, d = rows.shape
+    if 2 * n >= d or added <= 0:
+        return x @ symmetric_power(second_moment(rows), power, added)
+    s, u = np.linalg.eigh(rows @ rows.T / n)
+    s = np.maximum(s, 0.0)
+    # expm1 and log1p: f tends to power · added^(power − 1), and the difference of the powers would cancel there.
+    f = np.full(n, power * added ** (power - 1))
+    some = s > added * np.finfo(np.float64).eps
+    f[some] = added**power * np.expm1(power * np.log1p(s[some] / added)) / s[some]
+    basis = u.T @ rows
+    return added**power * x + ((x @ basis.T) * (f / n)) @ basis
+
+
 def ledoit_wolf_shrinkage(x: np.ndarray) -> float:
     """The intensity δ in [0, 1] with which (1 − δ) · C + δ · mean eigenvalue · I is closest to the true covariance; x [n, D]
     centred.

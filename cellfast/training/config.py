@@ -21,6 +21,7 @@ from cellfast.errors import CellfastError
 # As in cellfast.models, which imports torch; a test compares them.
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "cnn4")
 STEMS = ("imagenet", "small", "dense", "full")
+INPUT_TRANSFORMS = ("none", "perakis2021")
 
 
 def _value(
@@ -65,6 +66,12 @@ class TrainConfig:
         None, "Width of the head's hidden layers; null: as wide as h.", minimum=1, group="Model"
     )
     projection_batch_norm: bool = _value(False, "BatchNorm in the projection head.", group="Model")
+    input_transform: str = _value(
+        "none",
+        "What the model does to its input. perakis2021: inverted and normalised as by the reference implementation.",
+        choices=INPUT_TRANSFORMS,
+        group="Model",
+    )
     weights: str | None = _value(
         None, "Start from this file: a torchvision ResNet's state_dict (also ImageNet's) or a cellfast model.", group="Model"
     )
@@ -77,8 +84,9 @@ class TrainConfig:
     )
     scaling: str = _value(
         "screen",
-        "Intensity scaling: the medians over plates (screen) or each plate's own (plate).",
-        choices=("screen", "plate"),
+        "Intensity scaling: the medians over plates (screen), each plate's own (plate), or 8-bit crops as they are and others as "
+        "screen (8-bit).",
+        choices=("screen", "plate", "8-bit"),
         group="Input",
     )
     augment: dict[str, Any] = _value(  # noqa: RUF009
@@ -196,16 +204,18 @@ class TrainConfig:
         write_text(path, "# Every value of this run: cellfast train SCREEN -o RUN --config THIS_FILE repeats it.\n" + text)
 
 
-# perakis2021: the public implementation's last configuration. Deviations: views as cellfast.augment's preset says; ImageNet
-# weights are not
-# downloaded (give the file with --weights); the loss is the same function.
+# perakis2021: the public implementation's last configuration, with its inverted and normalised input. Deviations: views as
+# cellfast.augment's preset says; ImageNet weights are not downloaded (give the file with --weights). Same crops, views and weights
+# give the same losses: tests/test_reference.py.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "perakis2021": {
         "encoder": "resnet50",
         "stem": "imagenet",
         "projection_dim": 256,
-        "augment": {"preset": "perakis2021"},
+        "input_transform": "perakis2021",
+        "scaling": "8-bit",
+        "augment": {"preset": "perakis2021", "inverted": True},
         "temperature": 0.1,
         "batch_norm": "per-view",
         "batch_size": 256,

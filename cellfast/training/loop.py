@@ -152,6 +152,7 @@ class _Training:
                 projection_layers=config.projection_layers,
                 projection_hidden=config.projection_hidden,
                 projection_batch_norm=config.projection_batch_norm,
+                input_transform=config.input_transform,
             ),
             config.seed,
         )
@@ -375,7 +376,8 @@ class _Training:
                 crop_size=screen.crop_size,
                 output_size=self.output_size,
                 bits=8 * np.dtype(screen.dtype).itemsize,
-                scaling=self.config.scaling,
+                # How the scaling was chosen does not matter to who uses it.
+                scaling="plate" if self.config.scaling == "plate" else "screen",
                 low=self.scaling.low.tolist(),
                 high=self.scaling.high.tolist(),
                 training_data=self.digest if step else "",

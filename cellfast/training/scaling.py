@@ -14,6 +14,8 @@ class PlateScaling:
 
     def __init__(self, screen: Screen, method: str) -> None:
         low, high = screen.channel_scaling()
+        if method == "8-bit" and np.dtype(screen.dtype) == np.uint8:
+            low, high = np.zeros(len(low)), np.full(len(high), 255.0)
         self.low, self.high = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
         self._per_plate = method == "plate"
         self._there: tuple[Tensor, Tensor] | None = None

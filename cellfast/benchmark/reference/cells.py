@@ -1,0 +1,184 @@
+"""The same cells for both sides: 8-bit strips with an index, as the reference reads them, and a crop store made from these strips."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cellfast.errors import CellfastError
+
+# What the reference's evaluation wants of a cell; its index gives the first three only.
+EVALUATION_COLUMNS = ("Metadata_Plate", "Metadata_Well", "compound", "concentration", "moa", "Replicate")
+NUM_CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Cells:
+    """One set of cells in both forms, in one order.
+
+    Attributes:
+        folder: where all of it is.
+        strips: folder of the strips. index: CSV ``Image_Name, Class_Name, Target``. metadata: CSV of `EVALUATION_COLUMNS`.
+        screen: crop store of the same pixels, uint8 [3, size, size].
+        num_cells, size: how many, and their side in px.
+        origin: where they come from, in words.
+    """
+
+    folder: Path
+    strips: Path
+    index: Path
+    metadata: Path
+    screen: Path
+    num_cells: int
+    size: int
+    origin: str
+
+    def job(self) -> dict[str, Any]:
+        """What a job of `worker` must know about them."""
+        return {
+            "strips": str(self.strips), "index": str(self.index), "metadata_file": str(self.metadata), "screen": str(self.screen),
+            "size": self.size,
+        }  # fmt: skip
+
+
+def simulated_screen(folder: Path, num_cells: int, size: int, seed: int = 0) -> Path:
+    """A simulated screen of at least ``num_cells`` cells with crops of ``size`` px, made by cellfast's own commands."""
+    images, screen = folder / "simulated", folder / "simulated-screen"
+    # 26 wells in all; a field of 640 px holds 30 cells.
+    per_field = 30 if num_cells > 600 else max(6, num_cells // 15)
+    sites = max(1, -(-num_cells // 700))
+    commands = [
+        ["simulate", str(images), "--preset", "small", "--sites", str(sites), "--cells-per-field", str(per_field),
+         "--field-size", "640", "640", "--seed", str(seed), "--force"],
+        ["ingest", "fields", str(images / "image.csv"), "--image-root", str(images / "images"), "--locations",
+         str(images / "locations"), "--moa", str(images / "moa.csv"), "--crop-size", str(size), "-o", str(screen), "--force"],
+    ]  # fmt: skip
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", "cellfast", *command], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CellfastError(
+                f"making the simulated screen failed: cellfast {' '.join(command[:2])}: {done.stderr.strip()[-500:]}"
+            )
+    return screen
+
+
+def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int | None = None, seed: int = 0) -> Cells:
+    """Write a screen's cells as 8-bit strips of ``size`` px and as a crop store of the same pixels.
+
+    Each channel is scaled from the screen's own limits to 0–255; the central ``size`` px are taken, and smaller crops are enlarged
+    bilinearly, as the reference does with strips of another size.
+
+    Args:
+        num_cells: so many cells, drawn by ``seed`` with all controls' share kept; None takes all.
+
+    Raises:
+        CellfastError: fewer cells than asked for, or not three channels (all the reference takes).
+    """
+    from PIL import Image
+
+    from cellfast.screens import Screen
+    from cellfast.screens.crop_index import read_crop_index
+    from cellfast.screens.ingest_crops import ingest_crops
+
+    screen = Screen.open(screen_path)
+    if len(screen.channel_names) != NUM_CHANNELS:
+        raise CellfastError(
+            f"{screen_path}: the reference takes crops of {NUM_CHANNELS} channels, found {len(screen.channel_names)} "
+            f"({', '.join(screen.channel_names)})"
+        )
+    if num_cells is not None and screen.num_cells < num_cells:
+        raise CellfastError(f"{screen_path}: {num_cells} cells were asked for, it has {screen.num_cells}: ask for fewer")
+    rows = np.arange(screen.num_cells)
+    if num_cells is not None:
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_cells])
+    metadata = screen.metadata().iloc[rows].reset_index(drop=True)
+    low, high = (np.asarray(v, np.float32)[:, None, None] for v in screen.channel_scaling())
+    strips = folder / "strips"
+    strips.mkdir(parents=True, exist_ok=True)
+    names = [
+        f"{plate}-{well}-s{max(site, 0)}_{number}.png"
+        for number, (plate, well, site) in enumerate(
+            zip(metadata["Metadata_Plate"], metadata["Metadata_Well"], metadata["Metadata_Site"])
+        )
+    ]
+    if any(name.count("-") != 2 for name in names):
+        raise CellfastError(f"{screen_path}: a plate's name has a '-', which the reference's file names use as separator")
+    maps = [plate.crops() for plate in screen.plates]
+    for row, name in zip(rows, names):
+        plate = int(np.searchsorted(screen.offsets, row, side="right")) - 1
+        crop = maps[plate][row - screen.offsets[plate]].astype(np.float32)
+        scaled = np.clip((crop - low) / np.maximum(high - low, 1), 0, 1) * 255
+        Image.fromarray(np.concatenate([_sized(c, size) for c in scaled.round().astype(np.uint8)], axis=1)).save(strips / name)
+    labels = [f"{c}_{d}" for c, d in zip(metadata["Metadata_Compound"], metadata["Metadata_Concentration"])]
+    table = pd.DataFrame({"Image_Name": names, "Class_Name": labels, "Target": pd.factorize(pd.Series(labels))[0]})
+    first_index = folder / "all.csv"
+    table.to_csv(first_index, index=False)
+    store = folder / "screen"
+    ingest_crops(
+        read_crop_index(first_index, root=strips),
+        store,
+        channel_names=list(screen.channel_names),
+        force=True,
+        show_progress=False,
+    )
+    # The store keeps plates and wells together: the index follows its order, and row i is one cell everywhere.
+    made = Screen.open(store)
+    order = made.metadata()["Metadata_ObjectNumber"].to_numpy()
+    if sorted(order) != list(range(len(rows))):
+        raise CellfastError(f"{screen_path}: {len(rows)} strips became {len(order)} cells of the crop store; please report this")
+    index = folder / "index.csv"
+    table.iloc[order].to_csv(index, index=False)
+    evaluation = pd.DataFrame(
+        {
+            "Metadata_Plate": metadata["Metadata_Plate"],
+            "Metadata_Well": metadata["Metadata_Well"],
+            "compound": metadata["Metadata_Compound"],
+            "concentration": metadata["Metadata_Concentration"],
+            "moa": metadata["Metadata_MoA"],
+            "Replicate": 1,
+        }
+    )
+    evaluation.iloc[order].to_csv(folder / "metadata.csv", index=False)
+    return Cells(folder, strips, index, folder / "metadata.csv", store, len(rows), size, f"screen {Path(screen_path).name}")
+
+
+def _sized(channel: np.ndarray, size: int) -> np.ndarray:
+    side = channel.shape[0]
+    if side < size:
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR))
+    start = side // 2 - size // 2
+    return channel[start : start + size, start : start + size]
+
+
+def simulated_features(num_cells: int, num_features: int, seed: int = 0) -> tuple[np.ndarray, pd.DataFrame]:
+    """Features and metadata of cells in BBBC021's design: 10 weeks, 55 plates, 103 treatments of 38 compounds of 12 MoAs, DMSO.
+
+    Every treatment is in three wells of its week, each plate has 6 DMSO wells. Features are noise about a mean per MoA and per week.
+    """
+    rng = np.random.default_rng(seed)
+    wells = []
+    plates_of_week = [[week * 6 + i for i in range(6 if week < 5 else 5)] for week in range(10)]
+    for week, plates in enumerate(plates_of_week):
+        names = {p: f"Week{week + 1}_{22000 + p}" for p in plates}
+        for plate in plates:
+            wells += [(names[plate], f"{row}11", "DMSO", 0.0, "DMSO", week) for row in "BCDEFG"]
+        for treatment in range(week, 103, 10):
+            compound = treatment % 38
+            for number, plate in enumerate(plates[:3]):
+                well = f"{'BCDEFG'[treatment // 10 % 6]}{2 + number + 3 * (treatment // 60):02d}"
+                wells.append((names[plate], well, f"compound{compound}", float(treatment // 38 + 1), f"moa{compound % 12}", week))
+    of_well = np.sort(rng.integers(0, len(wells), num_cells))
+    frame = pd.DataFrame([wells[w] for w in of_well], columns=[*EVALUATION_COLUMNS[:5], "week"])
+    frame = frame.sort_values(["week", "Metadata_Plate"], kind="stable").reset_index(drop=True)
+    moa = pd.factorize(frame["moa"])[0]
+    centres, weeks = rng.standard_normal((13, num_features)), rng.standard_normal((10, num_features))
+    features = rng.standard_normal((num_cells, num_features)) + 0.15 * centres[moa] + 0.1 * weeks[frame["week"]]
+    return features.astype(np.float32), frame.drop(columns="week").assign(Replicate=1)

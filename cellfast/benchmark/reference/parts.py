@@ -1,0 +1,221 @@
+"""The parts of the way from crops to accuracy, each measured on both sides in processes of their own, one side after the other."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellfast.benchmark.reference.cells import Cells, simulated_features
+from cellfast.benchmark.reference.sides import Side
+from cellfast.errors import CellfastError
+
+LOSS_TOLERANCE, SCORE_TOLERANCE = 1e-5, 1e-9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and repeats of a comparison.
+
+    Attributes:
+        encoder, batch_size, size, dim: a ResNet's name, cells per minibatch, side in px, columns of the projection.
+        threads: CPU threads of each side; the reference's loader gets as many worker processes.
+        repeats: timings of each part; slow parts are repeated ``slow_repeats`` times.
+        score_cells, score_features: the table of features that is scored.
+        epochs: passes over the cells in the part from crops to accuracy.
+        one_process: all parts of a side in one process, which is quicker and less exact about memory.
+    """
+
+    encoder: str = "resnet18"
+    batch_size: int = 256
+    size: int = 96
+    dim: int = 256
+    threads: int = 2
+    repeats: int = 5
+    slow_repeats: int = 3
+    score_cells: int = 10_000
+    score_features: int = 512
+    epochs: int = 1
+    one_process: bool = False
+
+    def job(self) -> dict[str, Any]:
+        """What a job of `worker` must know about them."""
+        return {"encoder": self.encoder, "batch_size": self.batch_size, "dim": self.dim, "workers": self.threads}
+
+
+# Part → (what is measured, is it a slow one).
+PARTS: dict[str, tuple[str, bool]] = {
+    "load": ("crops on disk until every cell was read once", False),
+    "augment": ("two views of every cell, minibatch by minibatch, from loaded crops", True),
+    "loss": ("NT-Xent, forward and backward, rows normalised inside", False),
+    "step": ("forward, NT-Xent, backward, Adam on ready views", True),
+    "epoch": ("one pass: minibatches, views, training steps", True),
+    "embed": ("features of every cell", True),
+    "score": ("cells' features to NSC and NSCB: well means, TVN, treatment medians, neighbours", False),
+    "end to end": ("crops on disk to NSC and NSCB: load, train, embed, score", True),
+}
+
+
+def measure_parts(
+    sides: Sequence[Side],
+    cells: Cells,
+    settings: Settings,
+    *,
+    parts: Sequence[str] = tuple(PARTS),
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure ``parts`` on the sides; the first is cellfast, the last what it is compared with.
+
+    Losses (to 1e-5) and scores must agree between the sides, otherwise their times are not of the same work.
+
+    Returns:
+        part → ``{"what", <side>: summary, "times_faster", "memory_ratio"}``; see `summary`.
+
+    Raises:
+        CellfastError: the sides disagree, or a side failed.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise CellfastError(f"unknown part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    jobs = _jobs(cells, settings, parts)
+    names = [label(side) for side in sides]
+    together: dict[str, dict[str, Any]] = {}
+    if settings.one_process:
+        for side in sides:
+            together[label(side)] = dict(zip(jobs, side.run_several(list(jobs.values()), threads=settings.threads)))
+    found: dict[str, Any] = {}
+    for part, job in jobs.items():
+        entry: dict[str, Any] = {"what": PARTS[part][0]}
+        for side in sides:
+            name = label(side)
+            result = together[name][part] if settings.one_process else side.run_several([job], threads=settings.threads)[0]
+            entry[name] = summary(result)
+            say(f"{part:<11} {name:<26} {describe(entry[name])}")
+        _check(part, entry, names)
+        entry |= ratios(entry[names[0]], entry[names[-1]])
+        if "times_faster" in entry:
+            say(f"{part:<11} {entry['times_faster']:.1f} × as fast")
+        found[part] = entry
+    return found
+
+
+def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Part → what both sides are asked to do."""
+    features, metadata = write_scored_table(cells.folder, settings)
+    jobs = {}
+    for part in parts:
+        repeats = settings.slow_repeats if PARTS[part][1] else settings.repeats
+        job = {"part": part, **cells.job(), **settings.job(), "repeats": repeats}
+        if part == "augment":
+            job["minibatches"] = -1  # all of them
+        if part == "score":
+            job |= {"features_file": str(features), "metadata_file": str(metadata)}
+        if part == "epoch":
+            job["repeats"] = max(1, settings.slow_repeats - 1)
+        if part == "end to end":
+            job["epochs"] = settings.epochs
+        jobs[part] = job
+    return jobs
+
+
+def label(side: Side) -> str:
+    """The side's name in results: cellfast's recipes are told apart."""
+    recipe = side.values.get("recipe")
+    name = side.name if recipe in (None, "perakis2021") else f"{side.name}, {recipe} recipe"
+    return name + (", bf16" if side.values.get("amp") else "")
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """A worker's result with median and spread.
+
+    ``growth_bytes``: peak memory above what the process held after its imports (about 0.8 GB of libraries on both sides).
+    """
+    if "seconds" not in result:
+        return {key: result[key] for key in ("out_of_memory", "timed_out", "peak_bytes", "growth_bytes") if key in result}
+    seconds = result["seconds"]
+    median = statistics.median(seconds)
+    out = {key: value for key, value in result.items() if key not in ("imported_bytes",)}
+    out |= {
+        "median_seconds": median,
+        "spread": (max(seconds) - min(seconds)) / median if median else 0.0,
+        "cells_per_second": result["cells"] / median if median else None,
+    }
+    out.setdefault("growth_bytes", result["peak_bytes"] - result["imported_bytes"])
+    return out
+
+
+def ratios(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast cellfast is, and its memory (whole process; growth) as a share of the other's."""
+    if "median_seconds" not in ours or "median_seconds" not in other:
+        return {}
+    # Per cell, so that dropped last minibatches do not count for either.
+    out = {"times_faster": ours["cells_per_second"] / other["cells_per_second"]}
+    out["memory_ratio"] = ours["peak_bytes"] / other["peak_bytes"]
+    out["growth_ratio"] = ours["growth_bytes"] / max(1, other["growth_bytes"])
+    return out
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """One side's summary as a line."""
+    if "median_seconds" not in entry:
+        return f"out of memory ({entry['out_of_memory'][:80]})" if "out_of_memory" in entry else "took too long"
+    return (
+        f"{entry['median_seconds']:9.4f} s ± {50 * entry['spread']:.0f} %  {entry['cells_per_second']:10,.0f} cells/s  "
+        f"{entry['peak_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def write_scored_table(folder: Path, settings: Settings) -> tuple[Path, Path]:
+    """Write the table of simulated features that is scored; returns its two files."""
+    features, metadata = folder / "features.npy", folder / "features.csv"
+    values, frame = simulated_features(settings.score_cells, settings.score_features)
+    np.save(features, values, allow_pickle=False)
+    frame.to_csv(metadata, index=False)
+    return features, metadata
+
+
+def _check(part: str, entry: dict[str, Any], labels: Sequence[str]) -> None:
+    done = [entry[name] for name in labels if "seconds" in entry[name]]
+    keys = {"loss": ("loss", "gradient_norm"), "score": ("nsc", "nscb")}.get(part, ())
+    for key in keys:
+        tolerance = LOSS_TOLERANCE if part == "loss" else SCORE_TOLERANCE
+        values = [d[key] for d in done]
+        if values and max(values) - min(values) > tolerance * max(1.0, abs(values[0])):
+            raise CellfastError(
+                f"{part}: the sides disagree on {key} ({', '.join(map(str, values))}): their times are not comparable"
+            )
+
+
+def measure_agreement(
+    ours: Side, other: Side, cells: Cells, settings: Settings, *, batch_size: int = 16, steps: int = 3
+) -> dict[str, Any]:
+    """Losses of training steps from the same weights, crops and views, number by number.
+
+    In float32 the first loss is compared, from the crops on. In float64, from the very same inputs, every loss of ``steps`` steps and the
+    features after them are: encoder, per-view BatchNorm, head, NT-Xent, Adam and weight decay.
+    """
+    found: dict[str, Any] = {"cells": batch_size, "steps": steps}
+    precisions = ("float32", "float64")
+    jobs = [
+        {
+            "part": "agree", **cells.job(), **settings.job(), "batch_size": batch_size, "steps": steps, "double": name == "float64",
+            "workers": 0, "weights": str(cells.folder / f"weights-{name}.pt"), "inputs": str(cells.folder / f"inputs-{name}.npy"),
+        }
+        for name in precisions
+    ]  # fmt: skip
+    theirs = other.run_several(jobs, threads=settings.threads)
+    here = ours.run_several(jobs, threads=settings.threads)
+    for name, a, b in zip(precisions, here, theirs):
+        found[name] = {
+            "losses": a["losses"],
+            f"losses of the {other.name}": b["losses"],
+            "first_loss_difference": abs(a["losses"][0] - b["losses"][0]),
+            "largest_loss_difference": max(abs(x - y) for x, y in zip(a["losses"], b["losses"])),
+            "largest_feature_difference": max(abs(x - y) for x, y in zip(a["features"], b["features"])),
+            "largest_input_difference": a["largest_input_difference"],
+        }
+    return found

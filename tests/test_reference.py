@@ -1,0 +1,383 @@
+"""cellfast beside the reference implementation: the same numbers from the same crops and weights, and what the comparison reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cellfast.augment import AugmentConfig, TwoViews, center_crop
+from cellfast.benchmark.reference import check_reference_size
+from cellfast.benchmark.reference.baseline import Implementation as Baseline
+from cellfast.benchmark.reference.baseline import nt_xent, plain_scores
+from cellfast.benchmark.reference.cells import prepare_cells, simulated_features
+from cellfast.benchmark.reference.ours import Implementation as Ours
+from cellfast.benchmark.reference.parts import Settings, measure_agreement, ratios, summary
+from cellfast.benchmark.reference.quality import score_features
+from cellfast.benchmark.reference.report import markdown, targets
+from cellfast.benchmark.reference.scaling import line_through, repeated_cells
+from cellfast.benchmark.reference.sides import cellfast_side, other_side
+from cellfast.cli import cellfast
+from cellfast.errors import CellfastError
+from cellfast.model_file import load_model
+from cellfast.models import INPUT_TRANSFORMS, ModelConfig, build_model
+from cellfast.ops import ntxent_loss
+from cellfast.screens import PlateWriter, Screen
+from cellfast.screens.crop_writer import plate_file_name
+from cellfast.training import config as training_config
+from cellfast.training.config import resolve_config
+from cellfast.training.loop import train
+
+MEAN, STD = np.array((0.7469, 0.7403, 0.7307)), np.array((0.1548, 0.1594, 0.1706))
+SIZE = 30
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    """Two plates of 20 cells, 8 bit, all values from 0 to 255."""
+    folder = tmp_path_factory.mktemp("screen")
+    rng = np.random.default_rng(0)
+    for plate in ("Week1_1", "Week2_1"):
+        path = folder / "plates" / plate_file_name(plate)
+        with PlateWriter(
+            path, plate=plate, batch=plate[:5], channel_names=("DNA", "Tubulin", "Actin"), crop_size=34, dtype=np.uint8,
+            capacity=20, border="pad",
+        ) as writer:  # fmt: skip
+            for number, compound in enumerate(("DMSO", "a", "b", "c")):
+                writer.append_field(
+                    rng.integers(0, 256, (5, 3, 34, 34), dtype=np.uint8), well=f"B{number + 2:02d}", site=1, compound=compound,
+                    concentration=float(number), moa=compound.upper(), object_number=np.arange(5), center_y=np.zeros(5),
+                    center_x=np.zeros(5), padded=np.zeros(5, bool),
+                )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cells(screen, tmp_path_factory):
+    return prepare_cells(screen, tmp_path_factory.mktemp("cells"), size=SIZE)
+
+
+def reference_input(pixels: np.ndarray) -> np.ndarray:
+    """8-bit pixels [..., C, s, s] as the reference's encoder sees them: wrapped, scaled, normalised."""
+    return (((256 - pixels.astype(int)) % 256) / 255 - MEAN[:, None, None]) / STD[:, None, None]
+
+
+# What the reference does to its input
+
+
+def test_the_input_transform_wraps_every_8_bit_value_as_the_reference_does():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(3, axis=1)
+    model = build_model(ModelConfig("cnn4", input_transform="perakis2021"), seed=0)
+    seen = model.input_transform(torch.from_numpy(pixels).float() / 255)
+    np.testing.assert_allclose(seen.numpy(), reference_input(pixels), atol=2e-6)
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(model.encode(x), model.encoder(model.input_transform(x)))
+
+
+def test_views_of_the_inverted_image_reach_the_encoder_inverted_once():
+    pixels = torch.randint(0, 256, (4, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    low, high = torch.zeros(3), torch.full((3,), 255.0)
+    model = build_model(ModelConfig("cnn4", input_transform="perakis2021"), seed=0)
+    still = TwoViews(AugmentConfig.preset("none", inverted=True), 3, 24, 16)(pixels, low, high, seed=0)
+    expected = reference_input(pixels.numpy()[:, :, 4:20, 4:20])
+    for views in (still[:4], still[4:], center_crop(pixels, low, high, 16)):
+        np.testing.assert_allclose(model.input_transform(views).numpy(), expected, atol=2e-5)
+    # Brightness multiplies the inverted image and is clamped at its white.
+    bright = TwoViews(AugmentConfig.preset("none", inverted=True, jitter_p=1.0, contrast=0.0, brightness=0.5), 3, 24, 16)
+    gain = bright.draw(4, 7).gain.numpy()[:, :, None, None]
+    inverse = (256 - pixels.numpy()[:, :, 4:20, 4:20].astype(int)) % 256 / 255
+    expected = (np.clip(gain * np.concatenate([inverse] * 2), 0, 1) - MEAN[:, None, None]) / STD[:, None, None]
+    np.testing.assert_allclose(model.input_transform(bright(pixels, low, high, seed=7)).numpy(), expected, atol=2e-5)
+
+
+def test_a_model_without_input_transform_is_described_as_before_it_existed():
+    assert "input_transform" not in ModelConfig().to_dict()
+    assert ModelConfig.from_dict(ModelConfig(input_transform="perakis2021").to_dict()).input_transform == "perakis2021"
+    assert training_config.INPUT_TRANSFORMS == INPUT_TRANSFORMS
+    with pytest.raises(CellfastError, match="input_transform 'invert'"):
+        ModelConfig(input_transform="invert")
+
+
+def test_the_recipe_trains_on_raw_8_bit_pixels_and_its_model_file_embeds_them_inverted(screen, tmp_path):
+    config = resolve_config(
+        "perakis2021",
+        overrides={
+            "encoder": "cnn4",
+            "batch_size": 8,
+            "output_size": 24,
+            "steps": 2,
+            "validation": "none",
+            "threads": 1,
+            "device": "cpu",
+        },
+    )
+    assert (config.input_transform, config.augment["inverted"], config.batch_norm, config.lr) == (
+        "perakis2021",
+        True,
+        "per-view",
+        3e-4,
+    )
+    train(screen, tmp_path / "run", config, say=lambda text: None)
+    model = load_model(tmp_path / "run", "cpu")
+    assert (model.metadata.scaling, model.low.tolist(), model.high.tolist()) == ("screen", [0] * 3, [255] * 3)
+    crops = torch.from_numpy(np.array(Screen.open(screen).plates[0].crops()[:4]))
+    seen = model.model.input_transform(center_crop(crops, model.low, model.high, 24))
+    np.testing.assert_allclose(seen.numpy(), reference_input(crops.numpy()[:, :, 5:29, 5:29]), atol=2e-5)
+
+
+# Number by number
+
+
+def agreement_job(cells, tmp_path, **more):
+    return {**cells.job(), "encoder": "resnet18", "batch_size": 8, "dim": 32, "workers": 0, "steps": 3, "weights": str(tmp_path / "w.pt"),
+            "inputs": str(tmp_path / "i.npy"), **more}  # fmt: skip
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_training_steps_equal_a_plain_implementation_from_the_same_weights_and_crops(cells, tmp_path, monkeypatch, double):
+    monkeypatch.setitem(training_config.RECIPES["perakis2021"], "projection_dim", 32)
+    job = agreement_job(cells, tmp_path, double=double)
+    plain = Baseline(job).agree()
+    ours = Ours(job).agree()
+    assert ours["largest_input_difference"] < 2e-6
+    assert len(set(np.round(plain["losses"], 6))) == 3  # the weights moved
+    assert ours["losses"][0] == pytest.approx(plain["losses"][0], abs=1e-5)
+    if double:
+        np.testing.assert_allclose(ours["losses"], plain["losses"], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(ours["features"], plain["features"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_training_steps_equal_the_reference_implementation(cells):
+    folder = os.environ.get("CELLFAST_REFERENCE_DIR")
+    if not folder:
+        pytest.skip(
+            "needs a checkout of the reference implementation: set CELLFAST_REFERENCE_DIR, and CELLFAST_REFERENCE_PYTHON to a Python it runs in"
+        )
+    other = other_side(folder, os.environ.get("CELLFAST_REFERENCE_PYTHON"))
+    found = measure_agreement(cellfast_side(), other, cells, Settings(threads=1), batch_size=8, steps=3)
+    assert found["float32"]["largest_input_difference"] < 2e-6
+    assert found["float32"]["first_loss_difference"] < 1e-5
+    assert found["float64"]["largest_loss_difference"] < 1e-9
+    assert found["float64"]["largest_feature_difference"] < 1e-9
+
+
+def test_the_baseline_loss_is_the_operator_s():
+    z = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(nt_xent(z[:6], z[6:]), ntxent_loss(z, 0.1))
+
+
+def test_scores_equal_the_plain_steps():
+    features, metadata = simulated_features(2500, 24)
+    assert metadata["moa"].nunique() == 13
+    assert metadata[metadata["compound"] != "DMSO"].groupby(["compound", "concentration"]).ngroups == 103
+    assert Ours({}).score(features, metadata) == pytest.approx(plain_scores(features, metadata), abs=1e-12)
+
+
+# The cells of both sides
+
+
+def test_strips_and_crop_store_hold_the_same_cells_in_the_same_order(screen, cells):
+    from PIL import Image
+
+    source, made = Screen.open(screen), Screen.open(cells.screen)
+    index, metadata = pd.read_csv(cells.index), pd.read_csv(cells.metadata)
+    low, high = (v[:, None, None] for v in source.channel_scaling())
+    assert made.num_cells == source.num_cells == len(index) == cells.num_cells == 40
+    pixels = np.concatenate([plate.crops() for plate in made.plates])
+    originals = np.concatenate([plate.crops() for plate in source.plates])[:, :, 2:32, 2:32]
+    for row, (name, label) in enumerate(zip(index["Image_Name"], index["Class_Name"])):
+        strip = np.asarray(Image.open(cells.strips / name))
+        np.testing.assert_array_equal(np.stack(np.split(strip, 3, axis=1)), pixels[row])
+        number = int(name.rpartition("_")[2].removesuffix(".png"))
+        scaled = (np.clip((originals[number] - low) / (high - low), 0, 1) * 255).round()
+        assert np.abs(scaled - pixels[row]).max() <= 1  # float32 rounding at a half
+        one = source.metadata().iloc[number]
+        assert name.startswith(f"{one['Metadata_Plate']}-{one['Metadata_Well']}-s1_")
+        assert label == f"{one['Metadata_Compound']}_{one['Metadata_Concentration']}"
+        assert metadata["moa"][row] == one["Metadata_MoA"]
+        assert metadata["Metadata_Well"][row] == one["Metadata_Well"]
+
+
+def test_cells_can_be_enlarged_chosen_and_repeated(screen, cells, tmp_path):
+    larger = prepare_cells(screen, tmp_path / "a", size=50, num_cells=10)
+    assert Screen.open(larger.screen).crop_size == 50
+    assert larger.num_cells == 10
+    (tmp_path / "b").mkdir()
+    many = repeated_cells(cells, 90, tmp_path / "b")
+    assert Screen.open(many.screen).num_cells == len(pd.read_csv(many.index)) == 90
+    with pytest.raises(CellfastError, match="50 cells were asked for, it has 40"):
+        prepare_cells(screen, tmp_path / "c", size=SIZE, num_cells=50)
+
+
+def test_cells_of_other_than_three_channels_are_refused(tmp_path):
+    with PlateWriter(
+        tmp_path / "plates" / "P.h5",
+        plate="P",
+        batch="P",
+        channel_names=("a",),
+        crop_size=8,
+        dtype=np.uint8,
+        capacity=1,
+        border="pad",
+    ) as writer:
+        writer.append_field(
+            np.zeros((1, 1, 8, 8), np.uint8), well="A01", site=1, compound="a", concentration=1.0, moa="A", object_number=np.zeros(1, int),
+            center_y=np.zeros(1), center_x=np.zeros(1), padded=np.zeros(1, bool),
+        )  # fmt: skip
+    with pytest.raises(CellfastError, match="takes crops of 3 channels, found 1"):
+        prepare_cells(tmp_path, tmp_path / "cells", size=8)
+
+
+# What is reported
+
+
+def test_retrieval_counts_neighbours_of_other_wells_only():
+    # Two wells of treatment a, whose cells lie together, and two of b, each nearest to its own well and then to an a.
+    features = np.array([[1, 0], [1, 0.01], [0, 1], [0.9, 0.8]], np.float32).repeat(2, axis=0)
+    metadata = pd.DataFrame(
+        {"Metadata_Plate": "Week1_1", "Metadata_Well": np.repeat(["A01", "A02", "A03", "A04"], 2),
+         "compound": np.repeat(["a", "b"], 4), "concentration": 1.0, "moa": np.repeat(["A", "B"], 4), "Replicate": 1}
+    )  # fmt: skip
+    from cellfast.benchmark.reference.quality import _retrieval
+
+    found = _retrieval(features, metadata)
+    assert found["retrieval_queries"] == 8
+    assert found["retrieval"] == pytest.approx(6 / 8)  # A04's cells are nearer to A02 than to A03
+    assert found["retrieval_chance"] == pytest.approx(2 / 6)
+
+
+def test_features_of_both_sides_are_scored_alike():
+    features, metadata = simulated_features(1200, 16)
+    found = score_features(features, metadata)
+    assert (
+        found["nsc"]["num_evaluated"] == metadata[metadata["compound"] != "DMSO"].groupby(["compound", "concentration"]).ngroups
+    )
+    assert 0 <= found["nsc"]["interval_95"][0] <= found["nsc"]["accuracy"] <= found["nsc"]["interval_95"][1] <= 1
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_straight_line_extrapolates_and_never_falls():
+    assert line_through([(1000, 2.0), (10_000, 11.0)], 100_000) == pytest.approx(101.0)
+    assert line_through([(1000, 2.0)], 10_000) == pytest.approx(20.0)
+    assert line_through([(1000, 2.0), (10_000, 1.0)], 100_000) == 1.0
+
+
+def side(seconds, cells=100, peak=3e9):
+    return summary({"seconds": seconds, "cells": cells, "peak_bytes": peak, "imported_bytes": 1e9, "versions": {}})
+
+
+def document(**sections):
+    system = {"cpu": {"name": "a CPU", "cores": 2}, "memory_bytes": 2**34, "cellfast": "0", "packages": {"torch": "2"}, "gpus": [], "python": "3",
+              "bfloat16_native": False}  # fmt: skip
+    result = {"subject": "reference", "other": {"name": "baseline", "commit": ""}, "settings": Settings().__dict__, **sections}
+    return {"subject": "reference", "quick": False, "environment": {"system": system, "commit": "abc"}, "result": result}
+
+
+def test_ratios_are_per_cell_and_targets_say_what_was_missed():
+    ours, theirs = side([1.0, 2.0, 3.0], cells=100), side([8.0], cells=200, peak=5e9)
+    assert (ours["median_seconds"], ours["spread"], ours["cells_per_second"]) == (2.0, 1.0, 50.0)
+    assert ratios(ours, theirs) == pytest.approx({"times_faster": 2.0, "memory_ratio": 0.6, "growth_ratio": 0.5})
+    entry = {"what": "x", "cellfast": ours, "baseline": theirs, **ratios(ours, theirs)}
+    whole = document(cells={"number": 5, "size": 96, "origin": "o"}, parts={"step": entry, "loss": entry})
+    met = {row["what"]: row["met"] for row in targets(whole["result"])}
+    assert met == {"training step, float32": True, "NT-Xent": False, "peak memory of a training step": False}
+    text = markdown(whole)
+    assert "no checkout of the reference was given" in text
+    assert "| NT-Xent | >= 200 | 2.00 | missed |" in text
+
+
+def test_running_out_of_memory_and_extrapolation_are_said():
+    rows = [{"minibatch": 64, "median_seconds": 1.0, "growth_bytes": 2**20, "allowed_bytes": 2**30}]
+    stops = [*rows, {"minibatch": 128, "out_of_memory": "no", "allowed_bytes": 2**30}]
+    by_cells = [{"cells": 10, "seconds": 1.0, "growth_bytes": 1.0, "extrapolated": False},
+                {"cells": 1000, "seconds": 100.0, "growth_bytes": 100.0, "extrapolated": True}]  # fmt: skip
+    cores = [{"threads": 1, "seconds": 1.0, "cells_per_second": 5.0}]
+    text = markdown(document(scaling={
+        "cells": {"load": {"cellfast": by_cells}}, "minibatch": {"loss": {"cellfast": rows, "baseline": stops}},
+        "cores": {"step": {"cellfast": cores}},
+    }))  # fmt: skip
+    assert "| 1,000 | ~100 s (~0 MiB) |" in text
+    assert "| 10 | 1 s (0 MiB) |" in text
+    assert "out of memory at 1.0 GiB" in text
+
+
+# A side's process
+
+
+def test_a_side_that_runs_out_of_memory_is_a_result_and_one_that_fails_an_error(cells):
+    baseline = other_side(None, None)
+    job = {**cells.job(), "repeats": 1, "dim": 4, "workers": 0}
+    found = baseline.run("loss", threads=1, batch_size=20_000, allowed_bytes=2**31, **job)
+    assert "out_of_memory" in summary(found)
+    with pytest.raises(CellfastError, match=r"(?s)baseline: 'load' failed with status 1.*index\.csv"):
+        baseline.run("load", threads=1, batch_size=8, **{**job, "index": "/nowhere/index.csv"})
+
+
+def test_mistakes_are_told_before_anything_runs(tmp_path):
+    with pytest.raises(CellfastError, match=r"expected a checkout of .*found none"):
+        other_side(tmp_path, None)
+    with pytest.raises(CellfastError, match="--reference-python belongs to --reference-dir"):
+        other_side(None, "python3")
+    with pytest.raises(CellfastError, match="odd kernel"):
+        check_reference_size(64)
+    check_reference_size(96)
+    run = CliRunner().invoke(cellfast, ["benchmark", "reference", "--out", "x.txt"])
+    assert run.exit_code == 2
+    assert ".json" in run.output
+
+
+def test_benchmark_lists_what_can_be_measured():
+    from cellfast.benchmark import SUBJECTS
+
+    run = CliRunner().invoke(cellfast, ["benchmark"])
+    assert run.exit_code == 0
+    assert {"ntxent", "loader", "augment", "train", "evaluate", "reference"} <= set(SUBJECTS)
+    assert all(name in run.output for name in SUBJECTS)
+
+
+# README
+
+
+def test_readme_agrees_with_the_results():
+    from cellfast.benchmark.readme import with_figures
+
+    root = Path(__file__).resolve().parent.parent
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert with_figures(text, root / "benchmarks" / "results") == text, "run `make figures`"
+
+
+def test_results_added_or_changed_change_the_figures(tmp_path):
+    from cellfast.benchmark.readme import BEGIN, END, figures, main, read_results, with_figures
+
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    train_result = {"encoder": "resnet18", "batch_size": 8, "output_size": 96, "amp": False, "threads": 2, "fraction": 0.5,
+                    "cells_per_second": {"full": 1234.0, "bare": 2468.0}}  # fmt: skip
+    one = {**document(), "subject": "train", "result": train_result}
+    (results / "train.json").write_text(json.dumps(one))
+    assert "| 1,234 | the bare encoder's forward and backward 2,468: fraction 0.50 | `cellfast benchmark train` |" in figures(
+        results
+    )
+    other = {**document(), "subject": "colour", "result": {"figures": [{"what": "w", "cellfast": "c", "beside": "b"}]}}
+    other["environment"]["system"]["cpu"]["name"] = "another CPU"
+    (results / "colour.json").write_text(json.dumps(other))
+    assert "| w (a) | c | b | `python benchmarks/bench_colour.py` |" in figures(results)
+    assert "(a) measured on another CPU" in figures(results)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert main(["--check"], tmp_path) == 1
+    assert main([], tmp_path) == 0
+    assert main(["--check"], tmp_path) == 0
+    assert readme.read_text().startswith(f"before\n{BEGIN}\n| what |")
+    with pytest.raises(CellfastError, match="once each"):
+        with_figures("no marks", results)
+    (results / "train.json").write_text(json.dumps({**one, "quick": True}))
+    with pytest.raises(CellfastError, match="--quick"):
+        read_results(results)
