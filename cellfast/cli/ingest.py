@@ -83,7 +83,7 @@ def ingest_fields_command(
 ) -> None:
     """Cut the cells of the fields listed in IMAGE_CSV (BBBC021's image CSV or CellProfiler's load_data) into crops.
 
-    Cells come out one row each, in the order of the table; what was dropped, and why, stands in the ledger (-o/ledger.json).
+    Cells come out one row each, by plate, well and site whatever the order of the table; what was dropped, and why, stands in the ledger (-o/ledger.json).
     """
     from cellfast.screens.illumination import Illumination
     from cellfast.screens.image_table import image_table_from_pattern, read_image_table
