@@ -105,6 +105,9 @@ class PlateOutput:
             return None
         return Finished(ledger, note["quarantined"], note["files"])
 
+    def clear(self, plan: PlatePlan) -> None:
+        """Remove what a killed run left of a plate that is about to be made."""
+
     def collate(self, plans: list[PlatePlan]) -> None:
         """Write what is made of all plates together."""
 
@@ -153,6 +156,11 @@ class GalleryOutput(PlateOutput):
 
     def sealing_file(self, plan: PlatePlan) -> str:
         return f"{self.folder('profiles', plan)}/{plan.file_stem}.parquet"
+
+    def clear(self, plan: PlatePlan) -> None:
+        # Sites of an earlier attempt would stay where this one finds no cells.
+        for kind in ("profiles", "embeddings"):
+            self.place.remove(self.folder(kind, plan))
 
     def note(self, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
         origin, note, _ = parquet_note(self.place, name)

@@ -272,6 +272,7 @@ class _Stager:
         if self.batch is None:
             slot = self.pipeline._free.get()
             if slot is None or self.pipeline.stop.is_set():
+                self.pipeline._free.put(None)  # whoever asks next is told too
                 return False
             if slot.copied is not None:
                 slot.copied.synchronize()  # the pinned buffer is still being read by its last copy

@@ -77,11 +77,12 @@ class Place:
                 yield local
                 self._fs.put_file(str(local), self._key(name))
         except OSError as error:
-            if error.errno in FULL:
+            # HDF5 tells the reason in its text only.
+            if error.errno in FULL or any(os.strerror(number) in str(error) for number in FULL):
                 where = tempfile.gettempdir() if self.remote else self._root
                 free = shutil.disk_usage(where if os.path.isdir(where) else ".").free
                 raise CellfastError(
-                    f"no space left for {self.path(name)} ({os.strerror(error.errno)}; {free / 2**20:,.0f} MiB free at {where}). "
+                    f"no space left to write {self.path(name)} ({free / 2**20:,.0f} MiB free at {where}; a quota or limit may be lower). "
                     "Nothing is half written: make room and run the same command again, it goes on where it stopped"
                 ) from error
             raise
@@ -124,3 +125,10 @@ class Place:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+    def remove_partial_files(self, folder: str, *, deep: bool) -> None:
+        """Remove what killed runs left half written in ``folder`` (``deep``: below it too); the caller holds the output's lock."""
+        if not self.remote:
+            path = Path(self._root) / folder
+            for partial in (path.rglob if deep else path.glob)(".*.partial*"):
+                partial.unlink(missing_ok=True)

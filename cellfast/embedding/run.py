@@ -139,11 +139,15 @@ class _Run:
     def look_around(self) -> tuple[list[tuple[PlatePlan, list[Part]]], dict[str, list[Finished]]]:
         """What is left to do, plate by plate, and what is finished."""
         todo, kept = [], {}
+        self.place.remove_partial_files("", deep=False)
+        self.place.remove_partial_files(".embed", deep=True)
         for plan in self.source.plans:
             finished = [] if self.options.force else [output.finished(plan) for output in self.outputs]
             if finished and all(self._is_enough(one) for one in finished):
                 kept[plan.plate] = finished
                 continue
+            for output in self.outputs:
+                output.clear(plan)
             there = set()
             if self.options.force:
                 self.parts.discard(plan)
