@@ -112,7 +112,7 @@ class FieldReader:
             return self.locations.locate(field, planes or FieldPlanes(self, field))
         except (ImageError, LocationError):
             raise
-        except CellfastError as error:
+        except (CellfastError, OSError) as error:
             raise LocationError(str(error), "locations not usable") from error
 
     def read(self, field: Field, found: Locations, planes: FieldPlanes | None = None) -> FieldCells:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlparse
 import pandas as pd
 
 from cellfast.errors import CellfastError
+from cellfast.screens.remote import exists, file_system, is_url, read_bytes
 from cellfast.screens.wells import normalise_well
 
 
@@ -41,15 +43,22 @@ class ImageTable:
 
 
 def read_table(path: str | os.PathLike[str], what: str) -> pd.DataFrame:
-    """Read a CSV (.gz too) as text, or parquet; headers stripped of blanks. Raises `CellfastError` naming the file."""
-    path = Path(path)
-    if not path.is_file():
+    """Read a CSV (.gz too) as text, or parquet, from a file or an fsspec URL; headers stripped of blanks.
+
+    Raises:
+        CellfastError: no such file, or not such a table.
+    """
+    if not exists(path):
         raise CellfastError(f"{path}: no such file; expected {what}")
     try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
+        content = io.BytesIO(read_bytes(str(path))) if is_url(path) else path
+        if str(path).endswith(".parquet"):
+            table = pd.read_parquet(content)
         else:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True)
+            packed = "gzip" if str(path).endswith(".gz") else "infer"
+            table = pd.read_csv(
+                content, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, compression=packed
+            )
     except Exception as error:
         raise CellfastError(f"{path}: cannot be read as {what} ({str(error)[:200]})") from error
     table.columns = [str(name).strip().strip('"') for name in table.columns]
@@ -99,7 +108,7 @@ def read_image_table(
 
     Args:
         path: CSV or CSV.gz with ``[Image_]FileName_<channel>`` and ``[Image_]PathName_<channel>``, or ``URL_[Orig]<channel>``.
-        image_root: folder that relative paths start from; absolute paths that do not exist here are looked up under it.
+        image_root: folder (or fsspec URL) that relative paths start from; absolute paths that do not exist here are looked up under it.
         channels: channels to take, in this order; None: all, in the table's order.
         plate: plate name for tables without one.
 
@@ -122,7 +131,7 @@ def read_image_table(
         notes.append("the table has no wells: all fields are taken to be of well A01")
     number_column = find_column(table, ("ImageNumber", "Metadata_ImageNumber", "Image_ImageNumber"))
     treatment = [find_column(table, c) for c in (COMPOUND, CONCENTRATION, MOA)]
-    finder = _FileFinder(root)
+    finder = _RemoteFinder(root) if isinstance(root, str) else _FileFinder(root)
     fields = []
     for position, row in enumerate(table.to_dict("records")):
         files = tuple(finder.find(*_file_of(row, table, name)) for name in names)
@@ -169,8 +178,7 @@ def image_table_from_pattern(
         raise CellfastError("--pattern has no group (?P<plate>…): name the plate with --plate")
     found: dict[tuple[str, str, int], dict[str, str]] = {}
     unmatched = []
-    for file in sorted(p for p in root.rglob("*") if p.is_file()):
-        name = file.relative_to(root).as_posix()
+    for name, file in _files_under(root):
         match = regex.search(name)
         if match is None:
             unmatched.append(name)
@@ -199,7 +207,21 @@ def image_table_from_pattern(
     return ImageTable(tuple(names), tuple(fields), tuple(notes))
 
 
-def _root(image_root: str | os.PathLike[str]) -> Path:
+def _files_under(root: Path | str) -> list[tuple[str, str]]:
+    """(path relative to the root with ``/``, path or URL) of all files, sorted."""
+    if isinstance(root, Path):
+        return [(p.relative_to(root).as_posix(), str(p)) for p in sorted(root.rglob("*")) if p.is_file()]
+    fs, key = file_system(root)
+    names = [str(found)[len(key) :].lstrip("/") for found in fs.find(key)]
+    return [(name, f"{root}/{name}") for name in sorted(names)]
+
+
+def _root(image_root: str | os.PathLike[str]) -> Path | str:
+    if is_url(image_root):
+        fs, key = file_system(str(image_root).rstrip("/"))
+        if not fs.isdir(key):
+            raise CellfastError(f"--image-root {image_root}: no such folder")
+        return str(image_root).rstrip("/")
     root = Path(image_root)
     if not root.is_dir():
         raise CellfastError(f"--image-root {root}: no such folder")
@@ -250,8 +272,9 @@ def _file_of(row: dict, table: pd.DataFrame, channel: str) -> tuple[str, str]:
     url = str(row[find_column(table, (f"URL_{channel}", f"URL_Orig{channel}"))]).strip()
     if not url:
         return "", ""
-    path = unquote(urlparse(url).path) if "://" in url or url.startswith("file:") else url
-    folder, _, name = path.rpartition("/")
+    if url.startswith("file:"):
+        url = unquote(urlparse(url).path)
+    folder, _, name = url.rpartition("/")
     return folder, name
 
 
@@ -266,6 +289,8 @@ class _FileFinder:
         """Absolute path; the most likely one where the file is nowhere."""
         if not name:
             return ""
+        if is_url(folder):
+            folder, name = unquote(urlparse(folder).path), unquote(name)
         if folder not in self._folders:
             self._folders[folder] = self._place(folder, name)
         path = self._folders[folder] / name
@@ -284,6 +309,35 @@ class _FileFinder:
             if len(candidates) > 1 and candidates[0].is_absolute() and candidates[0] == Path(folder)
             else candidates[0],
         )
+
+
+class _RemoteFinder:
+    """As `_FileFinder`, under a URL: the table's own URL first, then more or less of its folders under the root."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._listed: dict[str, set[str]] = {}
+
+    def find(self, folder: str, name: str) -> str:
+        """URL; the most likely one where the file is nowhere."""
+        if not name:
+            return ""
+        path = urlparse(folder).path if is_url(folder) else folder
+        parts = [p for p in PureWindowsPath(path).parts if p not in ("\\", "/")]
+        candidates = ["/".join([self.root, *parts[k:]]) for k in range(len(parts) + 1)]
+        if is_url(folder):
+            candidates.insert(0, folder)
+        found = next((c for c in candidates if name in self._names(c)), candidates[0])
+        return f"{found}/{name}"
+
+    def _names(self, folder: str) -> set[str]:
+        if folder not in self._listed:
+            try:
+                fs, key = file_system(folder)
+                self._listed[folder] = {str(one).rsplit("/", 1)[-1] for one in fs.ls(key, detail=False)}
+            except (OSError, CellfastError):  # not there, not ours to read, or a protocol that is not installed
+                self._listed[folder] = set()
+        return self._listed[folder]
 
 
 def _join_row_column(row: str, column: str) -> str:

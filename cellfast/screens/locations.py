@@ -14,6 +14,7 @@ import pandas as pd
 from cellfast.errors import CellfastError
 from cellfast.screens.detect import DEFAULT_DIAMETER_PX, centroids_of_labels, detect_nuclei
 from cellfast.screens.image_table import COLUMN, PLATE, ROW, SITE, WELL, Field, ImageTable, find_column, read_table
+from cellfast.screens.remote import exists, is_url, read_bytes
 from cellfast.screens.wells import normalise_well
 
 # CellProfiler's and DeepProfiler's names; CellProfiler counts pixel centres from 0.
@@ -92,6 +93,9 @@ def open_locations(
         return DetectedLocations(
             table.channel_names.index(channel), channel, (detect_options or {}).get("diameter_px", DEFAULT_DIAMETER_PX)
         )
+    if is_url(spec):
+        # Listing a bucket for masks would take longer than it is worth: a URL is a table, or a folder of centroid CSVs.
+        return TableLocations.read(spec) if exists(spec) else FolderLocations(spec.rstrip("/"))
     path = Path(spec)
     if path.is_file():
         return TableLocations.read(path)
@@ -136,8 +140,11 @@ def _locations_of(table: pd.DataFrame, what: str) -> Locations:
     )
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: Path | str) -> str:
     content = hashlib.sha256()
+    if is_url(path):
+        content.update(read_bytes(str(path)))
+        return content.hexdigest()[:16]
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):
             content.update(block)
@@ -153,7 +160,7 @@ class TableLocations:
     by_place: dict[tuple[str, str, int], Locations]
 
     @classmethod
-    def read(cls, path: Path) -> TableLocations:
+    def read(cls, path: Path | str) -> TableLocations:
         """Read the table and group it by field.
 
         Raises:
@@ -162,7 +169,7 @@ class TableLocations:
         table = read_table(path, "a table of locations")
         plate, well, site, image = (find_column(table, names) for names in (PLATE, WELL, SITE, IMAGE))
         row, column = find_column(table, ROW), find_column(table, COLUMN)
-        description = f"table {path.name}, sha256 {_file_digest(path)}"
+        description = f"table {str(path).rsplit('/', 1)[-1]}, sha256 {_file_digest(path)}"
         if well is None and row and column:
             table["Metadata_Well"] = table[row].astype(str) + table[column].astype(str)
             well = "Metadata_Well"
@@ -200,11 +207,11 @@ class TableLocations:
 class FolderLocations:
     """DeepProfiler's layout: ``<plate>/<well>-<site>-Nuclei.csv``."""
 
-    folder: Path
+    folder: Path | str
 
     @property
     def description(self) -> str:
-        return f"centroid CSVs in {self.folder.name}"
+        return f"centroid CSVs in {str(self.folder).rsplit('/', 1)[-1]}"
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
         """The rows of the field's file."""
@@ -217,10 +224,10 @@ class FolderLocations:
         )
         names = [f"{well}-{field.site}-Nuclei.csv" for well in wells] + [f"{well}-{field.site}.csv" for well in wells]
         for name in names:
-            path = self.folder / field.plate / name
-            if path.is_file():
-                return _locations_of(read_table(path, "a centroid CSV"), str(path))
-        raise LocationError(f"{self.folder / field.plate / names[0]}: no such file", "no locations")
+            path = f"{self.folder}/{field.plate}/{name}"
+            if exists(path):
+                return _locations_of(read_table(path, "a centroid CSV"), path)
+        raise LocationError(f"{self.folder}/{field.plate}/{names[0]}: no such file", "no locations")
 
 
 @dataclass

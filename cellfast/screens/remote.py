@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from cellfast.errors import CellfastError
@@ -35,6 +36,14 @@ def file_system(url: str) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise CellfastError(f"{url}: {error}") from error
+
+
+def exists(path: object) -> bool:
+    """Whether there is a file at a path or URL."""
+    if not is_url(path):
+        return Path(str(path)).is_file()
+    fs, key = file_system(str(path))
+    return bool(fs.isfile(key))
 
 
 def read_bytes(url: str) -> bytes:
