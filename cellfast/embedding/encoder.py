@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.fx.experimental.optimization import fuse
 
 from cellfast.augment import center_crop
 from cellfast.embedding.options import FEATURES, ROTATIONS
@@ -43,6 +44,8 @@ class CropEncoder:
         self.loaded, self.features, self.device, self.amp, self.tta = model, features, device, amp, tta
         self.network: SimCLR = model.model.to(device=device, memory_format=torch.channels_last).eval()
         self.num_features = self.network.num_features if features == "h" else self.network.config.projection_dim
+        # Batch normalisation folded into the convolutions: the same function to rounding, a pass over each activation less.
+        self.folded = fuse(self.network.encoder).to(memory_format=torch.channels_last)
         self.compiled = compile
         self._run: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(self._features, dynamic=False) if compile else self._features
@@ -117,7 +120,8 @@ class CropEncoder:
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            return self.network.encode(x) if self.features == "h" else self.network(x)[1]
+            h = self.folded(x)
+            return h if self.features == "h" else self.network.projection(h)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

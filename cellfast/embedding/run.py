@@ -173,7 +173,8 @@ class _Run:
         total_fields = sum(part.stop - part.start for part in parts) if not known else self.source.num_fields
         self._assembly = ThreadPoolExecutor(1, "cellfast-assemble")
         self._assembled: list[Future[None]] = []
-        with EmbedProgress(total_fields, total_cells, self.clock, enabled=self.show and bool(parts)) as progress:
+        shown = self.show and bool(parts)
+        with EmbedProgress(total_fields, total_cells, self.clock, enabled=shown, share=self.work.share) as progress:
             kept = len(self.source.plans) - len(todo)
             if self.work.rank == 0 and kept:
                 progress.message(f"embed: {kept} of {len(self.source.plans)} plates were embedded before and are kept")

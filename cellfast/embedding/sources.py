@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -120,14 +119,19 @@ class CellSource(Protocol):
         ...
 
 
-def cut_into_parts(plate: str, wells: Sequence[str], most: int) -> tuple[Part, ...]:
-    """Parts of about ``most`` units that end where a well ends; a well longer than twice that is cut."""
-    parts, start = [], 0
-    for stop in range(1, len(wells) + 1):
-        ends = stop == len(wells) or wells[stop] != wells[stop - 1]
-        if stop == len(wells) or (ends and stop - start >= most) or stop - start >= 2 * most:
-            parts.append(Part(plate, start, stop))
-            start = stop
+def cut_into_parts(plate: str, wells: Sequence[Any] | np.ndarray, most: int) -> tuple[Part, ...]:
+    """Parts of about ``most`` units that end where a well ends; a well longer than twice that is cut. ``wells``: of each unit."""
+    wells = np.asarray(wells)
+    parts: list[Part] = []
+    start = 0
+    ends = [*(np.flatnonzero(wells[1:] != wells[:-1]) + 1).tolist(), len(wells)] if len(wells) else []
+    for end in ends:
+        while end - start > 2 * most:
+            parts.append(Part(plate, start, start + 2 * most))
+            start += 2 * most
+        if end - start >= most or (end == len(wells) and end > start):
+            parts.append(Part(plate, start, end))
+            start = end
     return tuple(parts)
 
 
@@ -150,14 +154,15 @@ class StoreSource:
         most = int(np.clip(screen.num_cells // 64, 256, MOST_ROWS_PER_PART))
         self.plans = []
         for store in screen.plates:
-            wells = store.metadata()["Metadata_Well"].tolist()
+            names = store.wells()["name"].tolist()
+            codes = store.well_of_cell
             self.plans.append(
                 PlatePlan(
                     store.plate,
                     store.batch,
                     store.num_cells,
-                    tuple(dict.fromkeys(wells)),
-                    cut_into_parts(store.plate, wells, most),
+                    tuple(names),
+                    cut_into_parts(store.plate, codes, most),
                     {"crops": store.crc32, "cells": store.num_cells},
                     store.num_cells,
                 )
@@ -174,27 +179,20 @@ class StoreSource:
         starts = range(part.start, part.stop, ROWS_PER_CHUNK)
         return [(part.plate, start, min(start + ROWS_PER_CHUNK, part.stop)) for start in starts]
 
-    @cached_property
-    def _tables(self) -> dict[str, Any]:
-        return {}
-
     def read(self, unit: tuple[str, int, int]) -> Chunk:
         began = time.perf_counter()
         plate, start, stop = unit
         store = self._stores[plate]
-        table = self._tables.get(plate)
-        if table is None:
-            self._tables.clear()
-            table = self._tables[plate] = (store.metadata(), store.crops())
-        metadata, crops = table
         first = self.crop_size // 2 - self.window // 2
         window = slice(first, first + self.window)
-        pixels = np.array(crops[start:stop, :, window, window])
-        columns = {name: metadata[name].to_numpy()[start:stop] for name in schema.METADATA_COLUMNS}
+        pixels = np.array(store.crops()[start:stop, :, window, window])
+        # One row before the chunk tells whether its first row begins a field.
+        before = max(start - 1, 0)
+        columns = store.metadata_columns(before, stop)
+        site, well = columns["Metadata_Site"], columns["Metadata_Well"]
+        new = int(((site[1:] != site[:-1]) | (well[1:] != well[:-1])).sum()) + (start == 0)
+        columns = {name: values[start - before :] for name, values in columns.items()}
         ledger = PlateLedger(plate, cells_found=stop - start, cells_written=stop - start)
-        site = [metadata[f"Metadata_{name}"].to_numpy() for name in ("Well", "Site")]
-        # A field is counted where its first row is.
-        new = sum(1 for i in range(start, stop) if i == 0 or any(values[i] != values[i - 1] for values in site))
         return Chunk(
             plate,
             stop - start,

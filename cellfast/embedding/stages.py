@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from cellfast.progress import Progress
 
@@ -47,9 +48,25 @@ class StageClock:
 
 
 class EmbedProgress:
-    """The progress line: units done and left over the whole screen, cells/s, fields/s, and the bottleneck."""
+    """The progress line: units done and left over the whole screen, cells/s, fields/s, and the bottleneck.
 
-    def __init__(self, total_fields: int, total_cells: int, clock: StageClock, *, enabled: bool) -> None:
+    Args:
+        total_fields, total_cells: expected; cells 0 where their number is not known beforehand.
+        clock: tells the bottleneck, of this process.
+        enabled: False prints nothing.
+        share: (cells, fields) done here → those done by all processes.
+    """
+
+    def __init__(
+        self,
+        total_fields: int,
+        total_cells: int,
+        clock: StageClock,
+        *,
+        enabled: bool,
+        share: Callable[[int, int], tuple[int, int]] | None = None,
+    ) -> None:
+        self._share = share
         # Cells are counted where their number is known beforehand (crop stores), fields where it is not.
         self.by_cells = total_cells > 0
         self.clock, self.cells, self.fields = clock, 0, 0
@@ -65,9 +82,11 @@ class EmbedProgress:
 
     def advance(self, cells: int, fields: int) -> None:
         """Count cells and fields that are embedded."""
-        self.cells += cells
-        self.fields += fields
-        self.progress.advance(cells if self.by_cells else fields, self.note())
+        if self._share is None:
+            self.cells, self.fields = self.cells + cells, self.fields + fields
+        else:
+            self.cells, self.fields = self._share(cells, fields)
+        self.progress.advance((self.cells if self.by_cells else self.fields) - self.progress.done, self.note())
 
     def note(self) -> str:
         """The rate of the other unit, and the bottleneck."""

@@ -26,6 +26,7 @@ class LocalWork:
     """
 
     rank, world_size = 0, 1
+    share = None
 
     def __init__(self, todo: Sequence[tuple[PlatePlan, list[Part]]]) -> None:
         self._todo = list(todo)
@@ -79,6 +80,10 @@ class SharedWork:
 
     def is_last(self, plate: str) -> bool:
         return self.store.add(f"written/{plate}", 1) == self._count[plate]
+
+    def share(self, cells: int, fields: int) -> tuple[int, int]:
+        """Count what is done here; returns what all processes have done."""
+        return self.store.add("cells", cells), self.store.add("fields", fields)
 
     def plate_done(self) -> None:
         self.store.add("plates", 1)
