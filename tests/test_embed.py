@@ -147,6 +147,16 @@ def test_rows_do_not_depend_on_field_order_minibatch_or_readers(work, tmp_path):
     assert [*dict.fromkeys(tables(tmp_path / "a")["P1"]["Metadata_Well"])] == ["A02", "A10", "B03"]
 
 
+def test_results_that_are_collected_later_are_the_same(work, tmp_path, monkeypatch):
+    from cellfast.embedding.pipeline import Pipeline
+
+    embed("fields", work, tmp_path / "now", "--batch-size", 6)
+    real = Pipeline.run
+    monkeypatch.setattr(Pipeline, "run", lambda self, parts: (setattr(self, "defer", True), real(self, parts)))
+    embed("fields", work, tmp_path / "later", "--batch-size", 6)
+    assert_same(tables(tmp_path / "now"), tables(tmp_path / "later"), rtol=0, atol=0)
+
+
 def test_each_file_is_read_once(work, tmp_path, monkeypatch):
     from cellfast.screens import field_cells
 

@@ -61,9 +61,13 @@ class CropEncoder:
             return torch.tensor(store.scale_low, dtype=torch.float32), torch.tensor(store.scale_high, dtype=torch.float32)
         return self.loaded.low, self.loaded.high
 
-    @torch.inference_mode()
     def __call__(self, crops: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Features float32 [B, F] on the CPU of crops uint8 or uint16 [B, C, S, S]; low, high: [C] or [B, C].
+        """Features float32 [B, F] on the CPU; otherwise as `launch`."""
+        return self.launch(crops, low, high).cpu()
+
+    @torch.inference_mode()
+    def launch(self, crops: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """Features float32 [B, F] on the device, which may still be at work on them, of crops uint8 or uint16 [B, C, S, S]; low, high: [C] or [B, C].
 
         A minibatch that does not fit in memory is halved, and later ones are cut to the size that went through.
 
@@ -71,7 +75,7 @@ class CropEncoder:
             CellfastError: not even one cell fits.
         """
         if len(crops) == 0:
-            return torch.empty(0, self.num_features)
+            return torch.empty(0, self.num_features, device=self.device)
         low, high = low.to(self.device), high.to(self.device)
         done: list[torch.Tensor] = []
         start = 0
@@ -116,7 +120,7 @@ class CropEncoder:
             out = self._run(view.contiguous(memory_format=torch.channels_last)).float()
             total = out if total is None else total.add_(out)
         assert total is not None
-        return (total if self.tta == 1 else total / self.tta)[:count].cpu()
+        return (total if self.tta == 1 else total / self.tta)[:count]
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):

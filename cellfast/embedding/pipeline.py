@@ -152,6 +152,8 @@ class Pipeline:
         self.source, self.encoder, self.batch_size, self.scaling = source, encoder, batch_size, scaling
         self.write, self.workers, self.readers = write, workers, readers
         self.clock, self.progress = clock, progress
+        self.defer = encoder.device.type == "cuda"
+        self._launched: list[tuple[_Minibatch, torch.Tensor | None]] = []
         self.stop = threading.Event()
         self._free: queue.Queue[_Slot | None] = queue.Queue()
         self._ready: queue.Queue[Any] = queue.Queue()
@@ -177,6 +179,8 @@ class Pipeline:
                 self._encode(got)
                 if self._write_error is not None:
                     raise self._write_error
+            while self._launched:
+                self._collect()
         finally:
             self.stop.set()
             self._free.put(None)
@@ -191,19 +195,29 @@ class Pipeline:
         slot, encoder = batch.slot, self.encoder
         cuda = encoder.device.type == "cuda"
         began = time.perf_counter()
+        values = None
         if batch.count:
             if cuda:
                 torch.cuda.current_stream(encoder.device).wait_event(slot.copied)
             low, high = self._scaling_of(batch)
-            values = encoder(slot.crops[: batch.count], low, high).numpy()
+            values = encoder.launch(slot.crops[: batch.count], low, high)
             if cuda:
                 slot.used = torch.cuda.current_stream(encoder.device).record_event()
-            start = 0
-            for work, count in batch.segments:
-                work.values.append(values[start : start + count])
-                start += count
         self._free.put(slot)
+        # A device at work on its own gets the next minibatch before the results of this one are waited for.
+        self._launched.append((batch, values))
+        if len(self._launched) > (1 if self.defer else 0):
+            self._collect()
         self.clock.add("encode", time.perf_counter() - began)
+
+    def _collect(self) -> None:
+        """Take the results of the oldest minibatch under way to the parts its cells belong to."""
+        batch, values = self._launched.pop(0)
+        if values is not None:
+            on_cpu, start = values.cpu().numpy(), 0
+            for work, count in batch.segments:
+                work.values.append(on_cpu[start : start + count])
+                start += count
         self.progress.advance(batch.count, batch.fields)
         for work in batch.ends:
             self._written.put(work)
