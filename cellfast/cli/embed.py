@@ -181,6 +181,8 @@ def embed(
         return  # the first of several processes tells
     click.echo(summary.account.table())
     what = f"{summary.rows:,} wells" if aggregate else f"{summary.rows:,} rows"
+    if summary.plates_kept:
+        click.echo(f"{summary.plates_kept} of {summary.plates} plates were embedded before and are kept")
     click.echo(f"{summary.cells:,} cells = {what} of {summary.num_features} features in {summary.plates} plates, {out}")
     if summary.fields_quarantined:
         click.echo(

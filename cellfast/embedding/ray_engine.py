@@ -58,16 +58,21 @@ def embed_with_ray(
         shared = ray.put({"source": source, "parts": parts, "plans": plan_of, "options": options, "encoder": _recipe(encoder)})
         items = [{"plate": part.plate, "start": part.start, "stop": part.stop} for part in todo]
         data = ray.data.from_items(items, override_num_blocks=len(items))
+        readers = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int(resources.get("CPU", 1))))
+        # Actors that died are started again, and what they had under way is given to others.
+        lasting = {"max_restarts": -1, "max_task_retries": 3}
+        data = data.map_batches(_ReadParts, fn_constructor_args=(shared,), batch_size=1, compute=readers, num_cpus=1, **lasting)
         data = data.map_batches(
-            _ReadParts, fn_constructor_args=(shared,), batch_size=1, num_cpus=1, concurrency=(1, max(1, int(resources.get("CPU", 1)))),
-            max_restarts=-1, max_task_retries=3,
-        )  # fmt: skip
-        data = data.map_batches(
-            _EncodeParts, fn_constructor_args=(shared,), batch_size=1, concurrency=actors, num_gpus=1 if cuda else 0,
-            num_cpus=0 if cuda else 1, max_restarts=-1, max_task_retries=3,
-        )  # fmt: skip
+            _EncodeParts,
+            fn_constructor_args=(shared,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=0 if cuda else 1,
+            num_gpus=1 if cuda else 0,
+            **lasting,
+        )
         done: set[Part] = set()
-        for row in data.iter_rows(prefetch_batches=0):
+        for row in data.iter_rows():
             part = Part(str(row["plate"]), int(row["start"]), int(row["stop"]))
             if row["error"]:
                 raise CellfastError(str(row["error"]))
