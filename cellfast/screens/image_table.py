@@ -131,10 +131,11 @@ def read_image_table(
         notes.append("the table has no wells: all fields are taken to be of well A01")
     number_column = find_column(table, ("ImageNumber", "Metadata_ImageNumber", "Image_ImageNumber"))
     treatment = [find_column(table, c) for c in (COMPOUND, CONCENTRATION, MOA)]
+    columns = [_file_columns(table, name) for name in names]
     finder = _RemoteFinder(root) if isinstance(root, str) else _FileFinder(root)
     fields = []
     for position, row in enumerate(table.to_dict("records")):
-        files = tuple(finder.find(*_file_of(row, table, name)) for name in names)
+        files = tuple(finder.find(*_file_of(row, *file_columns)) for file_columns in columns)
         fields.append(
             Field(
                 plate=str(row[plate_column]).strip() if plate_column else str(plate),
@@ -263,13 +264,19 @@ def _channels(table: pd.DataFrame, channels: Sequence[str] | None, path: object,
     return listed
 
 
-def _file_of(row: dict, table: pd.DataFrame, channel: str) -> tuple[str, str]:
-    """(folder, file) as the table gives them."""
+def _file_columns(table: pd.DataFrame, channel: str) -> tuple[str | None, str | None, str | None]:
+    """(folder, file, URL) columns of a channel."""
     file_column = find_column(table, (f"FileName_{channel}", f"Image_FileName_{channel}"))
     if file_column is not None:
-        path_column = find_column(table, (f"PathName_{channel}", f"Image_PathName_{channel}"))
+        return find_column(table, (f"PathName_{channel}", f"Image_PathName_{channel}")), file_column, None
+    return None, None, find_column(table, (f"URL_{channel}", f"URL_Orig{channel}"))
+
+
+def _file_of(row: dict, path_column: str | None, file_column: str | None, url_column: str | None) -> tuple[str, str]:
+    """(folder, file) as the table gives them."""
+    if file_column is not None:
         return (str(row[path_column]).strip() if path_column else ""), str(row[file_column]).strip()
-    url = str(row[find_column(table, (f"URL_{channel}", f"URL_Orig{channel}"))]).strip()
+    url = str(row[url_column]).strip()
     if not url:
         return "", ""
     if url.startswith("file:"):
