@@ -61,8 +61,8 @@ def make_fields(
     return folder
 
 
-def make_model(path, *, channels=CHANNELS, crop=CROP, view=VIEW, scaling="screen", bits=16, seed=0):
-    model = build_model(ModelConfig(encoder="resnet18", num_channels=len(channels), projection_dim=8), seed=seed)
+def make_model(path, *, channels=CHANNELS, crop=CROP, view=VIEW, scaling="screen", bits=16, seed=0, encoder="cnn4"):
+    model = build_model(ModelConfig(encoder=encoder, num_channels=len(channels), projection_dim=8), seed=seed)
     top = 255.0 if bits == 8 else 60000.0
     save_model(
         path,
@@ -80,7 +80,7 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embed")
     make_fields(folder)
     make_model(folder / "model.pt")
-    make_model(folder / "plate.pt", scaling="plate")
+    make_model(folder / "plate.pt", scaling="plate", encoder="resnet18")
     for border in ("pad", "drop", "reflect"):
         result = run("ingest", "fields", *field_arguments(folder), "--crop-size", CROP, "--border", border, "-o", folder / border, "--workers", 1)  # fmt: skip
         assert result.exit_code == 0, result.output
@@ -114,8 +114,9 @@ def assert_same(one, two, rtol=1e-4, atol=1e-5):
         pd.testing.assert_frame_equal(one[plate], two[plate], rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("border", ["pad", "reflect", "drop"])
-@pytest.mark.parametrize("model", ["model.pt", "plate.pt"])
+@pytest.mark.parametrize(
+    ("border", "model"), [("pad", "model.pt"), ("reflect", "model.pt"), ("pad", "plate.pt"), ("drop", "plate.pt")]
+)
 def test_fields_give_the_rows_of_the_crop_store(work, tmp_path, border, model):
     embed(work / border, work, tmp_path / "store", "--batch-size", 64, model=model)
     embed("fields", work, tmp_path / "fields", "--border", border, "--batch-size", 5, "--workers", 3, model=model)
@@ -262,7 +263,7 @@ def test_gallery_layout(work, tmp_path):
     embed("fields", work, tmp_path / "e", "--to", "cpg")
     (model,) = (tmp_path / "e" / "workspace_dl" / "embeddings").iterdir()
     digest = load_model(work / "model.pt").digest
-    assert model.name == f"cellfast_resnet18_{digest[:7]}"
+    assert model.name == f"cellfast_cnn4_{digest[:7]}"
     for plate, expected in tables(tmp_path / "plain").items():
         folder = model / plate / plate
         sites = expected.groupby(["Metadata_Well", "Metadata_Site"], sort=False)

@@ -56,7 +56,7 @@ from cellfast.cli import main
 from cellfast.embedding import encoder, place
 real, real_write = encoder.CropEncoder._encode, place.Place.writing
 def slowly(self, *a):
-    time.sleep(0.01)
+    time.sleep(0.02)
     return real(self, *a)
 encoder.CropEncoder._encode = slowly
 arguments = sys.argv[2:]
@@ -202,7 +202,7 @@ def test_strict_stops_and_nothing_usable_is_an_error(fields, tmp_path):
 
 def test_no_space_stops_cleanly_and_a_rerun_completes(clean, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for out, limit, formats in (("part", 9_000, []), ("plate", 90_000, ["--to", "parquet"])):
+    for out, limit, formats in (("part", 3_000, []), ("plate", 20_000, ["--to", "parquet"])):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             result = embed("fields", clean, tmp_path / out, *formats, exit_code=None)
