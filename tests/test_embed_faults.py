@@ -169,6 +169,32 @@ def test_broken_and_missing_fields_are_quarantined_and_can_be_mended(fields, cle
     assert_same(tables(tmp_path / "e"), whole)
 
 
+def test_a_missing_file_of_a_pattern_can_be_mended(fields, tmp_path):
+    pattern = r"^(?P<plate>P\d)/(?P<well>[A-Z]\d\d)_s(?P<site>\d)_(?P<channel>DNA|Actin)"
+    where = [
+        "--pattern",
+        pattern,
+        "--image-root",
+        fields / "images",
+        "--locations",
+        fields / "locations",
+        "--channels",
+        "DNA,Actin",
+    ]
+    command = ["embed", *where, "--model", fields / "model.pt", "-o", tmp_path / "e"]
+    content = image(fields).read_bytes()
+    image(fields).unlink()
+    assert run(*command, "--retries", 0).exit_code == 3
+    image(fields).write_bytes(content)
+    refused = run(*command)
+    assert "--retry-quarantined" in str(refused.exception)
+    assert run(*command, "--retry-quarantined").exit_code == 0
+    embed("fields", fields, tmp_path / "f")
+    columns = ["Metadata_Well", "Metadata_Site", "Metadata_ObjectNumber", "h000"]
+    for plate, table in tables(tmp_path / "f").items():
+        pd.testing.assert_frame_equal(tables(tmp_path / "e")[plate][columns], table[columns], rtol=1e-4, atol=1e-5)
+
+
 def test_a_file_server_that_stumbles_is_tried_again(clean, tmp_path, monkeypatch):
     from cellfast.screens import field_cells
     from cellfast.screens.images import ImageError

@@ -88,17 +88,28 @@ class PlateOutput:
             raise CellfastError(f"{path}: not written by cellfast embed; choose another folder, or use --force to replace it")
         origin = json.loads(json.dumps(self.parts.origin(plan)))
         defaults = {"tta": 1, "dtype": "float32", "aggregate": "none"}
-        different = [
-            f"{key} was {_short(before.get(key, defaults.get(key)))}, is {_short(origin.get(key))}"
+        changed = [
+            key
             for key in sorted(set(before) | set(origin), key=lambda k: (k != "model", k))
             if before.get(key, defaults.get(key)) != origin.get(key)
         ]
-        if different:
-            raise CellfastError(
-                f"{path}: embedded before from something else ({'; '.join(different)}); choose another folder, or use --force to replace it"
+        # A file that was missing may have changed the table itself: mending it must not look like another screen.
+        mended = self.parts.options.retry_quarantined and note is not None and note["quarantined"]
+        if mended and set(changed) <= {"fields", "locations"}:
+            return None if changed else self._finished(note, rows)
+        if changed:
+            different = "; ".join(
+                f"{k} was {_short(before.get(k, defaults.get(k)))}, is {_short(origin.get(k))}" for k in changed
             )
-        if note is None:
-            return None
+            hint = (
+                " (fields were quarantined then: --retry-quarantined if they are mended)" if note and note["quarantined"] else ""
+            )
+            raise CellfastError(
+                f"{path}: embedded before from something else ({different}); choose another folder, or use --force to replace it{hint}"
+            )
+        return None if note is None else self._finished(note, rows)
+
+    def _finished(self, note: dict[str, Any], rows: int) -> Finished | None:
         known = PlateLedger.__dataclass_fields__
         ledger = PlateLedger(**{key: value for key, value in note["ledger"].items() if key in known})
         if not self.wells and rows != ledger.cells_written:
