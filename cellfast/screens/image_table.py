@@ -302,8 +302,9 @@ class _FileFinder:
             self._folders[folder] = self._place(folder, name)
         path = self._folders[folder] / name
         if not path.is_file():
-            # Another file of that folder may have been the one that is missing.
-            path = self._place(folder, name) / name
+            # Another file of that folder may have been the one that is missing. One that is nowhere is expected beside the others.
+            elsewhere = self._place(folder, name) / name
+            path = elsewhere if elsewhere.is_file() else path
         return str(path)
 
     def _place(self, folder: str, name: str) -> Path:
