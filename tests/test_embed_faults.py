@@ -79,7 +79,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("source", ["fields", "store"])
+@pytest.mark.parametrize("source", ["fields", pytest.param("store", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_every_cell_is_there_once(clean, tmp_path, source):
     out = tmp_path / "e"
     where = field_arguments(clean) if source == "fields" else [clean / "store"]
