@@ -10,15 +10,17 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
 STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: help build demo test test-all test-gpu lint bench clean
+.PHONY: help build demo test test-all test-gpu check-cuda lint bench bench-gpu clean
 
 help:
 	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
 	@echo "make test      set up, then run the tests"
 	@echo "make build     only the environment ($(VENV)) and the extension"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails where there is none"
+	@echo "make check-cuda  compiles the CUDA code for compute capabilities 8.0, 9.0a and 10.0 (no GPU needed); prints registers and spills"
 	@echo "make lint      ruff"
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
+	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
 	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
 
 build: $(STAMP) .build-stamp
@@ -50,12 +52,19 @@ test-all: build
 test-gpu: build
 	CELLFAST_REQUIRE_CUDA=1 $(PY) -m pytest -q -m cuda
 
+check-cuda: $(STAMP)
+	$(PY) csrc/check_cuda.py
+
 lint: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 bench: build
 	$(PY) benchmarks/run_all.py --out $(OUT)
+
+# With the interpreter's own torch; what is missing comes from WHEELS alone (into .venv-gpu), nothing is downloaded.
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf build .build-stamp cellfast/*.so *.egg-info .pytest_cache .ruff_cache

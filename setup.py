@@ -5,7 +5,9 @@ serves every torch from 2.10 on and every CPython from 3.10 on; neither needs Py
 
 Environment:
     CELLFAST_CUDA       auto (default): build the CUDA part where nvcc is found; 0: never; 1: always, and fail where it cannot be.
-    CELLFAST_CUDA_ARCH  compute capabilities, e.g. "80;90a" (default: 80;90;100 and PTX of the last, as far as the compiler knows them).
+    CELLFAST_CUDA_ARCHS compute capabilities, e.g. "80;90a" or "8.0;9.0a+PTX" (default: TORCH_CUDA_ARCH_LIST where that is set, else 80;90a;100
+                        as far as the compiler knows them, and PTX of the last). 90a is what the kernels for H100 and H200 need; GPUs that
+                        come later run the portable kernels from the PTX.
     CUDA_HOME           the CUDA toolkit's folder (default: the folder of the nvcc that is found).
     MAX_JOBS            number of compilers that run at once (default: 2).
 """
@@ -24,7 +26,7 @@ from setuptools import setup
 
 os.environ.setdefault("MAX_JOBS", "2")
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHITECTURES = ("80", "90", "100")
+DEFAULT_ARCHITECTURES = ("80", "90a", "100")
 # libtorch 2.10 is the oldest whose stable ABI has all the extension calls.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
@@ -71,19 +73,35 @@ def choose_cuda() -> tuple[str | None, str]:
     return home, reason
 
 
-def architecture_flags(nvcc: Path) -> list[str]:
-    """``-gencode`` for each architecture asked for that this compiler knows, with PTX of the newest for GPUs that come later."""
+def architectures(nvcc: Path) -> list[str]:
+    """The compute capabilities to build for ("80", "90a", ...), machine code for each; those with "+PTX" for later GPUs too.
+
+    Raises SystemExit where the compiler does not know one that was asked for.
+    """
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"sm_(\w+)", listed))
-    asked = os.environ.get("CELLFAST_CUDA_ARCH")
-    chosen = [a for a in re.split(r"[;, ]+", asked) if a] if asked else [a for a in DEFAULT_ARCHITECTURES if a in known]
-    unknown = [a for a in chosen if a.rstrip("af") not in known]
-    if unknown or not chosen:
+    known = set(re.findall(r"sm_(\d+)", listed))
+    source = next((name for name in ("CELLFAST_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST") if os.environ.get(name, "").strip()), None)
+    if source is None:
+        chosen = [a for a in DEFAULT_ARCHITECTURES if a.rstrip("af") in known]
+        return [*chosen[:-1], f"{chosen[-1]}+PTX"]
+    chosen = [a.replace(".", "") for a in re.split(r"[;, ]+", os.environ[source].strip()) if a]
+    wrong = [a for a in chosen if not (m := re.fullmatch(r"(\d+)[af]?(\+PTX)?", a)) or m.group(1) not in known]
+    if wrong or not chosen:
         sys.exit(
-            f"{nvcc} does not know the architectures {unknown or list(DEFAULT_ARCHITECTURES)}; it knows {sorted(known)}. Set CELLFAST_CUDA_ARCH."
+            f"{source}={os.environ[source]!r}: {nvcc} does not know {wrong}; it knows {sorted(known, key=int)}, e.g. 80;90a;100+PTX."
         )
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
-    return flags + [f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+    return chosen
+
+
+def architecture_flags(chosen: list[str]) -> list[str]:
+    """The compiler's options for these compute capabilities."""
+    flags = []
+    for name in chosen:
+        number = name.removesuffix("+PTX")
+        code = f"sm_{number}" + (f",compute_{number}" if name.endswith("+PTX") else "")
+        flags.append(f"-gencode=arch=compute_{number},code=[{code}]")
+    # The host code says clearly when the kernels for H100 and H200 are not in the build.
+    return [*flags, "-DCELLFAST_SM90A"] if any(name.startswith("90a") for name in chosen) else flags
 
 
 def extensions() -> tuple[list, dict]:
@@ -96,11 +114,11 @@ def extensions() -> tuple[list, dict]:
 
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True))
     include = [str(ROOT / "csrc")]
-    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", *STABLE_ABI]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *STABLE_ABI]
     modules = [
         cpp_extension.CppExtension(
             "cellfast._C",
-            ["csrc/library.cpp", *sorted(glob.glob("csrc/ntxent/cpu/*.cpp"))],
+            ["csrc/library.cpp", *sorted(glob.glob("csrc/*/cpu/*.cpp"))],
             include_dirs=include,
             extra_compile_args={"cxx": cxx},
             depends=headers,
@@ -109,11 +127,13 @@ def extensions() -> tuple[list, dict]:
     ]
     if cuda_home:
         cpp_extension.CUDA_HOME = cuda_home
-        nvcc_flags = ["-O3", "-std=c++20", "-DUSE_CUDA", *STABLE_ABI, *architecture_flags(Path(cuda_home) / "bin" / "nvcc")]
+        chosen = architectures(Path(cuda_home) / "bin" / "nvcc")
+        print(f"cellfast: _C_cuda for compute capabilities {', '.join(chosen)}", flush=True)
+        nvcc_flags = ["-O3", "-std=c++20", "-DUSE_CUDA", *STABLE_ABI, *architecture_flags(chosen)]
         modules.append(
             cpp_extension.CUDAExtension(
                 "cellfast._C_cuda",
-                sorted(glob.glob("csrc/ntxent/cuda/*.cu")),
+                sorted(glob.glob("csrc/*/cuda/**/*.cu", recursive=True)),
                 include_dirs=include,
                 extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc_flags},
                 depends=headers,
@@ -123,9 +143,11 @@ def extensions() -> tuple[list, dict]:
     return modules, {"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)}
 
 
-# Metadata queries (egg_info, sdist, --version) need neither torch nor a compiler.
-if {"egg_info", "dist_info", "sdist", "--version", "--name", "clean"} & set(sys.argv[1:]):
-    setup()
-else:
-    ext_modules, cmdclass = extensions()
-    setup(ext_modules=ext_modules, cmdclass=cmdclass, options={"bdist_wheel": {"py_limited_api": "cp310"}})
+# csrc/check_cuda.py takes the functions above from this file.
+if __name__ == "__main__":
+    # Metadata queries need neither torch nor a compiler.
+    if {"egg_info", "dist_info", "sdist", "--version", "--name", "clean"} & set(sys.argv[1:]):
+        setup()
+    else:
+        ext_modules, cmdclass = extensions()
+        setup(ext_modules=ext_modules, cmdclass=cmdclass, options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,12 @@ class ModelMetadata:
         high: pixel value that becomes 1, per channel.
         training_data: digest of the screen the model was trained on (`cellfast.training.data_digest`); empty: not trained.
         step: optimiser steps taken.
+        cellfast_version: the version that trained it; empty: unknown.
+        git_commit: the commit of the source checkout that trained it; empty: an installed package.
         extra: anything else worth keeping, plain values only.
+
+    Raises:
+        CellfastError: values that contradict each other or lie outside their range.
     """
 
     channel_names: list[str]
@@ -54,14 +60,32 @@ class ModelMetadata:
 
     def __post_init__(self) -> None:
         channels = len(self.channel_names)
+        if not channels or not all(isinstance(name, str) for name in self.channel_names):
+            raise CellfastError(f"channel_names must be the names of one channel or more, got {self.channel_names!r}")
+        if self.bits not in (8, 16):
+            raise CellfastError(f"bits must be 8 or 16, got {self.bits!r}")
         if len(self.low) != channels or len(self.high) != channels:
             raise CellfastError(
                 f"low and high must have one value per channel ({channels}), got {len(self.low)} and {len(self.high)}"
             )
         if self.scaling not in SCALINGS:
             raise CellfastError(f"scaling {self.scaling!r} is not known: choose one of {', '.join(SCALINGS)}")
+        if not all(math.isfinite(high - low) and low <= high for low, high in zip(self.low, self.high)):
+            raise CellfastError(
+                f"the intensity scaling needs finite low <= high for every channel, got low {self.low}, high {self.high}"
+            )
         if not 1 <= self.output_size <= self.crop_size:
             raise CellfastError(f"output_size must be between 1 and the crop size {self.crop_size} px, got {self.output_size}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelMetadata:
+        """The metadata of a file, of this version or another of the same format.
+
+        What an older file lacks is unknown, not this version's own; what a newer file adds plays no part in embedding (such a
+        change would be a new format version) and is left out.
+        """
+        known = {field.name for field in fields(cls)}
+        return cls(**{"cellfast_version": "", **{name: value for name, value in values.items() if name in known}})
 
 
 @dataclass
@@ -99,6 +123,28 @@ class LoadedModel:
         """Pixel value that becomes 1, float32 [C]."""
         return torch.tensor(self.metadata.high, dtype=torch.float32)
 
+    def describe(self) -> dict[str, Any]:
+        """What the file says of itself, as plain JSON-able values: what the model takes, and where it comes from."""
+        meta = self.metadata
+        return {
+            "path": str(self.path),
+            "digest": self.digest,
+            "encoder": self.model.config.to_dict(),
+            "num_features": self.model.num_features,
+            "step": meta.step,
+            "channels": [
+                {"name": name, "low": float(low), "high": float(high)}
+                for name, low, high in zip(meta.channel_names, meta.low, meta.high)
+            ],
+            "scaling": meta.scaling,
+            "crop_size_px": meta.crop_size,
+            "output_size_px": meta.output_size,
+            "dtype": f"uint{meta.bits}",
+            "training_data": meta.training_data or None,
+            "cellfast_version": meta.cellfast_version or None,
+            "git_commit": meta.git_commit or None,
+        }
+
     def check_screen(self, name: str, channel_names: list[str], crop_size: int, bits: int) -> None:
         """Raise `CellfastError`, naming both sides, unless a screen's crops are what the model was trained on.
 
@@ -114,10 +160,37 @@ class LoadedModel:
             f"{key}: the model has {wanted[key]}, the screen has {found[key]}" for key in wanted if wanted[key] != found[key]
         ]
         if wrong:
+            reordered = channel_names != self.channel_names and sorted(channel_names) == sorted(self.channel_names)
             raise CellfastError(
-                f"the model {self.path} does not fit the screen {name}: {'; '.join(wrong)}. "
+                f"the model {self.path} does not fit the screen {name}: {'; '.join(wrong)}"
+                f"{' (the same channels in another order)' if reordered else ''}. "
                 "Ingest the screen with the model's channels and crop size, or train a model on this screen"
             )
+
+
+def format_description(description: Mapping[str, Any]) -> str:
+    """`LoadedModel.describe` as lines for a terminal."""
+    d, encoder = description, description["encoder"]
+    lines = [
+        f"model        {d['path']}",
+        f"encoder      {encoder['encoder']}, stem {encoder['stem']}, {d['num_features']} features; {d['step']:,} steps",
+        f"crops        {d['crop_size_px']} × {d['crop_size_px']} px, {d['dtype']}; the encoder sees the central "
+        f"{d['output_size_px']} × {d['output_size_px']} px",
+        f"scaling      {'the plate’s own' if d['scaling'] == 'plate' else 'fixed'}",
+    ]
+    lines += [
+        f"channel {i}    {c['name']}" + ("" if d["scaling"] == "plate" else f"  {c['low']:g} – {c['high']:g} → 0 – 1")
+        for i, c in enumerate(d["channels"])
+    ]
+    return "\n".join(
+        [
+            *lines,
+            f"digest       {d['digest']}",
+            f"trained on   {d['training_data'] or 'nothing, or unknown'}",
+            f"made by      cellfast {d['cellfast_version'] or 'of an unknown version'}"
+            + (f", commit {d['git_commit']}" if d["git_commit"] else ""),
+        ]
+    )
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -132,6 +205,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 def save_model(path: str | os.PathLike[str], model: SimCLR, metadata: ModelMetadata) -> str:
     """Write a model and its metadata to ``path``, atomically, and return its digest (of weights, architecture and metadata)."""
+    _check_channels(model.config, metadata)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     values = {key: value for key, value in vars(metadata).items()}
     digest = _model_digest(state, model.config, metadata)
@@ -173,22 +247,36 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
             f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go in with "
             "cellfast train --weights"
         )
-    if content.get("format_version", 0) > FORMAT_VERSION:
+    if not isinstance(content.get("format_version"), int):
+        raise CellfastError(f"the model {path} is damaged: it names no format version")
+    if content["format_version"] > FORMAT_VERSION:
         raise CellfastError(
             f"{path} has model format {content['format_version']}, this cellfast ({__version__}) reads up to "
             f"{FORMAT_VERSION}: upgrade cellfast"
         )
     try:
         config = ModelConfig.from_dict(content["config"])
-        metadata = ModelMetadata(**content["metadata"])
+        metadata = ModelMetadata.from_dict(content["metadata"])
+        _check_channels(config, metadata)
         model = SimCLR(config)
         model.load_state_dict(content["state"])
-    except (KeyError, TypeError, RuntimeError) as error:
+        digest = _model_digest(content["state"], config, metadata)
+    except CellfastError as error:
+        raise CellfastError(f"the model {path} cannot be used: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CellfastError(f"the model {path} is damaged: {error}") from error
-    if content.get("digest") != _model_digest(content["state"], config, metadata):
+    if content.get("digest") != digest:
         raise CellfastError(f"the model {path} is damaged: its content does not match the digest it was written with")
     model = model.to(device=device, memory_format=torch.channels_last).eval()
     return LoadedModel(model, metadata, path, content["digest"])
+
+
+def _check_channels(config: ModelConfig, metadata: ModelMetadata) -> None:
+    if config.num_channels != len(metadata.channel_names):
+        raise CellfastError(
+            f"the encoder takes {config.num_channels} channels, but the model names {len(metadata.channel_names)} "
+            f"({', '.join(metadata.channel_names)})"
+        )
 
 
 def _model_digest(state: Mapping[str, Tensor], config: ModelConfig, metadata: ModelMetadata) -> str:

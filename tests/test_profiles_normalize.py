@@ -170,3 +170,10 @@ def test_steps_parse_with_commas_in_queries_and_refuse_what_is_unknown():
             parse_steps([text])
     with pytest.raises(CellfastError, match="use zca"):
         normalize_profiles(screen(), [Step("sphering", by="plate", rotation="pca")])
+
+
+def test_two_controls_cannot_choose_the_regularisation():
+    x = np.random.default_rng(0).normal(size=(2, 5))
+    with pytest.raises(CellfastError, match=r"from 2 control rows.*--lambda 0\.1x"):
+        fit_whitening(x)
+    assert np.isfinite(fit_whitening(x, "0.1x").matrix).all()

@@ -84,6 +84,18 @@ def test_images_and_tables_fit_together(screen):
     assert np.median(inside) > 3 * np.median(background)
 
 
+def test_every_listed_centre_lies_in_its_field(tmp_path):
+    # Small fields: many nuclei lie across an edge.
+    assert simulate(tmp_path / "s", "--field-size", 64, 64, "--sites", 4, "--cells-per-field", 5).exit_code == 0
+    centers = pd.concat([pd.read_csv(file) for file in (tmp_path / "s" / "locations").rglob("*.csv")])
+    assert len(centers) > 100
+    for axis in "XY":
+        assert centers[f"Nuclei_Location_Center_{axis}"].between(0, 63).all()
+        assert centers[f"Nuclei_Location_Center_{axis}"].min() < 2
+        assert centers[f"Nuclei_Location_Center_{axis}"].max() > 61
+    assert len(pd.read_csv(tmp_path / "s" / "cells.csv")) == len(centers)
+
+
 def test_the_ingest_takes_it_as_it_is(screen, tmp_path):
     result = CliRunner().invoke(
         cellfast,
@@ -102,6 +114,7 @@ def test_the_ingest_takes_it_as_it_is(screen, tmp_path):
     )
     assert result.exit_code == 0, result.output + str(result.exception)
     assert "Treatments without" not in result.output
+    assert "dropped" not in result.output
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -73,9 +74,18 @@ def weights(run):
     return load_model(run).model.state_dict()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-def test_a_resumed_run_equals_one_that_never_stopped(screen, tmp_path, optimizer, monkeypatch):
-    values = {"steps": 8, "optimizer": optimizer, "lr": 0.01, "checkpoint_every": 3}
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "lars"},
+        {"chunk_size": 5, "encoder": "resnet18"},
+        {"feed": "resident", "chunk_size": 16},
+    ],
+    ids=lambda how: ",".join(map(str, how.values())),
+)
+def test_a_resumed_run_equals_one_that_never_stopped(screen, tmp_path, how, monkeypatch):
+    values = {"steps": 8, "lr": 0.01, "checkpoint_every": 3, **how}
     go(screen, tmp_path / "straight", **values)
     from cellfast.training.loop import _Training
 
@@ -109,6 +119,33 @@ def test_the_same_seed_gives_the_same_model_and_another_another(screen, tmp_path
     assert a == b != c
 
 
+def test_resident_cells_train_the_model_that_streamed_ones_do(screen, tmp_path):
+    said: list[str] = []
+    for feed in ("resident", "stream"):
+        config = TrainConfig(**{**SMALL, "steps": 4, "feed": feed})
+        train(screen, tmp_path / feed, config, say=said.append)
+    assert load_model(tmp_path / "resident").digest == load_model(tmp_path / "stream").digest
+    assert any(text.startswith("feed resident: as asked") for text in said)
+    assert any(text == "feed stream: as asked" for text in said)
+
+
+def test_options_for_a_gpu_are_refused_without_one(screen, tmp_path):
+    with pytest.raises(CellfastError, match="--cuda-graphs cannot be used: they need a GPU, and this runs on cpu"):
+        go(screen, tmp_path / "run", steps=1, cuda_graphs=True)
+    with pytest.raises(CellfastError, match="--feed resident is not possible: the dali loader streams"):
+        go(screen, tmp_path / "run2", steps=1, feed="resident", loader="dali")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_loss(screen, tmp_path):
+    losses = [
+        go(screen, tmp_path / f"{c}{k}", steps=3, compile=c, chunk_size=k).loss
+        for c, k in ((False, None), (True, None), (True, 8))
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-3)
+
+
 def test_no_steps_writes_a_random_model(screen, tmp_path):
     result = go(screen, tmp_path / "run", steps=0)
     loaded = load_model(result.model)
@@ -127,6 +164,60 @@ def test_a_resnet_trains_in_bfloat16_with_either_batch_norm(screen, tmp_path, ba
 def test_a_loss_that_is_not_finite_stops_with_advice(screen, tmp_path):
     with pytest.raises(CellfastError, match=r"loss is nan at step .*smaller --lr"):
         go(screen, tmp_path / "run", steps=20, lr=1e30, warmup=0.0, optimizer="adam")
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_last_checkpoint(screen, tmp_path, monkeypatch):
+    from cellfast.training.checkpoint import load_checkpoint
+    from cellfast.training.step import TrainingStep
+
+    original, calls = TrainingStep.update, []
+
+    def update(self, loss):
+        original(self, loss)
+        calls.append(1)
+        if len(calls) == 2:
+            next(self.module.parameters()).data.fill_(np.nan)
+
+    monkeypatch.setattr(TrainingStep, "update", update)
+    with pytest.raises(CellfastError, match=r"weights are not finite after step 2; the last good state is in .*last\.pt\. Try"):
+        go(screen, tmp_path / "run", steps=4, checkpoint_every=1)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+def test_resuming_with_another_model_or_optimizer_names_what_changed(screen, tmp_path):
+    go(screen, tmp_path / "run", steps=1)
+    with pytest.raises(CellfastError, match=r"encoder was cnn4, is resnet18; optimizer was adamw, is lars"):
+        go(screen, tmp_path / "run", steps=2, resume=True, encoder="resnet18", optimizer="lars")
+
+
+def test_force_keeps_the_earlier_run_when_the_new_one_cannot_begin(screen, tmp_path):
+    go(screen, tmp_path / "run", steps=1)
+    before = (tmp_path / "run" / "model.pt").read_bytes()
+    with pytest.raises(CellfastError, match="absent"):
+        go(screen, tmp_path / "run", steps=1, force=True, weights=str(tmp_path / "absent.pt"))
+    assert (tmp_path / "run" / "model.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_later(screen, tmp_path, number, monkeypatch):
+    from cellfast.training.step import TrainingStep
+
+    original, calls = TrainingStep.update, []
+
+    def update(self, loss):
+        original(self, loss)
+        calls.append(1)
+        if len(calls) == 3:
+            # Twice at once, as from a terminal and from torchrun.
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(TrainingStep, "update", update)
+    stopped = go(screen, tmp_path / "run", steps=5)
+    assert (stopped.interrupted, stopped.steps) == (True, 3)
+    result = go(screen, tmp_path / "run", steps=5, resume=True)
+    assert (result.interrupted, result.steps) == (False, 5)
 
 
 def test_a_run_in_the_way_is_not_overwritten(screen, tmp_path):

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from kornia.augmentation.random_generator import AffineGenerator, PlainUniformGenerator, ResizedCropGenerator
 
 from cellfast.augment.config import AugmentConfig, Range
 from cellfast.errors import CellfastError
@@ -40,6 +40,40 @@ class ViewParameters:
     noise_std: torch.Tensor | None = None
     noise_start: torch.Tensor | None = None
 
+    def of_cells(self, cells: slice) -> ViewParameters:
+        """The draws of some of the cells, for a minibatch made in pieces: both views of ``cells``, again view-major."""
+        batch = self.matrix.shape[0] // 2
+
+        def part(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.unflatten(0, (2, batch))[:, cells].flatten(0, 1)
+
+        kept = {name: part(getattr(self, name)) for name in _PER_VIEW}
+        return ViewParameters(elastic=self.elastic, **kept)
+
+    def on(self, device: torch.device) -> ViewParameters:
+        """The draws on ``device``, dense. To a GPU they travel in two copies from pinned memory: the host waits for neither."""
+        names = [name for name in (*_PER_VIEW, "elastic") if getattr(self, name) is not None]
+        if device.type == "cpu":
+            return ViewParameters(**{name: getattr(self, name).contiguous() for name in names})
+        moved: dict[str, torch.Tensor] = {}
+        for dtype in (torch.float32, torch.int64):
+            mine = {name: getattr(self, name) for name in names if getattr(self, name).dtype == dtype}
+            if not mine:
+                continue
+            # Each begins on a multiple of 128 bytes.
+            step = 128 // dtype.itemsize
+            room = [-(-values.numel() // step) * step for values in mine.values()]
+            packed = torch.empty(sum(room), dtype=dtype, pin_memory=device.type == "cuda")
+            for (_, values), at in zip(mine.items(), accumulate(room, initial=0)):
+                packed[at : at + values.numel()].view(values.shape).copy_(values)
+            there = packed.to(device, non_blocking=True)
+            for (name, values), at in zip(mine.items(), accumulate(room, initial=0)):
+                moved[name] = there[at : at + values.numel()].view(values.shape)
+        return ViewParameters(**moved)
+
+
+_PER_VIEW = ("matrix", "gain", "contrast", "offset", "elastic_row", "blur_sigma", "noise_std", "noise_start")
+
 
 class ParameterDraws:
     """Draws :class:`ViewParameters` for a configuration and a geometry.
@@ -54,6 +88,9 @@ class ParameterDraws:
             raise CellfastError(
                 f"augment.translation_px {config.translation_px:g} is more than half of the stored crop ({crop_size} px)"
             )
+        # Here and below: training on views that someone else made needs no Kornia.
+        from kornia.augmentation.random_generator import AffineGenerator, ResizedCropGenerator
+
         shift = config.translation_px / crop_size  # Kornia counts a shift in fractions of the edge
         self._affine = AffineGenerator(degrees=config.rotation_deg, translate=(shift, shift), scale=config.zoom)
         window = (output_size, output_size)
@@ -133,6 +170,8 @@ def smoothing_basis(size: int, sigma: float) -> torch.Tensor:
 
 
 def _uniform(bounds: Range, shape: int | tuple[int, int]) -> torch.Tensor:
+    from kornia.augmentation.random_generator import PlainUniformGenerator
+
     count = shape if isinstance(shape, int) else math.prod(shape)
     generator = PlainUniformGenerator((torch.tensor(bounds), "value", None, None))
     return generator(torch.Size((count,)))["value"].view(shape)

@@ -2,21 +2,23 @@
 
 The order of operations is fixed: intensity scaling to [0, 1] → ONE bilinear ``grid_sample`` for crop, zoom, flips, rotation,
 translation and elastic displacement → Gaussian blur → brightness and contrast → gain and shift per channel → noise → clamp to [0,
-1].
+1]. One compiled operator does all of it in one pass over each cell (``method="fused"``, csrc/augment); ``method="torch"`` is the
+same in plain PyTorch, which the operator equals to rounding.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from kornia.filters import get_gaussian_kernel1d
 
 from cellfast.augment.config import AugmentConfig
 from cellfast.augment.parameters import NOISE_STARTS, NOISE_STEP, ParameterDraws, ViewParameters
 from cellfast.errors import CellfastError
+from cellfast.ops.augment import PADDINGS, missing_on
 
-# Cells handled at a time on a CPU: their float32 intermediates stay in the last-level cache. On a GPU the chunk only bounds
-# memory.
+METHODS = ("fused", "torch")
+# Cells that the plain form handles at a time on a CPU: their float32 intermediates stay in the last-level cache. On a GPU the chunk
+# only bounds memory.
 _CPU_CHUNK = 64
 _GPU_CHUNK = 1024
 
@@ -30,22 +32,25 @@ class TwoViews:
         crop_size: S, the stored crop's edge in pixels.
         output_size: s, the edge of a view; at most S.
         memory_format: ``torch.channels_last`` writes the views in that layout directly.
+        method: ``fused`` (the compiled operator) or ``torch`` (plain PyTorch, to compare with); equal to rounding.
 
     Raises:
-        CellfastError: sizes that do not fit together.
+        CellfastError: sizes that do not fit together, or an unknown method.
 
     Source: Chen et al. 2020 (SimCLR); Perakis et al. 2021 for the set of transforms; parameters drawn by Kornia's generators.
     """
 
     def __init__(
         self, config: AugmentConfig | str, num_channels: int, crop_size: int, output_size: int, *,
-        memory_format: torch.memory_format = torch.contiguous_format,
+        memory_format: torch.memory_format = torch.contiguous_format, method: str = "fused",
     ) -> None:  # fmt: skip
+        if method not in METHODS:
+            raise CellfastError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         self.config = AugmentConfig.preset(config) if isinstance(config, str) else config
         _check_sizes(num_channels, crop_size, output_size)
         self.num_channels, self.crop_size, self.output_size = num_channels, crop_size, output_size
-        self.memory_format = memory_format
-        self.chunk_size: int | None = None  # cells per pass; None chooses by device
+        self.memory_format, self.method = memory_format, method
+        self.chunk_size: int | None = None  # cells per pass of the plain form; None chooses by device
         self._draws = ParameterDraws(self.config, num_channels, crop_size, output_size)
         self._constants: dict[tuple[str, torch.device], torch.Tensor] = {}
         kernel = self.config.blur_kernel_px
@@ -69,25 +74,72 @@ class TwoViews:
         Raises:
             CellfastError: a shape, dtype or scaling that does not fit.
         """
+        return self.apply(crops, low, high, self.draw(crops.shape[0] if crops.ndim else 0, seed))
+
+    def apply(self, crops: torch.Tensor, low: torch.Tensor, high: torch.Tensor, parameters: ViewParameters) -> torch.Tensor:
+        """The views that ``parameters`` describe, as :meth:`__call__` returns them: a minibatch made in pieces is
+        ``apply(crops[cells], …, parameters.of_cells(cells))`` with the parameters of the whole.
+
+        Raises:
+            CellfastError: as :meth:`__call__`, or parameters of another number of cells.
+        """
         _check_crops(crops, self.num_channels, self.crop_size)
         low, inverse = _scaling(low, high, crops)
         batch, s = crops.shape[0], self.output_size
+        if parameters.matrix.shape[0] != 2 * batch:
+            raise CellfastError(f"the parameters are those of {parameters.matrix.shape[0] // 2} cells, got {batch} crops")
         views = torch.empty(
             (2 * batch, self.num_channels, s, s), dtype=torch.float32, device=crops.device, memory_format=self.memory_format
         )
         if batch == 0:
             return views
-        p = self.draw(batch, seed)
+        with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
+            if self.method == "fused":
+                self._fused(crops, low, inverse, parameters, views)
+            else:
+                self._in_chunks(crops, low, inverse, parameters, views)
+        return views
+
+    def _fused(
+        self, crops: torch.Tensor, low: torch.Tensor, inverse: torch.Tensor, parameters: ViewParameters, views: torch.Tensor
+    ) -> None:
+        device, shape = crops.device, crops.shape[:2]
+        if (why := missing_on(device)) is not None:
+            raise CellfastError(f"the views cannot be made on {device}: {why}; TwoViews(..., method='torch') needs no operator")
+        p = parameters.on(device)
+        torch.ops.cellfast.augment_views(
+            crops.contiguous(),
+            low.expand(shape).contiguous(),
+            inverse.expand(shape).contiguous(),
+            p.matrix,
+            p.gain,
+            p.contrast,
+            p.offset,
+            p.elastic,
+            p.elastic_row,
+            None if p.elastic is None else self._constant("elastic", device),
+            p.blur_sigma,
+            self.config.blur_kernel_px,
+            p.noise_std,
+            p.noise_start,
+            None if p.noise_std is None else self._constant("noise", device),
+            NOISE_STEP,
+            PADDINGS[self.config.padding],
+            views,
+        )
+
+    def _in_chunks(
+        self, crops: torch.Tensor, low: torch.Tensor, inverse: torch.Tensor, p: ViewParameters, views: torch.Tensor
+    ) -> None:
+        batch = crops.shape[0]
         # [2, B, C, s, s] as a view of either memory layout.
         halves = views.unflatten(0, (2, batch))
         chunk = self.chunk_size or (_CPU_CHUNK if crops.device.type == "cpu" else _GPU_CHUNK)
-        with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
-            grid_matrix = self._grid_matrix(p.matrix).unflatten(0, (2, batch))
-            for start in range(0, batch, chunk):
-                cells = slice(start, min(start + chunk, batch))
-                x = _scaled(crops[cells], low if low.ndim == 1 else low[cells], inverse if inverse.ndim == 1 else inverse[cells])
-                halves[:, cells].copy_(self._views_of(x, grid_matrix, p, cells, batch))
-        return views
+        grid_matrix = self._grid_matrix(p.matrix).unflatten(0, (2, batch))
+        for start in range(0, batch, chunk):
+            cells = slice(start, min(start + chunk, batch))
+            x = _scaled(crops[cells], low if low.ndim == 1 else low[cells], inverse if inverse.ndim == 1 else inverse[cells])
+            halves[:, cells].copy_(self._views_of(x, grid_matrix, p, cells, batch))
 
     def draw(self, batch: int, seed: int) -> ViewParameters:
         """The parameters that a call with ``batch`` cells and ``seed`` uses."""
@@ -157,6 +209,8 @@ class TwoViews:
         view, cell = torch.nonzero(sigma, as_tuple=True)
         if len(cell) == 0:
             return
+        from kornia.filters import get_gaussian_kernel1d
+
         s, channels = self.output_size, self.num_channels
         kernel = get_gaussian_kernel1d(self.config.blur_kernel_px, sigma[view, cell][:, None])
         band = (kernel.to(v.device) @ self._constant("blur", v.device)).view(-1, s, s)

@@ -18,16 +18,27 @@ class Subject:
 
 SUBJECTS: dict[str, Subject] = {
     "ntxent": Subject(
-        "NT-Xent beside plain PyTorch: forward + backward, peak memory.",
+        "NT-Xent beside plain PyTorch, torch.compile, lightly and others: time and memory of forward and backward.",
         "cellfast.benchmark.ntxent:measure_ntxent",
-        full={"sizes": ((512, 128), (2048, 128), (8192, 128)), "repeats": 5},
+        full={"repeats": 5},
         quick={"sizes": ((512, 128), (1024, 128)), "repeats": 3},
+    ),
+    "ingest": Subject(
+        "Fields of view to crop stores beside merely reading the images.",
+        "cellfast.benchmark.ingest:measure_ingest",
+        quick={"num_plates": 2, "sites": 2, "repeats": 2, "detect_fields": 4},
     ),
     "loader": Subject(
         "Minibatches from memory maps and through DALI beside a plain copy.",
         "cellfast.benchmark.loader:measure_loader",
         full={"screen": None},
         quick={"screen": None, "num_cells": 4000, "repeats": 2},
+    ),
+    "decode": Subject(
+        "TIFF fields decoded by DALI from HDF5, and their cells cut, on the GPU where there is one.",
+        "cellfast.benchmark.device:measure_decode",
+        full={"fields": 48},
+        quick={"fields": 8, "compressions": ("none", "lzw"), "repeats": 1},
     ),
     "augment": Subject(
         "Two views per cell beside the explicit Kornia chain.",
@@ -56,7 +67,7 @@ SUBJECTS: dict[str, Subject] = {
 def environment() -> dict[str, Any]:
     """Machine, versions, thread count and source commit, as every result carries them."""
     from cellfast.system import system_report
-    from cellfast.training.loop import source_commit
+    from cellfast.training.provenance import source_commit
 
     # Paths and the kernel's build name say where it ran, not what it ran on.
     report = {key: value for key, value in system_report().items() if key not in ("nvcc", "platform")}

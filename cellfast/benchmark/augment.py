@@ -36,6 +36,8 @@ def measure_augment(
         for name, memory_format in (("", torch.contiguous_format), (", channels_last", torch.channels_last)):
             two_views = TwoViews(preset, num_channels, crop_size, output_size, memory_format=memory_format)
             ways[preset + name] = lambda seed, two_views=two_views: two_views(crops, low, high, seed=seed)
+        plain = TwoViews(preset, num_channels, crop_size, output_size, method="torch")
+        ways[f"{preset}, plain PyTorch"] = lambda seed, plain=plain: plain(crops, low, high, seed=seed)
     for name, chain in (("default", _kornia_default), ("perakis2021", _kornia_perakis2021)):
         modules = chain(output_size)
 

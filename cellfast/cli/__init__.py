@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "info": ("cellfast.cli.info", "info", "Describe a screen, or the system with --system."),
     "train": ("cellfast.cli.train", "train", "Train an encoder by contrastive learning on a screen's cells."),
     "embed": ("cellfast.cli.embed", "embed", "Embed every cell of a screen: one parquet file per plate."),
+    "export": ("cellfast.cli.export", "export", "Write a model as TorchScript, pt2 or ONNX for other programs."),
     "profile": ("cellfast.cli.profile", "profile", "Aggregate and normalise embeddings or feature tables to profiles."),
     "evaluate": ("cellfast.cli.evaluate", "evaluate", "Score profiles by mechanism of action: NSC, NSCB, drop."),
     "benchmark": ("cellfast.cli.benchmark", "benchmark", "Measure cellfast's parts on this machine."),

@@ -128,7 +128,7 @@ def embed(
     from cellfast.errors import CellfastError
     from cellfast.model_file import load_model
     from cellfast.screens import Screen
-    from cellfast.training.loop import amp_warning, choose_device
+    from cellfast.training.devices import amp_warning, choose_device
 
     where = choose_device(device)
     if threads:

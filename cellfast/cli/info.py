@@ -1,4 +1,4 @@
-"""``cellfast info``: a screen, or the system."""
+"""``cellfast info``: a screen, a model, or the system."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ import click
 
 
 @click.command()
-@click.argument("screen", type=click.Path(path_type=Path), required=False)
+@click.argument("screen", metavar="[SCREEN|MODEL]", type=click.Path(path_type=Path), required=False)
 @click.option("--system", is_flag=True, help="Versions, devices, and which backends are built and loadable.")
 @click.option("--verify", is_flag=True, help="Read all pixels and compare them with their checksums.")
 @click.option("--montage", type=click.Path(path_type=Path, dir_okay=False), help="Write a PNG of cells drawn at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which cells the montage shows.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(screen: Path | None, system: bool, verify: bool, montage: Path | None, seed: int, as_json: bool) -> None:
-    """Describe SCREEN: plates, wells, fields, cells, treatments, MoAs, controls, channels, size, integrity."""
+    """Describe SCREEN: plates, wells, fields, cells, treatments, MoAs, controls, channels, size, integrity.
+
+    Or MODEL, a run folder, a model file or an exported file: what it takes, and where it comes from. --json also tells where each
+    plate's pixels lie in its file.
+    """
     import json
 
     if (screen is None) == (not system):
-        raise click.UsageError("give either SCREEN or --system")
+        raise click.UsageError("give either SCREEN, MODEL or --system")
     if system:
         from cellfast.system import format_report, system_report
 
         report = system_report()
         click.echo(json.dumps(report, indent=2) if as_json else format_report(report))
+        return
+    if (screen / "model.pt").exists() or screen.suffix in (".pt", ".ts", ".torchscript", ".pt2", ".onnx"):
+        if verify or montage:
+            raise click.UsageError(f"--verify and --montage are for screens; {screen} is a model")
+        click.echo(_describe_model(screen, as_json))
         return
     from cellfast.progress import Progress
     from cellfast.screens import Screen
@@ -48,3 +57,15 @@ def info(screen: Path | None, system: bool, verify: bool, montage: Path | None, 
     if montage:
         write_montage(opened, montage, seed=seed)
         click.echo(f"montage      {montage}", err=as_json)
+
+
+def _describe_model(path: Path, as_json: bool) -> str:
+    import json
+
+    from cellfast.embedding.export import is_exported, read_export_metadata
+    from cellfast.model_file import format_description, load_model
+
+    if path.suffix in (".ts", ".torchscript", ".pt2", ".onnx") or is_exported(path):
+        return json.dumps(read_export_metadata(path), indent=2, ensure_ascii=False)
+    description = load_model(path).describe()
+    return json.dumps(description, indent=2, ensure_ascii=False) if as_json else format_description(description)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import typing
 from dataclasses import fields
@@ -73,9 +74,12 @@ def train(
     config = resolve_config(recipe, config_file, overrides)
     from cellfast.training.loop import train as run_training
 
+    # Of torchrun's processes one speaks.
+    first = int(os.environ.get("RANK", "0")) == 0
     result = run_training(screen, run, config, resume=resume, force=force, say=click.echo)
     if result.interrupted:
-        click.echo(f"stopped at step {result.steps}; go on with: cellfast train {screen} -o {run} --resume")
+        if first:
+            click.echo(f"stopped at step {result.steps}; go on with: cellfast train {screen} -o {run} --resume")
         sys.exit(130)
-    if result.steps and result.cells_per_second:
+    if first and result.steps and result.cells_per_second:
         click.echo(f"{result.steps} steps, {result.cells_per_second:,.0f} cells/s; model {result.model}")

@@ -7,7 +7,6 @@ a GPU the pipelines run with ``device_id=None``, which needs no driver.
 from __future__ import annotations
 
 import os
-import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from cellfast.data.field_store import greyscale_tiff
 from cellfast.data.gather import RowGather
 from cellfast.data.loader import Batch
 from cellfast.data.sampler import RowSampler
@@ -41,7 +41,7 @@ def require_dali() -> Any:
     return nvidia.dali
 
 
-class _Source:
+class EpochSource:
     """What ``external_source`` calls: hands out the inputs of one epoch and remembers which rows they belong to."""
 
     def __init__(self) -> None:
@@ -65,20 +65,19 @@ class _Source:
             self.waiting.append((rows, None))  # DALI has no empty minibatch
 
 
-class _Pipeline:
+class EpochPipeline:
     """A DALI pipeline that runs epochs of minibatches given as (rows, inputs), a few ahead of the consumer.
 
     ``graph(dali, source)`` builds it from the source's outputs.
     """
 
     def __init__(
-        self, batch_size: int, device: torch.device, prefetch: int, num_threads: int, graph: Callable[[Any, _Source], Any]
+        self, batch_size: int, device: torch.device, prefetch: int, num_threads: int, graph: Callable[[Any, EpochSource], Any]
     ) -> None:
         self._batch_size, self.device, self._prefetch = batch_size, device, prefetch
         self._num_threads, self._graph = num_threads, graph
-        self._source = _Source()
+        self._source = EpochSource()
         self._pipe = self._build()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _build(self) -> Any:
         dali = require_dali()
@@ -108,7 +107,7 @@ class _Pipeline:
                 while waiting and waiting[0][1] is None:
                     yield Batch(empty, torch.from_numpy(waiting.popleft()[0]))
                 if output is not None:
-                    yield Batch(self._tensor(output), torch.from_numpy(waiting[0][0]))
+                    yield Batch(self.tensor(output), torch.from_numpy(waiting[0][0]))
                     waiting.popleft()
         finally:
             if self._pipe is not None:
@@ -119,25 +118,19 @@ class _Pipeline:
                 self._pipe.reset()
 
     def _next_output(self) -> Any:
-        """The next result, or None at the end; valid until the next call."""
+        """The next result, or None at the end."""
         try:
-            return self._pipe.run()[0]
+            # Bound to torch's stream, a result on a GPU needs no wait here and goes back to DALI in that stream's order.
+            return self._pipe.run(*(() if self.device.type == "cpu" else (torch.cuda.current_stream(self.device),)))[0]
         except StopIteration:
             return None
         except BaseException:
             self._pipe = None  # DALI's state is unknown after an error: build it anew when it is used again
             raise
 
-    def _tensor(self, output: Any) -> torch.Tensor:
-        shared = torch.from_dlpack(output.as_tensor())
-        if self._stream is None:
-            return shared
-        # DALI refills its buffer as soon as it is given back, whatever the consumer's stream still has to do: hand out a copy.
-        with torch.cuda.stream(self._stream):
-            crops = shared.clone()
-        self._stream.synchronize()
-        crops.record_stream(torch.cuda.current_stream(self.device))
-        return crops
+    def tensor(self, output: Any) -> torch.Tensor:
+        """DALI's result as one torch tensor, sharing its memory."""
+        return torch.from_dlpack(output.as_tensor())
 
 
 class CropPipeline:
@@ -156,12 +149,12 @@ class CropPipeline:
         self._gather = gather
         self._empty = torch.empty((0, *gather.row_shape), dtype=_torch_dtype(gather.dtype), device=device)
 
-        def graph(dali: Any, source: _Source) -> Any:
+        def graph(dali: Any, source: EpochSource) -> Any:
             # no_copy=False: DALI copies the array when it is fed, so that one buffer serves every minibatch.
             (crops,) = dali.fn.external_source(
                 source=source,
                 num_outputs=1,
-                dtype=_dali_type(dali, gather.dtype),
+                dtype=dali_type(dali, gather.dtype),
                 ndim=3,
                 layout="CHW",
                 batch=True,
@@ -169,7 +162,7 @@ class CropPipeline:
             )
             return crops
 
-        self._pipeline = _Pipeline(batch_size, device, prefetch, num_threads, graph)
+        self._pipeline = EpochPipeline(batch_size, device, prefetch, num_threads, graph)
         self._buffer = np.empty((batch_size, *gather.row_shape), dtype=gather.dtype)
 
     def run(self, sampler: RowSampler, epoch: int, indices: range) -> Iterator[Batch]:
@@ -255,7 +248,7 @@ class TiffFields:
         with self._pipe:
             encoded = dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1, batch=True, no_copy=False)
             # Both types are needed: without dtype the result is silently 8-bit.
-            image = dali.fn.decoders.image(encoded, output_type=dali.types.ANY_DATA, dtype=_dali_type(dali, self.dtype))
+            image = dali.fn.decoders.image(encoded, output_type=dali.types.ANY_DATA, dtype=dali_type(dali, self.dtype))
             self._pipe.set_outputs(image)
         self._pipe.build()
 
@@ -332,9 +325,9 @@ class FieldCellPipeline:
             (0, source.num_channels, crop_size, crop_size), dtype=_torch_dtype(source.dtype), device=device
         )  # fmt: skip
 
-        def graph(dali: Any, feed: _Source) -> Any:
+        def graph(dali: Any, feed: EpochSource) -> Any:
             # no_copy: the cells of a field all read the one decoded array, which the feed keeps until their windows are used.
-            channels, pixel = source.num_channels, _dali_type(dali, source.dtype)
+            channels, pixel = source.num_channels, dali_type(dali, source.dtype)
             start, *planes = dali.fn.external_source(
                 source=feed, num_outputs=1 + channels, dtype=[dali.types.INT32] + [pixel] * channels, ndim=[1] + [2] * channels,
                 batch=True, no_copy=True,
@@ -348,7 +341,7 @@ class FieldCellPipeline:
             ]  # fmt: skip
             return dali.fn.stack(*windows, axis=0)
 
-        self._pipeline = _Pipeline(batch_size, device, prefetch, num_threads, graph)
+        self._pipeline = EpochPipeline(batch_size, device, prefetch, num_threads, graph)
 
     def __len__(self) -> int:
         return len(self._field)
@@ -376,21 +369,12 @@ class FieldCellPipeline:
 
 def _greyscale_tiff(path: Path) -> tuple[np.dtype, bool]:
     """The depth of a single-page greyscale TIFF, and whether DALI decodes its values as stored; other files are refused."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            page, pages = tiff.pages[0], len(tiff.pages)
-            shape, dtype, photometric, oriented = page.shape, page.dtype, page.photometric, page.tags.valueof(274, 1)
-    except (OSError, ValueError, IndexError, struct.error) as error:
-        raise CellfastError(f"{path} cannot be read as TIFF ({error})") from error
-    if pages != 1 or len(shape) != 2 or dtype not in (np.dtype(np.uint16), np.dtype(np.uint8)):
-        found = f"{pages} page(s) of {dtype} {shape}"
-        raise CellfastError(f"{path} must be a single-page greyscale TIFF of 8 or 16 bits, got {found}")
-    return np.dtype(dtype), photometric == tifffile.PHOTOMETRIC.MINISBLACK and oriented == 1
+    dtype, _, plain = greyscale_tiff(path, str(path))
+    return dtype, plain
 
 
-def _dali_type(dali: Any, dtype: np.dtype) -> Any:
+def dali_type(dali: Any, dtype: np.dtype) -> Any:
+    """DALI's name of uint8 or uint16."""
     return {"uint8": dali.types.UINT8, "uint16": dali.types.UINT16}[dtype.name]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cellfast.data.gather import RowGather
+from cellfast.data.resident import ResidentCells, choose_feed
 from cellfast.data.sampler import RowSampler
 from cellfast.data.warm import available_memory, read_files
 from cellfast.errors import CellfastError
@@ -49,6 +50,9 @@ class Loader:
         warm: read the files into the page cache before the first minibatch: True, False, or ``auto`` (where the store fits in
             free memory). What was decided stands in :attr:`notes`.
         threads: threads that copy; None is 1 for mmap and 8 for pread.
+        feed: ``resident`` (all of the loader's rows are read once into memory of ``device`` and gathered there), ``stream`` (each
+            minibatch is read when it is due, and on a GPU copied through pinned buffers), or ``auto``: resident on a GPU where the
+            cells take at most half of its free memory. Both give the same batches.
 
     Raises:
         CellfastError: options out of range (named), an empty selection, or DALI missing.
@@ -71,6 +75,7 @@ class Loader:
         read: str = "auto",
         warm: bool | str = "auto",
         threads: int | None = None,
+        feed: str = "auto",
     ) -> None:
         if backend not in BACKENDS:
             raise CellfastError(f"unknown loader {backend!r}: choose one of {', '.join(BACKENDS)}")
@@ -86,9 +91,13 @@ class Loader:
         )  # fmt: skip
         self.backend, self.device, self.prefetch = backend, torch.device(device), prefetch
         self.epoch, self._step, self._begun = 0, 0, False
-        self._screen, self._pipeline = screen, None
+        self._screen, self._pipeline, self._resident = screen, None, None
         self.notes: list[str] = []
+        row_bytes = len(screen.channel_names) * screen.crop_size**2 * np.dtype(screen.dtype).itemsize
+        only = "the dali loader streams" if backend == "dali" else None
+        self.feed, why = choose_feed(feed, self.sampler.num_rows * row_bytes, self.device, streams_only=only)
         self._open(screen, read, warm, threads)
+        self.notes.append(f"feed {self.feed}: {why}")
 
     def _open(self, screen: Any, read: str, warm: bool | str, threads: int | None) -> None:
         size = screen.num_cells * len(screen.channel_names) * screen.crop_size**2 * np.dtype(screen.dtype).itemsize
@@ -105,8 +114,9 @@ class Loader:
             read = "mmap" if fits else "pread"
         self._gather = RowGather(screen, read=read, threads=threads or (1 if read == "mmap" else 8))
         self.notes.append(f"loader {self.backend}, rows by {read}: {sizes}")
-        self._warm = fits if warm == "auto" else bool(warm)
-        if not self._warm:
+        # Cells that are to be resident are read once, in order: that is the warming.
+        self._warm = (fits if warm == "auto" else bool(warm)) and self.feed == "stream"
+        if not self._warm and self.feed == "stream":
             self.notes.append(f"files not warmed: {'larger than 80 % of free memory' if warm == 'auto' else 'warm is off'}")
 
     def __len__(self) -> int:
@@ -152,6 +162,10 @@ class Loader:
             if self._pipeline is None:
                 self._pipeline = CropPipeline(self._gather, self.sampler.batch_size, self.device, prefetch=self.prefetch)
             batches = self._pipeline.run(self.sampler, epoch, indices)
+        elif self.feed == "resident":
+            if self._resident is None:
+                self._resident = ResidentCells(self._gather, self.sampler.rows, self.device)
+            batches = (Batch(crops, rows) for crops, rows in self._resident.run(self.sampler, epoch, indices))
         else:
             batches = _prefetched(self._gather, self.sampler, epoch, indices, self.device, self.prefetch)
         try:
@@ -176,7 +190,7 @@ class Loader:
 
     def close(self) -> None:
         """Release files, maps and pipelines; iterators still running end with an error."""
-        self._pipeline = None
+        self._pipeline = self._resident = None
         self._gather.close()
 
 

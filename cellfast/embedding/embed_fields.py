@@ -80,7 +80,7 @@ def embed_fields(
         asked,
         device=device,
         show_progress=show_progress,
-        notes=table.notes,
+        notes=[*table.notes, *([elsewhere] if (elsewhere := locations.unused(table.fields)) else [])],
         unmatched=unmatched,
         unused=unused,
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from cellfast.errors import CellfastError
 from cellfast.screens import Screen, schema
+from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import _add_histogram, plate_file_name, scale_from_histogram
 from cellfast.screens.cutting import _cut
 from cellfast.screens.field_cells import FieldPlanes, FieldReader, count_refused, fields_by_plate
@@ -18,7 +19,6 @@ from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError
 from cellfast.screens.ingest_fields import field_table_digest
 from cellfast.screens.ledger import PlateLedger
-from cellfast.screens.locations import LocationError, Locations
 
 # A part is what is computed, written and, after a crash, repeated as a whole.
 MOST_FIELDS_PER_PART = 16
@@ -277,7 +277,7 @@ class FieldSource:
                 "channels": list(table.channel_names),
                 "border": reader.border,
                 "batch": self._batch[plate],
-                "locations": reader.locations.description,
+                "locations": " ".join(t for t in (reader.locations.description, reader.locations.version(fields)) if t),
                 "illumination": reader.illumination.description if reader.illumination else None,
             }
             self.plans.append(

@@ -82,7 +82,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
     _, zhat, inv_norm, lse = output
     ctx.dtype = z.dtype
     ctx.save_for_backward(zhat, inv_norm, lse, temperature)
-    ctx.mark_non_differentiable(zhat, inv_norm, lse)
+    # zhat stays differentiable, so that a gradient taken with create_graph depends on z and its own gradient is refused, not dropped.
+    ctx.mark_non_differentiable(inv_norm, lse)
     ctx.set_materialize_grads(False)
 
 
@@ -115,6 +116,11 @@ def _register_missing_cuda(reason: str) -> None:
 
     for name in ("ntxent_normalize", "ntxent_forward", "ntxent_backward", "ntxent_shard_forward", "ntxent_shard_backward"):
         torch.library.impl(f"cellfast::{name}", "CUDA", refuse)
+
+    def refuse_choice(name: str) -> str:
+        raise RuntimeError(f"cellfast's CUDA operators are not available, so there are no kernels to choose from: {reason}.")
+
+    torch.library.impl("cellfast::ntxent_cuda_kernel", "CompositeExplicitAutograd", refuse_choice)
 
 
 if not backends()["_C_cuda"].loaded:
@@ -169,3 +175,19 @@ def ntxent_loss(z: torch.Tensor, temperature: Union[float, torch.Tensor] = 0.1, 
             raise ValueError(f"temperature must be a positive finite number, got {temperature}")
         tau = torch.full([], temperature, dtype=torch.float64, device=z.device)
     return torch.ops.cellfast.ntxent_forward(z, tau, normalize)[0]
+
+
+def ntxent_cuda_kernel(name: str | None = None) -> str:
+    """Choose the CUDA kernels of ``ntxent_loss`` for this process, or (without ``name``) say which are chosen.
+
+    Args:
+        name: "portable" (any GPU, dtype and D); "sm90a" (compute capability 9.0, bfloat16 or float16, D ≤ 512; any other input is then
+            refused); "auto" (the default: "sm90a" on GPUs where its tests have passed and its speed was measured, else "portable").
+
+    Returns:
+        The name that is chosen from now on. It is "auto", or ``$CELLFAST_NTXENT_CUDA``, until this function is called.
+
+    Raises:
+        RuntimeError: ``name`` or ``$CELLFAST_NTXENT_CUDA`` is none of the three; this build has no CUDA operators.
+    """
+    return torch.ops.cellfast.ntxent_cuda_kernel(name or "")

@@ -99,7 +99,7 @@ def fit_whitening(x: np.ndarray, lam: str = "auto", rotation: str = "pca", epsil
             smallest of them standing in for those that are zero.
 
     Raises:
-        CellfastError: controls that do not vary at all, λ = 0 with a singular covariance.
+        CellfastError: controls that do not vary at all, λ = 0 with a singular covariance, ``auto`` on two rows.
 
     Source: the reference implementation's whitening_transform (λ); Kessy et al. 2018 and pycytominer's Spherize (ε, -cor).
     """
@@ -134,6 +134,12 @@ def fit_whitening(x: np.ndarray, lam: str = "auto", rotation: str = "pca", epsil
         average = float(s.mean())
         if kind == "auto":
             shrinkage = ledoit_wolf_shrinkage(centered)
+            # Two rows, centred, are ±a: they agree wholly, nothing is shrunk, and the directions they leave out would be divided by 0.
+            if shrinkage < 1e-9 and rank < d:
+                raise CellfastError(
+                    f"Sphering: from {n} control rows the regularisation of {d} features cannot be estimated. Give it, e.g. --lambda 0.1x, "
+                    "or choose --normalize standardize, or other controls (--controls QUERY; --controls all takes every well)."
+                )
             diagonal = 1.0 / np.sqrt((1 - shrinkage) * s + shrinkage * average)
             relative = shrinkage / (1 - shrinkage) if shrinkage < 1 else None
             value = relative * average if relative is not None else None

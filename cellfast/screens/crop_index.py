@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,9 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
+from cellfast.screens.moa import MoaTable, treatment_name
+from cellfast.screens.schema import CONTROL_COMPOUND, is_control
+from cellfast.screens.tables import concentration_um, read_table
 from cellfast.screens.wells import normalise_well
 
 COLUMNS = ("file", "plate", "well", "site", "cell", "compound", "concentration", "moa")
@@ -52,13 +54,9 @@ def read_crop_index(
     path = Path(path)
     if layout not in LAYOUTS:
         raise CellfastError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    try:
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise CellfastError(f"{path}: no such index; expected a CSV with the columns {','.join(COLUMNS)}") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-        raise CellfastError(f"{path}: not a readable CSV ({error})") from error
-    raw.columns = [str(c).strip() for c in raw.columns]
+    raw = read_table(path, f"an index of crops with the columns {','.join(COLUMNS)}").astype(str)
+    known = {name.lower(): name for name in (*COLUMNS, *REFERENCE_COLUMNS)}
+    raw.columns = [known.get(name.lower(), name) for name in raw.columns]
     folder = Path(root) if root is not None else path.parent
     if not folder.is_dir():
         raise CellfastError(f"--root {folder}: no such folder; expected the one the index's file names are relative to")
@@ -99,13 +97,20 @@ def read_crop_index(
         notes.append(
             f"{len(same)} cells share plate, well, site and cell number with another; they are told apart by their files"
         )
+    _check_treatments(table, path)
     table = table.assign(file=[str(folder / name) for name in table["file"]])
     return CropIndex(table.reset_index(drop=True), layout, dropped, num_rows, tuple(notes))
 
 
 def _typed(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
     out = pd.DataFrame({"file": table["file"].str.strip(), "plate": table["plate"].str.strip()})
-    wells = {name: normalise_well(name) for name in table["well"].unique()}
+    wells = {}
+    for name in table["well"].unique():
+        try:
+            wells[name] = normalise_well(name)
+        except CellfastError as error:
+            row = int(np.argmax((table["well"] == name).to_numpy())) + 2
+            raise CellfastError(f"{path}, row {row}: {error}") from error
     out["well"] = table["well"].map(wells)
     for name, label in (("site", "site"), ("cell", "cell number")):
         if name not in table.columns:
@@ -114,17 +119,15 @@ def _typed(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
             continue
         digits = table[name].str.strip().str.replace(r"^s(?=\d)", "", regex=True).replace("", "-1")
         numbers = pd.to_numeric(digits, errors="coerce")
-        if numbers.isna().any():
-            raise CellfastError(f"{path}: column {name} must hold integers, got {table[name][numbers.isna()].iloc[0]!r}")
+        wrong = ~np.isfinite(numbers) | (numbers != np.floor(numbers)) | (numbers.abs() > 2**53)
+        if wrong.any():
+            raise CellfastError(f"{path}: column {name} must hold integers, got {table[name][wrong].iloc[0]!r}")
         out[name] = numbers.astype(np.int64)
     for name in ("compound", "moa"):
         out[name] = table[name].str.strip() if name in table.columns else ""
     if "concentration" in table.columns:
-        text = table["concentration"].str.strip()
-        out["concentration"] = pd.to_numeric(text, errors="coerce").astype(np.float64)
-        unread = out["concentration"].isna() & (text != "")
-        if unread.any():
-            raise CellfastError(f"{path}: column concentration must hold numbers (µM), got {text[unread].iloc[0]!r}")
+        doses = {text: concentration_um(text, f"{path}, column concentration") for text in table["concentration"].unique()}
+        out["concentration"] = table["concentration"].map(doses).astype(np.float64)
     else:
         out["concentration"] = np.nan
     return out
@@ -146,26 +149,28 @@ def _from_reference(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _join_moa(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
-    try:
-        moa = pd.read_csv(path, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise CellfastError(f"{path}: not a readable CSV of compound,concentration,moa ({error})") from error
-    if not {"compound", "concentration", "moa"} <= set(moa.columns):
-        raise CellfastError(f"{path}: expected the columns compound,concentration,moa, found {','.join(map(str, moa.columns))}")
-    known = {}
-    for compound, concentration, name in zip(moa["compound"], moa["concentration"], moa["moa"]):
-        known.setdefault(str(compound).strip().casefold(), []).append((float(concentration), str(name)))
+    """A row's own MoA stays; the others get the table's, DMSO without one ``DMSO``; treatments without any are noted."""
+    moas = MoaTable.read(path)
+    joined, missing = [], set()
+    for compound, concentration, present in zip(table["compound"], table["concentration"], table["moa"]):
+        moa = moas.find(compound, concentration) or present
+        if not moa and is_control(compound):
+            moa = CONTROL_COMPOUND
+        elif not moa:
+            missing.add(treatment_name(compound or "no compound", concentration))
+        joined.append(present or moa)
+    notes.extend(f"no MoA for {treatment}" for treatment in sorted(missing))
+    notes.extend(f"no crop of {treatment}, which the MoA table lists" for treatment in moas.unused())
+    return table.assign(moa=joined)
 
-    def find(compound: str, concentration: float, present: str) -> str:
-        if present:
-            return present
-        for dose, name in known.get(compound.casefold(), []):
-            if np.isclose(dose, concentration, rtol=1e-3, atol=0):
-                return name
-        return ""
 
-    joined = [find(c, d, m) for c, d, m in zip(table["compound"], table["concentration"], table["moa"])]
-    missing = table[[not m and c.upper() != "DMSO" for m, c in zip(joined, table["compound"])]]
-    treatments: Sequence[str] = sorted({f"{c} @ {d:g} µM" for c, d in zip(missing["compound"], missing["concentration"])})
-    notes.extend(f"no MoA for {treatment}" for treatment in treatments)
-    return table.assign(moa=["DMSO" if not m and c.upper() == "DMSO" else m for m, c in zip(joined, table["compound"])])
+def _check_treatments(table: pd.DataFrame, path: Path) -> None:
+    """One treatment per well: profiles are made of wells."""
+    treatments = table[["plate", "well", "compound", "concentration", "moa"]].drop_duplicates()
+    mixed = treatments[treatments.duplicated(["plate", "well"], keep=False)]
+    if not mixed.empty:
+        first = mixed[(mixed["plate"] == mixed["plate"].iloc[0]) & (mixed["well"] == mixed["well"].iloc[0])]
+        shown = " and ".join(f"{c} @ {d:g} µM ({m or 'no MoA'})" for c, d, m in first.iloc[:3, 2:].itertuples(index=False))
+        raise CellfastError(
+            f"{path}: plate {first['plate'].iloc[0]}, well {first['well'].iloc[0]} has {len(first)} treatments, {shown}; correct the index"
+        )

@@ -155,6 +155,11 @@ class PlateStore:
         """CRC-32 over the crops' CRC-32s: changes when any pixel does."""
         return zlib.crc32(self._cells["crc32"].tobytes())
 
+    @property
+    def offset(self) -> int:
+        """Byte at which the pixels begin in the file, where they lie as one block (0 when there are no cells)."""
+        return int(self._offset or 0) if self.num_cells else 0
+
     def crops(self) -> np.ndarray:
         """The pixels [N, C, S, S] as a read-only memory map (an empty array when there are no cells)."""
         if self.num_cells == 0:

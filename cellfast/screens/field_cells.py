@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cellfast.errors import CellfastError
+from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.cutting import crop_origins, cut_crops, inside
 from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, read_plane
 from cellfast.screens.ledger import PlateLedger
-from cellfast.screens.locations import LocationError, Locations, LocationSource
+from cellfast.screens.locations import LocationSource
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import re
@@ -12,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote, urlparse
 
-import pandas as pd
+from pandas import DataFrame
 
 from cellfast.errors import CellfastError
-from cellfast.screens.remote import exists, file_system, is_url, read_bytes
+from cellfast.screens.remote import file_system, is_url
+from cellfast.screens.tables import concentration_um, find_column, read_table
 from cellfast.screens.wells import normalise_well
 
 
@@ -40,35 +40,6 @@ class ImageTable:
     channel_names: tuple[str, ...]
     fields: tuple[Field, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
-
-
-def read_table(path: str | os.PathLike[str], what: str) -> pd.DataFrame:
-    """Read a CSV (.gz too) as text, or parquet, from a file or an fsspec URL; headers stripped of blanks.
-
-    Raises:
-        CellfastError: no such file, or not such a table.
-    """
-    if not exists(path):
-        raise CellfastError(f"{path}: no such file; expected {what}")
-    try:
-        content = io.BytesIO(read_bytes(str(path))) if is_url(path) else path
-        if str(path).endswith(".parquet"):
-            table = pd.read_parquet(content)
-        else:
-            packed = "gzip" if str(path).endswith(".gz") else "infer"
-            table = pd.read_csv(
-                content, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True, compression=packed
-            )
-    except Exception as error:
-        raise CellfastError(f"{path}: cannot be read as {what} ({str(error)[:200]})") from error
-    table.columns = [str(name).strip().strip('"') for name in table.columns]
-    return table
-
-
-def find_column(table: pd.DataFrame, names: Sequence[str]) -> str | None:
-    """The first of ``names`` that is a column, letter case aside."""
-    lower = {column.lower(): column for column in table.columns}
-    return next((lower[name.lower()] for name in names if name.lower() in lower), None)
 
 
 PLATE = ("Metadata_Plate", "Image_Metadata_Plate", "Image_Metadata_Plate_DAPI", "Plate", "Metadata_PlateID", "Metadata_Barcode")
@@ -144,7 +115,9 @@ def read_image_table(
                 image_number=_integer(row[number_column]) if number_column else -1,
                 files=files,
                 compound=str(row[treatment[0]]).strip() if treatment[0] else "",
-                concentration=_number(row[treatment[1]]) if treatment[1] else math.nan,
+                concentration=concentration_um(row[treatment[1]], f"{path}, row {position + 2}, column {treatment[1]}")
+                if treatment[1]
+                else math.nan,
                 moa=str(row[treatment[2]]).strip() if treatment[2] else "",
             )
         )
@@ -186,7 +159,7 @@ def image_table_from_pattern(
             continue
         part = match.groupdict()
         well = part.get("well") or _join_row_column(part["row"], part["column"])
-        site = _integer(part.get("site") or "1")
+        site = _site_of(part.get("site") or "1", ())
         key = (part.get("plate") or str(plate), normalise_well(well), site)
         files = found.setdefault(key, {})
         if part["channel"] in files:
@@ -229,7 +202,7 @@ def _root(image_root: str | os.PathLike[str]) -> Path | str:
     return root
 
 
-def _found(table: pd.DataFrame) -> str:
+def _found(table: DataFrame) -> str:
     columns = list(table.columns)
     return ", ".join(columns[:12]) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "")
 
@@ -244,7 +217,7 @@ def _chosen(channels: Sequence[str] | None, known: list[str], where: str) -> lis
     return list(channels)
 
 
-def _channels(table: pd.DataFrame, channels: Sequence[str] | None, path: object, notes: list[str]) -> list[str]:
+def _channels(table: DataFrame, channels: Sequence[str] | None, path: object, notes: list[str]) -> list[str]:
     listed: list[str] = []
     for column in table.columns:
         match = re.match(r"(?i)(?:image_)?filename_(.+)$|^url_(?:orig)?(.+)$", column)
@@ -264,7 +237,7 @@ def _channels(table: pd.DataFrame, channels: Sequence[str] | None, path: object,
     return listed
 
 
-def _file_columns(table: pd.DataFrame, channel: str) -> tuple[str | None, str | None, str | None]:
+def _file_columns(table: DataFrame, channel: str) -> tuple[str | None, str | None, str | None]:
     """(folder, file, URL) columns of a channel."""
     file_column = find_column(table, (f"FileName_{channel}", f"Image_FileName_{channel}"))
     if file_column is not None:
@@ -355,7 +328,7 @@ def _join_row_column(row: str, column: str) -> str:
     return f"{row}{int(column):02d}" if column.isdigit() else f"{row}{column}"
 
 
-def _well_of(row: dict, table: pd.DataFrame, well_column: str | None, where: str) -> str:
+def _well_of(row: dict, table: DataFrame, well_column: str | None, where: str) -> str:
     try:
         if well_column is not None:
             return normalise_well(str(row[well_column]))
@@ -402,10 +375,3 @@ def _integer(text: object) -> int:
         return int(float(str(text)))
     except ValueError:
         return -1
-
-
-def _number(text: object) -> float:
-    try:
-        return float(str(text))
-    except ValueError:
-        return math.nan

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ _counter: Any = None
 
 @dataclass(frozen=True)
 class PlateTask:
-    """One plate's share of an ingest; ``payload`` is for the function that does the work."""
+    """One plate's share of an ingest; ``payload`` is for the function that does the work.
+
+    ``passes``: how often the work counts each unit, 2 where every image is first searched for nuclei and then cut.
+    """
 
     plate: str
     path: Path
     units: int
     options: dict[str, Any]
     payload: Any
+    passes: int = 1
 
 
 def digest(value: Any) -> str:
@@ -53,6 +58,8 @@ def finished_ledger(task: PlateTask) -> PlateLedger | None:
     if not task.path.exists():
         return None
     store = PlateStore(task.path)
+    if store.ledger is not None and not store.ledger.get("fields_written"):
+        return None  # nothing of it could be used: that mistake may be mended by now, whatever it was
     wanted = json.loads(json.dumps(task.options))
     for name in sorted(set(wanted) | set(store.options)):
         if wanted.get(name) != store.options.get(name):
@@ -71,11 +78,25 @@ def _begin_worker(counter: Any) -> None:
     _counter = counter
 
 
-def count_unit(units: int = 1) -> None:
-    """Tell the progress bar that ``units`` more are done; called where the work is done."""
+def count_unit(units: int = 1, *, searched: bool = False) -> None:
+    """Tell the progress bar that ``units`` more are done, or only searched for nuclei; called where the work is done."""
     if _counter is not None:
         with _counter.get_lock():
-            _counter.value += units
+            _counter[0 if searched else 1] += units
+
+
+class _Shown:
+    """The progress bar of an ingest: units done, or where they are searched first, both passes."""
+
+    def __init__(self, progress: Progress, todo: Sequence[PlateTask]) -> None:
+        self._progress, self._shown = progress, 0
+        self._twice = sum(task.units for task in todo if task.passes > 1)
+        self._once = sum(task.units for task in todo)
+
+    def update(self, searched: int, done: int) -> None:
+        note = f"searched for nuclei {searched:,}, cut {done:,} of {self._once:,}" if self._twice else None
+        self._progress.advance(searched + done - self._shown, note)
+        self._shown = searched + done
 
 
 def run_plates(
@@ -99,28 +120,33 @@ def run_plates(
             todo.append(task)
         else:
             ledgers[task.plate] = ledger
-    with Progress("ingest", sum(task.units for task in todo), unit, enabled=show_progress and bool(todo)) as progress:
+    total = sum(task.units * task.passes for task in todo)
+    unit = unit if total == sum(task.units for task in todo) else "steps"
+    with Progress("ingest", total, unit, enabled=show_progress) as progress:
+        shown = _Shown(progress, todo)
         if ledgers:
-            progress.message(f"ingest: {len(ledgers)} of {len(tasks)} plates were finished before and are kept")
+            refused = sum(sum(ledger.fields_refused.values()) for ledger in ledgers.values())
+            again = f"; {refused:,} of their fields were refused then: --force tries them again" if refused else ""
+            progress.message(f"ingest: {len(ledgers)} of {len(tasks)} plates were finished before and are kept{again}")
+        progress.enabled &= bool(todo)
         if workers <= 1 or len(todo) <= 1:
             global _counter
-            _counter = _Inline(progress)
+            _counter = _Inline(shown)
             try:
                 for task in todo:
                     ledgers[task.plate] = work(task)
             finally:
                 _counter = None
         elif todo:
-            _run_parallel(todo, work, ledgers, workers, progress)
+            _run_parallel(todo, work, ledgers, workers, shown)
     return [ledgers[task.plate] for task in tasks]
 
 
 class _Inline:
-    """Stands in for the shared counter where the work runs in this process."""
+    """Stands in for the shared counters where the work runs in this process."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._done = 0
+    def __init__(self, shown: _Shown) -> None:
+        self._shown, self._counts = shown, [0, 0]
 
     def get_lock(self) -> _Inline:
         return self
@@ -131,14 +157,12 @@ class _Inline:
     def __exit__(self, *_: object) -> None:
         return None
 
-    @property
-    def value(self) -> int:
-        return self._done
+    def __getitem__(self, which: int) -> int:
+        return self._counts[which]
 
-    @value.setter
-    def value(self, done: int) -> None:
-        self._progress.advance(done - self._done)
-        self._done = done
+    def __setitem__(self, which: int, count: int) -> None:
+        self._counts[which] = count
+        self._shown.update(*self._counts)
 
 
 def _run_parallel(
@@ -146,22 +170,25 @@ def _run_parallel(
     work: Callable[[PlateTask], PlateLedger],
     ledgers: dict[str, PlateLedger],
     workers: int,
-    progress: Progress,
+    shown: _Shown,
 ) -> None:
     # spawn: a fork would copy locks of HDF5 and of thread pools in the state another thread left them in.
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
+    counter = context.Array("q", 2)
     with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_begin_worker, initargs=(counter,)) as pool:
         plate_of = {pool.submit(work, task): task.plate for task in todo}
         pending = set(plate_of)
-        shown = 0
         try:
             while pending:
                 finished, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
-                progress.advance(counter.value - shown)
-                shown = counter.value
+                shown.update(*counter[:])
                 for future in finished:
                     ledgers[plate_of[future]] = future.result()
+        except BrokenProcessPool as error:
+            raise CellfastError(
+                f"a process of the ingest ended without a word, most likely for want of memory; use fewer --workers (now {workers}). "
+                "The same command goes on with the plates that are not finished"
+            ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -177,3 +204,13 @@ def remove_abandoned(screen: Path, older_than_s: float = 24 * 3600.0) -> None:
     for partial in (screen / "plates").glob(".*.partial.h5"):
         if time.time() - partial.stat().st_mtime > older_than_s:
             partial.unlink(missing_ok=True)
+
+
+def other_plates(screen: Path, tasks: Sequence[PlateTask]) -> list[str]:
+    """A note naming the plates in the screen folder that are not of this ingest: they stay part of the screen, this ledger leaves them out."""
+    ours = {task.path.name for task in tasks}
+    others = sorted(p.stem for p in (screen / "plates").glob("*.h5") if not p.name.startswith(".") and p.name not in ours)
+    if not others:
+        return []
+    shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    return [f"plates of earlier ingests in the folder, part of the screen but not of this ledger: {shown}"]

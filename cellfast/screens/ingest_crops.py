@@ -13,7 +13,7 @@ from cellfast.errors import CellfastError
 from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
 from cellfast.screens.crop_writer import PlateWriter
-from cellfast.screens.ingest import PlateTask, count_unit, digest, plate_path, remove_abandoned, run_plates
+from cellfast.screens.ingest import PlateTask, count_unit, digest, other_plates, plate_path, remove_abandoned, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
 
 # Arrays with at most this many values along an axis are taken to have their channels there.
@@ -169,6 +169,7 @@ def ingest_crops(
         tasks.append(PlateTask(str(plate), plate_path(screen, str(plate)), len(rows), options, payload))
     plates = run_plates(tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress)
     notes = list(index.notes) + [f"{count} rows of the index left out: {reason}" for reason, count in index.dropped.items()]
+    notes += other_plates(screen, tasks)
     ledger = Ledger(
         source=source,
         locations=f"ready-made crops ({index.num_rows} rows)",

@@ -11,15 +11,16 @@ import numpy as np
 
 from cellfast.errors import CellfastError
 from cellfast.screens import schema
+from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import PlateWriter
 from cellfast.screens.cutting import BORDERS, crop_origins, inside
 from cellfast.screens.field_cells import FieldReader, count_refused, fields_by_plate
 from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, image_info
-from cellfast.screens.ingest import PlateTask, count_unit, digest, plate_path, remove_abandoned, run_plates
+from cellfast.screens.ingest import PlateTask, count_unit, digest, other_plates, plate_path, remove_abandoned, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
-from cellfast.screens.locations import LocationError, Locations, LocationSource
+from cellfast.screens.locations import LocationSource
 
 PROBED_FIELDS = 15
 
@@ -148,19 +149,20 @@ def ingest_fields(
             "border": options.border,
             "pixel_size_um": options.pixel_size_um,
             "batch": schema.batch_of_plate(plate, options.batch_regex),
-            "locations": locations.description,
+            "locations": " ".join(text for text in (locations.description, locations.version(fields)) if text),
             "illumination": illumination.description if illumination else None,
             "field_table": field_table_digest(fields),
         }
         work = _PlateWork(tuple(fields), reader, options)
-        tasks.append(PlateTask(plate, plate_path(screen, plate), len(fields), described, work))
+        tasks.append(PlateTask(plate, plate_path(screen, plate), len(fields), described, work, 1 + locations.reads_images))
     plates = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
+    elsewhere = locations.unused(table.fields)
     ledger = Ledger(
         source=source,
         locations=locations.description,
         options=asdict(options),
         plates=plates,
-        notes=list(table.notes),
+        notes=[*table.notes, *([elsewhere] if elsewhere else []), *other_plates(screen, tasks)],
         unmatched_metadata=list(unmatched),
         unused_metadata=list(unused),
     )
@@ -191,6 +193,9 @@ def ingest_plate(task: PlateTask) -> PlateLedger:
             count_refused(ledger, field, error, None, strict=options.strict)
             count_unit()
             continue
+        finally:
+            if reader.locations.reads_images:
+                count_unit(searched=True)
         located.append((field, found))
     capacity = 0
     for _, found in located:

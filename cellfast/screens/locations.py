@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +12,12 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
-from cellfast.screens.detect import DEFAULT_DIAMETER_PX, centroids_of_labels, detect_nuclei
-from cellfast.screens.image_table import COLUMN, PLATE, ROW, SITE, WELL, Field, ImageTable, find_column, read_table
+from cellfast.screens.centroids import LocationError, Locations, files_version
+from cellfast.screens.detect import DEFAULT_DIAMETER_PX, detect_nuclei
+from cellfast.screens.image_table import COLUMN, PLATE, ROW, SITE, WELL, Field, ImageTable
+from cellfast.screens.label_masks import MaskLocations
 from cellfast.screens.remote import exists, is_url, read_bytes
+from cellfast.screens.tables import find_column, read_table
 from cellfast.screens.wells import normalise_well
 
 # CellProfiler's and DeepProfiler's names; CellProfiler counts pixel centres from 0.
@@ -47,34 +50,22 @@ OBJECT = (
 IMAGE = ("ImageNumber", "Metadata_ImageNumber", "Image_ImageNumber")
 
 
-class LocationError(CellfastError):
-    """A field without usable locations; ``reason`` is what the ledger counts it under."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (str(self), self.reason)
-
-
-@dataclass(frozen=True)
-class Locations:
-    """The cells of one field: object_number int64 [n], centroid y and x float32 [n] (px, 0-based pixel centres); dropped rows by reason."""
-
-    object_number: np.ndarray
-    y: np.ndarray
-    x: np.ndarray
-    dropped: dict[str, int] = field(default_factory=dict)
-
-
 class LocationSource(Protocol):
     """Anything that knows where the cells of a field are; ``description`` identifies it in the ledger."""
 
     description: str
+    reads_images: bool
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
         """The cells of ``field``; ``planes(channel)`` reads a plane. Raises `LocationError` when the source has nothing for the field."""
+        ...
+
+    def version(self, fields: Sequence[Field]) -> str:
+        """Changes when what the source knows about ``fields`` does; a plate made with another version is not kept by a restarted run."""
+        ...
+
+    def unused(self, fields: Sequence[Field]) -> str | None:
+        """What the source has for fields that are not among ``fields``, in words; None: nothing."""
         ...
 
 
@@ -158,6 +149,7 @@ class TableLocations:
     description: str
     by_image: dict[int, Locations]
     by_place: dict[tuple[str, str, int], Locations]
+    reads_images = False
 
     @classmethod
     def read(cls, path: Path | str) -> TableLocations:
@@ -181,13 +173,17 @@ class TableLocations:
                 if site
                 else pd.Series(1, index=table.index)
             )
-            for (p, w, s), rows in table.groupby([*keys, sites.astype(int)], sort=False):
-                by_place[str(p), normalise_well(str(w)), int(s)] = _locations_of(rows, str(path))
+            wells = {name: normalise_well(name) for name in keys[1].unique()}
+            for (p, w, s), rows in table.groupby([keys[0], keys[1].map(wells), sites.astype(int)], sort=False):
+                by_place[str(p), str(w), int(s)] = _locations_of(rows, str(path))
             return cls(description, {}, by_place)
         if image is None:
             found = ", ".join(list(table.columns)[:10])
             raise CellfastError(f"{path}: needs ImageNumber, or plate and well columns, to tell the fields apart; found {found}")
         numbers = pd.to_numeric(table[image], errors="coerce")
+        if numbers.isna().any():
+            row = int(np.argmax(numbers.isna().to_numpy()))
+            raise CellfastError(f"{path}, row {row + 2}: expected a number in column {image}, got {table[image].iloc[row]!r}")
         return cls(description, {int(n): _locations_of(rows, str(path)) for n, rows in table.groupby(numbers, sort=False)}, {})
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
@@ -199,8 +195,28 @@ class TableLocations:
                 if self.by_place
                 else f"ImageNumber {field.image_number}"
             )
+            if not self.by_place and field.image_number < 0:
+                key = "this field: it goes by ImageNumber, and the image table has none; add that column"
             raise LocationError(f"the table of locations has no rows for {key}", "no locations")
         return found
+
+    def version(self, fields: Sequence[Field]) -> str:
+        """Nothing: the description has the table's digest."""
+        return ""
+
+    def unused(self, fields: Sequence[Field]) -> str | None:
+        """Rows of fields the image table does not list."""
+        left = dict(self.by_place) or dict(self.by_image)
+        for field in fields:
+            left.pop((field.plate, field.well, field.site) if self.by_place else field.image_number, None)
+        rows = sum(len(found.y) + sum(found.dropped.values()) for found in left.values())
+        if not rows:
+            return None
+        first = next(iter(left))
+        where = f"plate {first[0]}, well {first[1]}, site {first[2]}" if self.by_place else f"ImageNumber {first}"
+        return (
+            f"{rows:,} rows of the table of locations are of {len(left):,} fields the image table does not list, such as {where}"
+        )
 
 
 @dataclass
@@ -208,91 +224,44 @@ class FolderLocations:
     """DeepProfiler's layout: ``<plate>/<well>-<site>-Nuclei.csv``."""
 
     folder: Path | str
+    reads_images = False
 
     @property
     def description(self) -> str:
         return f"centroid CSVs in {str(self.folder).rsplit('/', 1)[-1]}"
 
+    def _names(self, field: Field) -> list[str]:
+        row, column = field.well.rstrip("0123456789"), int(field.well.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+        wells = dict.fromkeys([field.well, f"{row}{column}", field.well.lower(), f"{row.lower()}{column}"])
+        return [f"{well}-{field.site}{suffix}" for suffix in ("-Nuclei.csv", ".csv", "-Nuclei.csv.gz") for well in wells]
+
+    def _file(self, field: Field) -> Path | str | None:
+        paths = (f"{self.folder}/{field.plate}/{name}" for name in self._names(field))
+        found = next((path for path in paths if exists(path)), None)
+        return found if found is None or is_url(found) else Path(found)
+
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
         """The rows of the field's file."""
-        wells = dict.fromkeys(
-            [
-                field.well,
-                f"{field.well.rstrip('0123456789')}{int(field.well.lstrip('ABCDEFGHIJKLMNOPQRSTUVWXYZ'))}",
-                field.well.lower(),
-            ]
-        )
-        names = [f"{well}-{field.site}-Nuclei.csv" for well in wells] + [f"{well}-{field.site}.csv" for well in wells]
-        for name in names:
-            path = f"{self.folder}/{field.plate}/{name}"
-            if exists(path):
-                return _locations_of(read_table(path, "a centroid CSV"), path)
-        raise LocationError(f"{self.folder}/{field.plate}/{names[0]}: no such file", "no locations")
+        path = self._file(field)
+        if path is None:
+            raise LocationError(f"{self.folder}/{field.plate}/{self._names(field)[0]}: no such file", "no locations")
+        return _locations_of(read_table(path, "a centroid CSV"), str(path))
 
+    def version(self, fields: Sequence[Field]) -> str:
+        """The names and sizes of the fields' files."""
+        if is_url(self.folder):
+            return ""  # asking a store for each field's file would take as long as reading it
+        return files_version([path for field in fields if (path := self._file(field))], Path(self.folder))
 
-@dataclass
-class MaskLocations:
-    """Label masks, 0 the background: Cellpose's ``<image>_cp_masks``, or files named as or after one of the field's images."""
-
-    description: str
-    by_stem: dict[str, str]
-
-    _SUFFIXES = ("_cp_masks", "_masks", "_mask", "_labels", "_label", "_nuclei", "_Nuclei", "_cells", "_Cells", "")
-
-    @classmethod
-    def index(cls, folder: Path, files: list[Path]) -> MaskLocations:
-        """Remember each mask under its file's stem."""
-        by_stem: dict[str, str] = {}
-        for file in files:
-            if file.stem in by_stem:
-                raise CellfastError(
-                    f"two masks of one name: {by_stem[file.stem]} and {file}; give a folder with one mask per field"
-                )
-            by_stem[file.stem] = str(file)
-        return cls(f"label masks in {folder.name}", by_stem)
-
-    def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
-        """Mean pixel of each label; the label is the object number."""
-        for suffix in self._SUFFIXES:
-            for image in field.files:
-                stem = Path(image).stem + suffix
-                if image and stem in self.by_stem and self.by_stem[stem] != image:
-                    return self._read(Path(self.by_stem[stem]), planes)
-        stem = Path(next((f for f in field.files if f), "")).stem
-        raise LocationError(f"no mask named {stem}_cp_masks or after another channel of the field", "no locations")
-
-    def _read(self, path: Path, planes: Callable[[int], np.ndarray]) -> Locations:
-        try:
-            if path.suffix.lower() == ".png":
-                from PIL import Image
-
-                with Image.open(path) as image:
-                    labels = np.asarray(image)
-            else:
-                import tifffile
-
-                labels = tifffile.imread(path)
-        except Exception as error:
-            raise LocationError(
-                f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]})", "mask not readable"
-            ) from error
-        if (
-            labels.ndim != 2
-            or (labels.dtype.kind == "f" and not (labels == np.floor(labels)).all())
-            or labels.dtype.kind not in "uif"
-        ):
-            raise LocationError(
-                f"{path}: expected a label image [H, W] of whole numbers, got {labels.dtype} {labels.shape}",
-                "mask is not a label image",
-            )
-        shape = planes(0).shape
-        if labels.shape != shape:
-            raise LocationError(
-                f"{path}: the mask is {labels.shape[0]} × {labels.shape[1]} px, the image {shape[0]} × {shape[1]}",
-                "mask of another size",
-            )
-        number, y, x, _ = centroids_of_labels(labels.astype(np.int64))
-        return Locations(number, y, x)
+    def unused(self, fields: Sequence[Field]) -> str | None:
+        """Files of fields the image table does not list."""
+        if is_url(self.folder):
+            return None
+        files = {p for p in Path(self.folder).rglob("*") if p.name.lower().endswith((".csv", ".csv.gz"))}
+        left = sorted(files - {path for field in fields if (path := self._file(field))})
+        if not left:
+            return None
+        return f"{len(left):,} centroid CSVs are of no field of the image table, such as {left[0].relative_to(self.folder)}"
 
 
 @dataclass
@@ -302,6 +271,7 @@ class DetectedLocations:
     channel: int
     channel_name: str
     diameter_px: float
+    reads_images = True
 
     @property
     def description(self) -> str:
@@ -313,3 +283,11 @@ class DetectedLocations:
         return Locations(
             np.arange(1, len(y) + 1, dtype=np.int64), y, x, {f"detected object {name}": n for name, n in dropped.items()}
         )
+
+    def version(self, fields: Sequence[Field]) -> str:
+        """Nothing: the description says all."""
+        return ""
+
+    def unused(self, fields: Sequence[Field]) -> str | None:
+        """Nothing."""
+        return None

@@ -10,7 +10,7 @@ import numpy as np
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
-from cellfast.screens.crop_store import Screen
+from cellfast.screens.crop_store import PlateStore, Screen
 from cellfast.screens.schema import is_control
 
 
@@ -44,6 +44,20 @@ def summarize(screen: Screen) -> dict[str, Any]:
         "channels": [
             {"name": n, "scale_low": float(a), "scale_high": float(b)} for n, a, b in zip(screen.channel_names, low, high)
         ],
+        "files": [_describe_file(store) for store in screen.plates],
+    }
+
+
+def _describe_file(store: PlateStore) -> dict[str, Any]:
+    """Where a plate's pixels lie: ``np.memmap(file, dtype, "r", offset, shape)`` reads them without HDF5."""
+    return {
+        "plate": store.plate,
+        "file": str(store.path),
+        "dtype": np.dtype(store.dtype).name,
+        "offset": store.offset,
+        "shape": [store.num_cells, store.num_channels, store.crop_size, store.crop_size],
+        "scale_low": store.scale_low.tolist(),
+        "scale_high": store.scale_high.tolist(),
     }
 
 

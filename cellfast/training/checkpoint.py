@@ -63,8 +63,23 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def restore(content: dict[str, Any], model: SimCLR, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> int:
-    """Put a checkpoint's weights and optimiser state in place and return its step."""
+def restore(
+    content: dict[str, Any],
+    model: SimCLR,
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    path: str | os.PathLike[str],
+) -> int:
+    """Put a checkpoint's weights and optimiser state in place and return its step; another model or optimiser is a `CellfastError`."""
+    ours, theirs = model.config.to_dict(), content.get("model_config")
+    changed = [] if theirs is None else [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items() if theirs.get(k) != v]
+    was = content.get("config", {}).get("optimizer", config["optimizer"])
+    if was != config["optimizer"]:
+        changed.append(f"optimizer was {was}, is {config['optimizer']}")
+    if changed:
+        raise CellfastError(
+            f"the checkpoint {path} does not fit this run: {'; '.join(changed)}. Leave those options as they were"
+        )
     try:
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])

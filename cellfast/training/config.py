@@ -87,6 +87,13 @@ class TrainConfig:
     plates: list[str] = _value([], "Train on these plates only (comma-separated); none given: all.", group="Input")  # noqa: RUF009
     hold_out_plates: list[str] = _value([], "Leave these plates out of training and validation.", group="Input")  # noqa: RUF009
     loader: str = _value("mmap", "Who gathers the cells.", choices=("mmap", "dali"), group="Input")
+    feed: str = _value(
+        "auto",
+        "Where the cells wait: all of them in the device's memory (resident), or read as they are due (stream); auto: resident on a GPU "
+        "where they take at most half of its free memory.",
+        choices=("auto", "resident", "stream"),
+        group="Input",
+    )
 
     temperature: float = _value(0.1, "Temperature of NT-Xent.", minimum=0.01, group="Loss")
     batch_norm: str = _value(
@@ -98,6 +105,13 @@ class TrainConfig:
 
     batch_size: int = _value(
         256, "Cells per minibatch over all processes; each gives two views.", minimum=2, group="Optimisation"
+    )
+    chunk_size: int | None = _value(
+        None,
+        "Encode a minibatch in pieces of so many cells per process (gradient caching): the loss still sees all of it, memory is that of "
+        "one piece, time about 4/3. BatchNorm statistics are each piece's. null: in one piece.",
+        minimum=1,
+        group="Optimisation",
     )
     epochs: int = _value(100, "Passes over the training cells.", minimum=0, group="Optimisation")
     steps: int | None = _value(
@@ -151,6 +165,12 @@ class TrainConfig:
     )
     amp: bool = _value(False, "bfloat16 autocast.", group="Running")
     compile: bool = _value(False, "torch.compile the model.", group="Running")
+    cuda_graphs: bool = _value(
+        False,
+        "Record forward and backward once and replay them (CUDA, one process, no chunk_size): for small minibatches, where launching "
+        "kernels takes longer than running them.",
+        group="Running",
+    )
     threads: int | None = _value(None, "CPU threads; null: torch's choice.", minimum=1, group="Running")
     checkpoint_every: int = _value(
         500, "Steps between checkpoints; one is also written after every epoch.", minimum=1, group="Running"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -97,4 +98,8 @@ def synchronise_gradients(module: nn.Module, processes: Processes, device: torch
     if processes.world_size == 1:
         return module
     ids = [device.index or 0] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = nn.parallel.DistributedDataParallel
+    # torch 2.15 renames the option; buffers are alike at the start either way, since every process has the same seed.
+    renamed = "forward_sync_buffers" in inspect.signature(wrapped.__init__).parameters
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return wrapped(module, device_ids=ids, gradient_as_bucket_view=True, **buffers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import threading
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cellfast.augment import AugmentConfig, TwoViews
 from cellfast.data import Loader
@@ -26,12 +24,16 @@ from cellfast.model_file import ModelMetadata, load_weights, save_model
 from cellfast.models import ModelConfig, build_model
 from cellfast.progress import Progress
 from cellfast.screens import Screen
-from cellfast.system import bfloat16_is_native
 from cellfast.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from cellfast.training.config import TrainConfig, automatic_output_size
+from cellfast.training.cuda_graph import GraphedStep
+from cellfast.training.devices import amp_warning, choose_device
 from cellfast.training.distributed import Processes, start_processes, synchronise_gradients
+from cellfast.training.losses_seen import LossReader
 from cellfast.training.optimizers import build_optimizer, set_learning_rate
+from cellfast.training.provenance import source_commit
 from cellfast.training.run_folder import MetricsLog, RunFolder
+from cellfast.training.scaling import PlateScaling
 from cellfast.training.schedule import learning_rate_factor
 from cellfast.training.split import data_digest, split_cells
 from cellfast.training.step import TrainingStep, TwoViewModel, views_seed
@@ -48,45 +50,6 @@ class TrainResult:
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict)
     cells_per_second: float | None = None
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto``: CUDA where there is a GPU, else the CPU; ``cuda`` without one raises `CellfastError`."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CellfastError(
-            "device cuda was asked for, but torch finds no GPU (cellfast info --system says more); use --device cpu"
-        )
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
-
-
-def amp_warning(device: torch.device) -> str | None:
-    """What to say about ``--amp`` on a CPU that has no bfloat16 arithmetic, else None."""
-    if device.type == "cpu" and not bfloat16_is_native():
-        return (
-            "warning: --amp runs in bfloat16 as asked, but this CPU has no bfloat16 instructions and emulates them, "
-            "which is slower than float32; leave --amp out here"
-        )
-    return None
-
-
-class PlateScaling:
-    """Global rows → (low, high): one pair [C] for the screen, or [B, C], each cell's own plate's."""
-
-    def __init__(self, screen: Screen, method: str) -> None:
-        low, high = screen.channel_scaling()
-        self.low, self.high = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
-        self._per_plate = method == "plate"
-        self._offsets = torch.from_numpy(screen.offsets[1:].copy())
-        self._lows = torch.tensor(np.stack([p.scale_low for p in screen.plates]), dtype=torch.float32)
-        self._highs = torch.tensor(np.stack([p.scale_high for p in screen.plates]), dtype=torch.float32)
-
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._per_plate:
-            return self.low, self.high
-        plate = torch.searchsorted(self._offsets, rows, right=True)
-        return self._lows[plate], self._highs[plate]
 
 
 def train(
@@ -115,6 +78,8 @@ def train(
     """
     device = choose_device(config.device)
     tune_malloc()
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # minibatches have one shape
     if config.threads:
         torch.set_num_threads(config.threads)
     processes = start_processes(device)
@@ -122,12 +87,12 @@ def train(
         return _Training(Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, say).run()
     except torch.OutOfMemoryError as error:
         raise CellfastError(
-            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder"
+            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
         ) from error
     except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
             raise CellfastError(
-                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder"
+                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
             ) from error
         raise
     finally:
@@ -190,8 +155,6 @@ class _Training:
             ),
             config.seed,
         )
-        if processes.is_first:
-            folder.prepare(resume=resume, force=force)
         if config.weights and not resume:
             self.say(f"weights: {load_weights(self.model, config.weights)}")
         self.model = self.model.to(device)
@@ -200,12 +163,15 @@ class _Training:
             self.model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
         self.loader = None if self.total_is_zero else self._make_loader()
+        # Last: --force discards the earlier run only when nothing else stands in the way of this one.
+        if processes.is_first:
+            folder.prepare(resume=resume, force=force)
         self.steps_per_epoch = len(self.loader) if self.loader else 0
         self.total_steps = config.steps if config.steps is not None else config.epochs * self.steps_per_epoch
         self.first_step = self._resume() if resume else 0
         if processes.is_first:
             config.save(folder.config)
-        self.interrupted = False
+        self.interrupted, self._interrupted_at = False, 0.0
 
     def _make_loader(self) -> Loader:
         return Loader(
@@ -219,6 +185,7 @@ class _Training:
             world_size=self.processes.world_size,
             backend=self.config.loader,
             device=self.device,
+            feed=self.config.feed,
         )
 
     def _resume(self) -> int:
@@ -228,7 +195,7 @@ class _Training:
                 f"{self.folder.path}: the run was trained on another screen (data digest {content['training_data'][:12]}, "
                 f"{self.screen.path} has {self.digest[:12]}); resume with the screen it began with"
             )
-        step = restore(content, self.model, self.optimizer, self.folder.checkpoint)
+        step = restore(content, self.model, self.optimizer, self.config.to_dict(), self.folder.checkpoint)
         if self.loader is not None:
             self.loader.load_state_dict(content["loader"])
         self.say(f"resumed at step {step} of {self.total_steps}")
@@ -246,6 +213,10 @@ class _Training:
         if self.loader is not None:
             for note in self.loader.notes:
                 self.say(note)
+        if config.chunk_size is not None:
+            self.say(
+                f"gradient caching: pieces of at most {config.chunk_size} cells per process; BatchNorm sees one piece at a time"
+            )
         if self.total_is_zero:
             self._save_model(0)
             self.say(f"no steps asked for: {self.folder.model} is randomly initialised")
@@ -254,13 +225,15 @@ class _Training:
         if config.compile:
             module = torch.compile(module)
         module = synchronise_gradients(module, self.processes, self.device)
-        self.step = TrainingStep(
+        self.losses = LossReader(self.device)
+        self.step = (GraphedStep if config.cuda_graphs else TrainingStep)(
             module,
             NTXentLoss(config.temperature).to(self.device),
             self.optimizer,
             device=self.device,
             amp=config.amp,
             clip_grad_norm=config.clip_grad_norm,
+            chunk_size=config.chunk_size,
         )
         self.validation = None
         if self.processes.is_first and len(self.split.validation) > 1:
@@ -277,22 +250,28 @@ class _Training:
                 amp=config.amp,
             )
         log = MetricsLog(self.folder, enabled=self.processes.is_first, step=self.first_step)
-        old = None
+        old = {}
         if threading.current_thread() is threading.main_thread():
-            old = signal.signal(signal.SIGINT, self._on_interrupt)
+            # SIGTERM is how clusters and torchrun ask a process to end.
+            old = {number: signal.signal(number, self._on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._loop(log)
         finally:
-            if old is not None:
-                signal.signal(signal.SIGINT, old)
+            for number, handler in old.items():
+                signal.signal(number, handler)
             log.close()
             self.loader.close()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
         if self.interrupted:
+            # torchrun passes on a Ctrl-C that the terminal has sent to every process already.
+            if now - self._interrupted_at < 2.0:
+                return
             raise KeyboardInterrupt
-        self.interrupted = True
-        sys.stderr.write("\ninterrupted: saving after this step (once more to stop at once)\n")
+        self.interrupted, self._interrupted_at = True, now
+        if self.processes.is_first:
+            sys.stderr.write("\ninterrupted: saving after this step (once more to stop at once)\n")
 
     def _loop(self, log: MetricsLog) -> TrainResult:
         config, result = self.config, TrainResult(self.first_step, False, self.folder.model)
@@ -311,24 +290,18 @@ class _Training:
                         final=config.final_lr,
                     )
                     set_learning_rate(self.optimizer, config.lr * factor)
-                    low, high = self.scaling(batch.rows)
-                    views = self.two_views(
-                        batch.crops,
-                        low.to(self.device, non_blocking=True),
-                        high.to(self.device, non_blocking=True),
-                        seed=views_seed(config.seed, step, self.processes.rank),
+                    low, high = self.scaling.on(batch.rows, self.device)
+                    views = self.step.views(
+                        self.two_views, batch.crops, low, high, seed=views_seed(config.seed, step, self.processes.rank)
                     )
                     loss = self.step.compute_loss(views)
-                    looked_at = self.device.type == "cpu" or (step + 1) % config.log_every == 0 or step + 1 == self.total_steps
-                    if looked_at:
-                        # On a GPU reading the loss waits for the device, so it is read now and then only.
-                        result.loss = float(loss.detach())
-                        if not math.isfinite(result.loss):
-                            self._not_finite(step, result.loss)
+                    self._look(self.losses.put(step, loss), result)
                     self.step.update(loss)
                     step += 1
                     cells += config.batch_size
                     progress.advance(config.batch_size, f"loss {result.loss:.4f}" if result.loss is not None else None)
+                    if step == self.total_steps:
+                        self._look(self.losses.drain(), result)
                     if step % config.log_every == 0 or step == self.total_steps:
                         result.cells_per_second = cells / (time.monotonic() - began)
                         log.write(step, loss=result.loss, lr=config.lr * factor, cells_per_second=result.cells_per_second)
@@ -337,6 +310,7 @@ class _Training:
                         result.validation = self._validate(log, step, progress) or result.validation
                     stop = self.processes.any(self.interrupted)
                     if ends or stop or step % config.checkpoint_every == 0:
+                        self._look(self.losses.drain(), result)
                         self._save(step)
                     if stop or step == self.total_steps:
                         break
@@ -346,10 +320,16 @@ class _Training:
         result.steps = step
         return result
 
-    def _not_finite(self, step: int, loss: float) -> None:
+    def _look(self, losses: list[tuple[int, float]], result: TrainResult) -> None:
+        for step, loss in losses:
+            result.loss = loss
+            if not math.isfinite(loss):
+                self._not_finite(f"the loss is {loss} at step {step + 1}")
+
+    def _not_finite(self, what: str) -> None:
         kept = f"; the last good state is in {self.folder.checkpoint}" if self.folder.checkpoint.exists() else ""
         raise CellfastError(
-            f"the loss is {loss} at step {step + 1}{kept}. Try a smaller --lr (now {self.config.lr:g}), a longer --warmup "
+            f"{what}{kept}. Try a smaller --lr (now {self.config.lr:g}), a longer --warmup "
             f"(now {self.config.warmup:g}), a higher --temperature (now {self.config.temperature:g}), --clip-grad-norm 1, or float32 (no --amp)"
         )
 
@@ -367,6 +347,9 @@ class _Training:
         return values
 
     def _save(self, step: int) -> None:
+        # The loss of this step was finite; its gradient need not have been, and the last good checkpoint must outlive it.
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters()):
+            self._not_finite(f"the weights are not finite after step {step}")
         if not self.processes.is_first:
             return
         save_checkpoint(
@@ -400,18 +383,3 @@ class _Training:
                 git_commit=source_commit(),
             ),
         )
-
-
-def source_commit() -> str:
-    """The git commit of a source checkout, with ``-dirty`` where tracked files were changed; empty for an installed package."""
-    import subprocess
-
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    try:
-        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changed = subprocess.run(["git", "-C", str(root), "diff", "--quiet", "HEAD"], capture_output=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return commit.stdout.strip() + ("-dirty" if changed.returncode == 1 else "") if commit.returncode == 0 else ""

@@ -62,6 +62,8 @@ def split_cells(
     """
     plate = metadata["Metadata_Plate"].to_numpy(dtype=str)
     known = sorted(set(plate.tolist()))
+    if len(plate) == 0:
+        raise CellfastError("the screen has no cells to train on: its ledger.json says what the ingest found and dropped")
     check_plates(plates or [], known, "plates")
     check_plates(hold_out_plates or [], known, "hold_out_plates")
     used = np.ones(len(plate), dtype=bool)

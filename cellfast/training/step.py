@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cellfast.augment import TwoViews
 from cellfast.models import SimCLR
+from cellfast.training.gradient_cache import GradientCache, ViewPieces
 
 
 class TwoViewModel(nn.Module):
@@ -44,6 +46,7 @@ class TrainingStep:
         optimizer: its gradients are dropped, not zeroed, before each backward pass.
         amp: bfloat16 autocast of the forward pass. No loss scaling: bfloat16 has float32's range.
         clip_grad_norm: clip the gradient's norm to this.
+        chunk_size: encode the minibatch in pieces of so many cells (see `GradientCache`); None: at once.
     """
 
     def __init__(
@@ -55,21 +58,40 @@ class TrainingStep:
         device: torch.device,
         amp: bool = False,
         clip_grad_norm: float | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         self.module, self.loss, self.optimizer = module, loss, optimizer
-        self.device, self.amp, self.clip_grad_norm = device, amp, clip_grad_norm
+        self.device, self.amp, self.clip_grad_norm, self.chunk_size = device, amp, clip_grad_norm, chunk_size
+        self._cache = None if chunk_size is None else GradientCache(module, self._encode, loss)
 
-    def compute_loss(self, views: Tensor) -> Tensor:
+    def views(self, two_views: TwoViews, crops: Tensor, low: Tensor, high: Tensor, *, seed: int) -> Tensor | ViewPieces:
+        """The views of a minibatch in the form that :meth:`compute_loss` takes: all of them, or a piece when it is asked for."""
+        if self.chunk_size is None:
+            return two_views(crops, low, high, seed=seed)
+        return ViewPieces(two_views, crops, low, high, seed=seed, chunk_size=self.chunk_size)
+
+    def compute_loss(self, views: Tensor | ViewPieces) -> Tensor:
         """The loss of a minibatch of views, with its graph."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            z = self.module(views)
-        # On a CPU the loss is a small part and float32 costs nothing; on a GPU the operator's bfloat16 kernels are the fast ones.
-        return self.loss(z.float() if self.device.type == "cpu" else z)
+        if isinstance(views, ViewPieces):
+            return self._cache.compute_loss(views)
+        return self.loss(self._encode(self.module, views))
 
     def update(self, loss: Tensor) -> None:
         """Gradients of ``loss`` and one optimiser step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self._backward(loss)
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_grad_norm)
         self.optimizer.step()
+
+    def _encode(self, module: nn.Module, views: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            z = module(views)
+        # On a CPU the loss is a small part and float32 costs nothing; on a GPU the operator's bfloat16 kernels are the fast ones.
+        return z.float() if self.device.type == "cpu" else z
+
+    def _backward(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._cache is None:
+            loss.backward()
+        else:
+            self._cache.backward(loss)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from cellfast.screens.simulate.cells import draw_cell
 from cellfast.screens.simulate.design import PRESETS, SimulationConfig, design_screen, with_options
+from cellfast.screens.simulate.drawing import draw_cell
 from cellfast.screens.simulate.phenotypes import MOA_NAMES
-from cellfast.screens.simulate.write import IMAGE_COLUMNS, SimulationSummary, simulate_screen
+from cellfast.screens.simulate.tables import IMAGE_COLUMNS, SimulationSummary
+from cellfast.screens.simulate.write import simulate_screen
 
 __all__ = [
     "IMAGE_COLUMNS",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from cellfast.screens.simulate.cells import ACTIN, DNA, TUBULIN, Cells, NoiseBank, draw_cells, draw_states
+from cellfast.screens.simulate.cells import ACTIN, DNA, TUBULIN, Cells, NoiseBank, draw_states
+from cellfast.screens.simulate.drawing import draw_cells
 from cellfast.screens.simulate.phenotypes import BASELINE, INDEX, NAMES, TreatmentEffect, draw_phenotypes
 
 # Measured on BBBC021 (DAPI, tubulin, actin): camera values of empty field, of a typical cell above it, and the noise there.
@@ -51,7 +52,7 @@ def draw_optics(week: np.random.SeedSequence, plate: np.random.SeedSequence) -> 
 
 @dataclass(frozen=True)
 class FieldTruth:
-    """The cells whose nucleus centre lies in the field: centres in px (column x, row y of pixel centres), state, response."""
+    """The cells whose nucleus centre lies between the field's outermost pixel centres: centres in px (column x, row y of pixel centres), state, response."""
 
     x: np.ndarray
     y: np.ndarray
@@ -118,7 +119,9 @@ def draw_field(
     _add_debris(drawn, scale, rng)
     image = _expose(drawn, optics, well_gain, well_focus + rng.gamma(1.0, 0.06), scale, margin, rng)
 
-    inside = (y >= margin) & (y < height + margin) & (x >= margin) & (x < width + margin)
+    # Between the first and the last pixel centre: inside by every convention. The tables print three decimals.
+    row, column = np.round(y - margin, 3), np.round(x - margin, 3)
+    inside = (row >= 0) & (row <= height - 1) & (column >= 0) & (column <= width - 1)
     responds = response > 0.1 * treatment.strength
     truth = FieldTruth(
         x[inside] - margin,

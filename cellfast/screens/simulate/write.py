@@ -2,70 +2,41 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cellfast import __version__
-from cellfast.atomic import write_json
 from cellfast.errors import CellfastError
 from cellfast.progress import Progress
-from cellfast.screens.simulate.cells import STATES, NoiseBank
+from cellfast.screens.simulate.cells import NoiseBank
 from cellfast.screens.simulate.design import (
-    CONTROL,
     STREAM_FIELD,
-    STREAM_NAMES,
     STREAM_NOISE,
-    STREAM_PLATE,
-    STREAM_WEEK,
     STREAM_WELL,
     Plate,
     SimulationConfig,
     design_screen,
     well_position,
 )
-from cellfast.screens.simulate.fields import FieldTruth, Optics, draw_field, draw_optics
-from cellfast.screens.simulate.phenotypes import NAMES
+from cellfast.screens.simulate.fields import FieldTruth, draw_field
+from cellfast.screens.simulate.tables import (
+    LOCATION_COLUMNS,
+    SimulationSummary,
+    file_names,
+    plate_optics,
+    write_table,
+    write_tables,
+)
 
-IMAGE_COLUMNS = (
-    "TableNumber", "ImageNumber", "Image_FileName_DAPI", "Image_PathName_DAPI", "Image_FileName_Tubulin",
-    "Image_PathName_Tubulin", "Image_FileName_Actin", "Image_PathName_Actin", "Image_Metadata_Plate_DAPI",
-    "Image_Metadata_Well_DAPI", "Replicate", "Image_Metadata_Compound", "Image_Metadata_Concentration",
-)  # fmt: skip
-CELL_COLUMNS = ("Plate", "Well", "Site", "ObjectNumber", "Center_X", "Center_Y", "State", "Responds", "Response")
-LOCATION_COLUMNS = ("ObjectNumber", "Nuclei_Location_Center_X", "Nuclei_Location_Center_Y")
-WAVELENGTHS = ("w1", "w2", "w4")  # DAPI, tubulin, actin, as in BBBC021's file names
-FORMAT = "cellfast simulation 1"
 # image.csv is put in place last: where it stands the screen is complete. simulation.json is first: it marks the rest as ours.
 _PRODUCTS = ("simulation.json", "images", "locations", "cells.csv", "moa.csv", "image.csv")
-
-
-@dataclass(frozen=True)
-class SimulationSummary:
-    """What was written: folder, counts, and the cells that responded among those in treated wells."""
-
-    out: Path
-    num_plates: int
-    num_weeks: int
-    num_wells: int
-    num_fields: int
-    num_cells: int
-    num_treatments: int
-    num_compounds: int
-    num_moas: int
-    num_treated_cells: int
-    num_responding_cells: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -79,12 +50,6 @@ class _WellTask:
     folder: str
 
 
-def file_names(config: SimulationConfig, plate_position: int, well: str, site: int) -> list[str]:
-    """The file names of a field, one per channel: ``B02_s1_w1<UUID>.tif``, w2 and w4."""
-    rng = np.random.default_rng(config.stream(STREAM_NAMES, plate_position, well_position(well), site))
-    return [f"{well}_s{site}_{w}{str(uuid.UUID(bytes=rng.bytes(16), version=4)).upper()}.tif" for w in WAVELENGTHS]
-
-
 _noise: dict[tuple[float, int], NoiseBank] = {}
 
 
@@ -96,10 +61,6 @@ def _noise_bank(config: SimulationConfig) -> NoiseBank:
     return _noise[key]
 
 
-def _plate_optics(config: SimulationConfig, week: int, plate_position: int) -> Optics:
-    return draw_optics(config.stream(STREAM_WEEK, week), config.stream(STREAM_PLATE, plate_position))
-
-
 def _write_well(task: _WellTask) -> list[tuple[FieldTruth, int]]:
     """Draw and write all fields of a well; returns the truth and the bytes written of each (runs in a worker process)."""
     import tifffile
@@ -108,7 +69,7 @@ def _write_well(task: _WellTask) -> list[tuple[FieldTruth, int]]:
     images = folder / "images" / task.plate.split("_")[0] / task.plate
     locations = folder / "locations" / task.plate
     position = well_position(task.well)
-    optics = _plate_optics(config, task.week, task.plate_position)
+    optics = plate_optics(config, task.week, task.plate_position)
     written = []
     for site in range(1, config.sites + 1):
         image, truth = draw_field(
@@ -132,20 +93,13 @@ def _write_well(task: _WellTask) -> list[tuple[FieldTruth, int]]:
                 software=f"cellfast {__version__}",
             )
             size += (images / name).stat().st_size
-        _write_table(
+        write_table(
             locations / f"{task.well}-{site}-Nuclei.csv",
             LOCATION_COLUMNS,
             ((number, f"{x:.3f}", f"{y:.3f}") for number, (x, y) in enumerate(zip(truth.x, truth.y), 1)),
         )
         written.append((truth, size))
     return written
-
-
-def _write_table(path: Path, columns: tuple[str, ...], rows: Iterator[tuple[object, ...]]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 def _prepare(out: Path, force: bool) -> Path:
@@ -229,7 +183,7 @@ def simulate_screen(
     work = _prepare(out, force)
     try:
         truths = _write_fields(plates, config, work, workers, progress)
-        summary = _write_tables(plates, config, work, out, truths)
+        summary = write_tables(plates, config, work, out, truths)
         _publish(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -288,114 +242,3 @@ def _run(tasks: list[_WellTask], workers: int) -> Iterator[tuple[_WellTask, list
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def _write_tables(
-    plates: list[Plate],
-    config: SimulationConfig,
-    work: Path,
-    out: Path,
-    truths: dict[tuple[str, str], list[tuple[FieldTruth, int]]],
-) -> SimulationSummary:
-    image_rows, cell_rows = [], []
-    counts: dict[tuple[str, float], dict[str, int]] = {}
-    treatments, numbers = {}, dict.fromkeys(range(config.weeks), 0)
-    num_bytes = 0
-    for plate in plates:
-        path = f"{plate.name.split('_')[0]}/{plate.name}"
-        for well, treatment in plate.wells.items():
-            key = (treatment.compound, treatment.concentration_um)
-            treatments.setdefault(key, treatment)
-            count = counts.setdefault(
-                key, {"num_wells": 0, "num_fields": 0, "num_cells": 0, "num_responding": 0} | dict.fromkeys(STATES, 0)
-            )
-            count["num_wells"] += 1
-            for site, (truth, size) in enumerate(truths[plate.name, well], 1):
-                numbers[plate.week] += 1
-                num_bytes += size
-                dapi, tubulin, actin = file_names(config, plate.position, well, site)
-                concentration = f"{treatment.concentration_um:g}"
-                image_rows.append(
-                    (
-                        plate.week,
-                        numbers[plate.week],
-                        dapi,
-                        path,
-                        tubulin,
-                        path,
-                        actin,
-                        path,
-                        plate.name,
-                        well,
-                        plate.replicate[well],
-                    )
-                    + (treatment.compound, concentration)
-                )
-                count["num_fields"] += 1
-                count["num_cells"] += len(truth.x)
-                count["num_responding"] += int(truth.responds.sum())
-                for state, number in enumerate(np.bincount(truth.state, minlength=len(STATES))):
-                    count[STATES[state]] += int(number)
-                cell_rows += [
-                    (plate.name, well, site, i + 1, f"{truth.x[i]:.3f}", f"{truth.y[i]:.3f}", STATES[truth.state[i]])
-                    + (int(truth.responds[i]), f"{truth.response[i]:.4f}")
-                    for i in range(len(truth.x))
-                ]
-    _write_table(work / "image.csv", IMAGE_COLUMNS, iter(image_rows))
-    _write_table(work / "cells.csv", CELL_COLUMNS, iter(cell_rows))
-    # The official MoA table quotes text, prints six decimals and has a row for the control.
-    with open(work / "moa.csv", "w", encoding="utf-8", newline="") as handle:
-        handle.write('"compound",concentration,"moa"\n')
-        for treatment in treatments.values():
-            handle.write(f'"{treatment.compound}",{treatment.concentration_um:.6f},"{treatment.moa}"\n')
-    write_json(
-        work / "simulation.json",
-        {
-            "format": FORMAT,
-            "cellfast_version": __version__,
-            "options": config.as_dict(),
-            "channels": ["DAPI", "Tubulin", "Actin"],
-            "plates": [
-                {"plate": p.name, "week": p.week + 1, "wells": len(p.wells), "optics": _optics_truth(config, p)} for p in plates
-            ],
-            "treatments": [_treatment_truth(t) | counts[key] for key, t in treatments.items()],
-        },
-    )
-    active = [t for t in treatments.values() if t.compound != CONTROL]
-    treated = [count for (compound, _), count in counts.items() if compound != CONTROL]
-    return SimulationSummary(
-        out=out,
-        num_plates=len(plates),
-        num_weeks=config.weeks,
-        num_wells=sum(len(p.wells) for p in plates),
-        num_fields=len(image_rows),
-        num_cells=len(cell_rows),
-        num_treatments=len(active),
-        num_compounds=len({t.compound for t in active}),
-        num_moas=len({t.moa for t in active}),
-        num_treated_cells=sum(c["num_cells"] for c in treated),
-        num_responding_cells=sum(c["num_responding"] for c in treated),
-        num_bytes=num_bytes,
-    )
-
-
-def _optics_truth(config: SimulationConfig, plate: Plate) -> dict[str, object]:
-    optics = _plate_optics(config, plate.week, plate.position)
-    return {
-        name: np.round(getattr(optics, name), 4).tolist()
-        for name in ("gain", "background", "blur_px", "haze", "falloff", "centre")
-    }
-
-
-def _treatment_truth(treatment) -> dict[str, object]:
-    effect = treatment.effect
-    return {
-        "compound": treatment.compound,
-        "concentration": treatment.concentration_um,
-        "moa": treatment.moa,
-        "week": treatment.week + 1 if treatment.week >= 0 else None,
-        "strength": round(effect.strength, 4),
-        "responder_fraction": round(effect.responder_fraction, 4),
-        "density_effect": round(effect.density, 4),
-        "effects": {name: round(float(value), 4) for name, value in zip(NAMES, effect.effects) if value != 0},
-    }

@@ -1,11 +1,14 @@
-// The CPU backend: checks, allocation and parallel schedule; the arithmetic is in rows.h. Contract: ntxent/ntxent.h.
+// The CPU backend: checks, allocation and the parallel schedule. The arithmetic is in tiles.h and, for logits out of float32's reach, in rows.h.
+// Contract: ntxent/ntxent.h.
 #include "ntxent/ntxent.h"
 
 #include <atomic>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "ntxent/cpu/rows.h"
+#include "ntxent/cpu/tiles.h"
 
 namespace cellfast::ntxent::cpu {
 namespace {
@@ -40,19 +43,40 @@ Tensor in_accumulator(const Tensor& z) {
   return dense.scalar_type() == accumulator ? dense : torch::stable::to(dense, accumulator);
 }
 
+double sum_of(const double* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += values[i];
+  }
+  return sum;
+}
+
+// max |zhat_i|^2 / temperature, an upper bound of |s|; NaN where a value is not finite.
 template <typename T>
-bool all_finite(const T* values, int64_t count) {
-  std::atomic<bool> finite{true};
-  torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
-    T sum = 0;  // 0 * x is NaN exactly for x infinite or NaN
-    for (int64_t i = begin; i < end; ++i) {
-      sum += T(0) * values[i];
-    }
-    if (!(sum == 0)) {
-      finite.store(false, std::memory_order_relaxed);
+double largest_logit_of(const T* rows, int64_t num_rows, int64_t dim, double temperature) {
+  const int64_t step = std::max<int64_t>(1, (1 << 15) / dim);
+  std::vector<double> largest(ceil_div(num_rows, step), 0.0);
+  torch::stable::parallel_for(0, static_cast<int64_t>(largest.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t i = part * step; i < std::min((part + 1) * step, num_rows); ++i) {
+        const double squares = dot_of(rows + i * dim, rows + i * dim, dim);
+        if (!(squares <= largest[part])) {
+          largest[part] = std::isfinite(squares) ? squares : std::numeric_limits<double>::quiet_NaN();
+          if (!std::isfinite(squares)) {
+            break;
+          }
+        }
+      }
     }
   });
-  return finite.load();
+  double bound = 0;
+  for (const double part : largest) {
+    if (std::isnan(part)) {
+      return part;
+    }
+    bound = std::max(bound, part);
+  }
+  return bound / temperature;
 }
 
 std::tuple<Tensor, Tensor> normalize(Tensor z, bool normalize_rows) {
@@ -69,11 +93,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor z, bool normalize_rows) {
     T* inv = data<T>(inv_norm);
     torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, (1 << 15) / dim), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        double squares = 0;
-        for (int64_t k = 0; k < dim; ++k) {
-          squares += static_cast<double>(in[i * dim + k]) * static_cast<double>(in[i * dim + k]);
-        }
-        const double norm = std::sqrt(squares);
+        const double norm = std::sqrt(dot_of(in + i * dim, in + i * dim, dim));
         const T scale = normalize_rows ? T(1.0 / std::max(norm, kNormEps)) : T(1);
         inv[i] = normalize_rows && norm < kNormEps ? T(0) : scale;
         // A row with an infinity or a NaN is NaN throughout, as 0 * inf would not be everywhere.
@@ -86,7 +106,18 @@ std::tuple<Tensor, Tensor> normalize(Tensor z, bool normalize_rows) {
   return {zhat, inv_norm};
 }
 
-std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_t index, int64_t count) {
+// The kernels for rows that came as `dtype`: bfloat16 rows of one process are multiplied as such where the processor does that faster.
+template <typename T>
+const TileKernels<T>& kernels_for(ScalarType dtype) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == ScalarType::BFloat16 && pair_kernels() != nullptr) {
+      return *pair_kernels();
+    }
+  }
+  return tile_kernels<T>();
+}
+
+std::tuple<Tensor, Tensor> forward_of(Tensor zhat, Tensor temperature, int64_t index, int64_t count, ScalarType dtype) {
   check_rows(zhat, "zhat");
   const int64_t num_rows = zhat.size(0), dim = zhat.size(1);
   check_shard(num_rows, index, count);
@@ -98,9 +129,13 @@ std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_
   dispatch(source.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const T* rows = data<T>(source);
-    if (!all_finite(rows, num_rows * dim)) {
+    const double bound = largest_logit_of(rows, num_rows, dim, tau);
+    if (std::isnan(bound)) {
       std::fill_n(data<double>(row_loss), shard.num_local(), std::numeric_limits<double>::quiet_NaN());
       std::fill_n(data<double>(lse), shard.num_local(), std::numeric_limits<double>::quiet_NaN());
+      return;
+    }
+    if (bound <= kLargestLogit && tiles_forward(kernels_for<T>(dtype), rows, dim, tau, shift_of(bound), shard, data<double>(row_loss), data<double>(lse))) {
       return;
     }
     torch::stable::parallel_for(0, ceil_div(shard.num_local(), kRowsPerTask), 1, [&](int64_t begin, int64_t end) {
@@ -113,8 +148,8 @@ std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_
   return {row_loss, lse};
 }
 
-std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature, bool normalize_rows,
-                                          int64_t index, int64_t count, ScalarType dtype) {
+std::tuple<Tensor, Tensor> backward_of(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature, bool normalize_rows,
+                                       int64_t index, int64_t count, ScalarType dtype, ScalarType kernels_dtype) {
   check_rows(zhat, "zhat");
   const int64_t num_rows = zhat.size(0), dim = zhat.size(1);
   check_shard(num_rows, index, count);
@@ -138,28 +173,36 @@ std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor 
     using T = decltype(type);
     const T* rows = data<T>(source);
     T* out = data<T>(grad);
-    const int64_t num_tasks = ceil_div(num_local, kRowsPerTask);
-    std::vector<double> alignment(num_tasks, 0.0);
-    if (!all_finite(data<double>(lse_dense), num_rows)) {
+    const double bound = largest_logit_of(rows, num_rows, dim, tau);
+    if (std::isnan(bound) || !std::isfinite(sum_of(data<double>(lse_dense), num_rows))) {
       std::fill_n(out, num_local * dim, std::numeric_limits<T>::quiet_NaN());
       *data<double>(grad_temperature) = std::numeric_limits<double>::quiet_NaN();
       return;
     }
-    torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+    const TileKernels<T>& kernels = kernels_for<T>(kernels_dtype);
+    const SlicedGradient<T> sliced(kernels, shard, dim);
+    const bool in_tiles = bound <= kLargestLogit && tiles_backward(kernels, rows, data<double>(lse_dense), dim, tau, shift_of(bound), shard, sliced);
+    const int64_t num_tasks = ceil_div(num_local, kRowsPerTask);
+    std::vector<double> alignment(num_tasks, 0.0);
+    torch::stable::parallel_for(0, num_tasks, std::max<int64_t>(1, (1 << 14) / (dim * kRowsPerTask)), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * kRowsPerTask, last = std::min(first + kRowsPerTask, num_local);
-        rows_backward(rows, data<double>(lse_dense), dim, tau, shard, first, last, out);
+        if (!in_tiles) {
+          rows_backward(rows, data<double>(lse_dense), dim, tau, shard, first, last, out);
+        }
         for (int64_t r = first; r < last; ++r) {
-          const T* unit = rows + shard.row(r) * dim;
-          double along = 0;
-          for (int64_t k = 0; k < dim; ++k) {
-            along += static_cast<double>(unit[k]) * static_cast<double>(out[r * dim + k]);
+          T* row = out + r * dim;
+          if (in_tiles) {
+            sliced.copy_row(r, row);
+            add_positive(rows, data<double>(lse_dense), shard.row(r), num_rows, dim, tau, row);
           }
+          const T* unit = rows + shard.row(r) * dim;
+          const double along = dot_of(unit, row, dim);
           alignment[task] += along;
-          const double factor = scale * (normalize_rows ? static_cast<double>(data<T>(inv)[r]) : 1.0);
+          // Through the normalisation: (g - (g . zhat) zhat) / |z|.
+          const T factor = T(scale * (normalize_rows ? static_cast<double>(data<T>(inv)[r]) : 1.0)), onto = normalize_rows ? T(along) : T(0);
           for (int64_t k = 0; k < dim; ++k) {
-            const double g = out[r * dim + k];
-            out[r * dim + k] = T(factor * (normalize_rows ? g - along * static_cast<double>(unit[k]) : g));
+            row[k] = factor * (row[k] - onto * unit[k]);
           }
         }
       }
@@ -173,10 +216,20 @@ std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor 
   return {accumulator == dtype ? grad : torch::stable::to(grad, dtype), grad_temperature};
 }
 
+// Shards are multiplied as float: the forward pass does not know what their rows came as.
+std::tuple<Tensor, Tensor> shard_forward(Tensor zhat, Tensor temperature, int64_t index, int64_t count) {
+  return forward_of(zhat, temperature, index, count, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> shard_backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature, bool normalize_rows,
+                                          int64_t index, int64_t count, ScalarType dtype) {
+  return backward_of(grad_loss, zhat, inv_norm, lse, temperature, normalize_rows, index, count, dtype, ScalarType::Float);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor z, Tensor temperature, bool normalize_rows) {
   check_rows(z, "z");
   auto [zhat, inv_norm] = normalize(z, normalize_rows);
-  auto [row_loss, lse] = shard_forward(zhat, temperature, 0, 1);
+  auto [row_loss, lse] = forward_of(zhat, temperature, 0, 1, z.scalar_type());
   Tensor loss = new_tensor(z, {}, zhat.scalar_type());
   double sum = 0;
   for (int64_t i = 0; i < z.size(0); ++i) {
@@ -191,10 +244,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor z, Tensor temperature,
 
 std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature, bool normalize_rows,
                                     ScalarType dtype) {
-  return shard_backward(grad_loss, zhat, inv_norm, lse, temperature, normalize_rows, 0, 1, dtype);
+  return backward_of(grad_loss, zhat, inv_norm, lse, temperature, normalize_rows, 0, 1, dtype, dtype);
+}
+
+std::string kernels(std::string instruction_set) {
+  const char* const chosen = choose_kernels(instruction_set.c_str());
+  if (chosen == nullptr) {
+    fail("instruction_set must be auto, avx512_bf16, avx512, avx2, portable or emulated_bf16, as far as this processor has them, got ", instruction_set);
+  }
+  return chosen;
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cellfast, CompositeExplicitAutograd, m) {
+  m.impl("ntxent_cpu_kernels", TORCH_BOX(&kernels));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cellfast, CPU, m) {
   m.impl("ntxent_normalize", TORCH_BOX(&normalize));
