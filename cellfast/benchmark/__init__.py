@@ -55,6 +55,11 @@ SUBJECTS: dict[str, Subject] = {
         full={"repeats": 5},
         quick={"batch_size": 64, "repeats": 2},
     ),
+    "embed": Subject(
+        "Embedding from fields and from the crop store beside the bare encoder; memory, two processes, resuming.",
+        "cellfast.benchmark.embed:measure_embed",
+        quick={"fields": 8, "cells_per_field": 32, "batch_size": 64, "repeats": 2},
+    ),
     "evaluate": Subject(
         "Aggregation and nearest neighbours beside torch, pandas and scikit-learn.",
         "cellfast.benchmark.evaluate:measure_evaluate",

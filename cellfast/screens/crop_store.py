@@ -173,27 +173,37 @@ class PlateStore:
         table["num_cells"] = np.bincount(well_of_cell, minlength=len(table))
         return table
 
-    @cached_property
-    def _metadata(self) -> pd.DataFrame:
-        field = self._cells["field"]
-        well = self._fields["well"][field] if self.num_cells else np.zeros(0, dtype=np.int64)
-        n = self.num_cells
+    @property
+    def well_of_cell(self) -> np.ndarray:
+        """int [N]: each cell's row in `wells`."""
+        return self._fields["well"][self._cells["field"]] if self.num_cells else np.zeros(0, np.int64)
+
+    def metadata_columns(self, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+        """The columns `schema.METADATA_COLUMNS` of rows start … stop − 1, as arrays; nothing is kept in memory."""
+        rows = slice(start, self.num_cells if stop is None else stop)
+        field = self._cells["field"][rows]
+        n = len(field)
+        well = self._fields["well"][field] if n else np.zeros(0, dtype=np.int64)
         columns = {
             "Metadata_Plate": np.full(n, self.plate, dtype=object),
             "Metadata_Well": self._wells["name"][well],
             "Metadata_Site": self._fields["site"][field],
             "Metadata_ImageNumber": self._fields["image_number"][field],
-            "Metadata_ObjectNumber": self._cells["object_number"],
-            "Metadata_Center_X": self._cells["center_x_px"],
-            "Metadata_Center_Y": self._cells["center_y_px"],
+            "Metadata_ObjectNumber": self._cells["object_number"][rows],
+            "Metadata_Center_X": self._cells["center_x_px"][rows],
+            "Metadata_Center_Y": self._cells["center_y_px"][rows],
             "Metadata_Batch": np.full(n, self.batch, dtype=object),
             "Metadata_Compound": self._wells["compound"][well],
             "Metadata_Concentration": self._wells["concentration_um"][well],
             "Metadata_MoA": self._wells["moa"][well],
         }
-        table = pd.DataFrame({name: columns[name] for name in schema.METADATA_COLUMNS})
-        text = [name for name in schema.METADATA_COLUMNS if columns[name].dtype == object]
-        return table.astype(dict.fromkeys(text, "str"))
+        return {name: columns[name] for name in schema.METADATA_COLUMNS}
+
+    @cached_property
+    def _metadata(self) -> pd.DataFrame:
+        columns = self.metadata_columns()
+        text = [name for name, values in columns.items() if values.dtype == object]
+        return pd.DataFrame(columns).astype(dict.fromkeys(text, "str"))
 
     def metadata(self) -> pd.DataFrame:
         """One row per cell in store order, with the columns `schema.METADATA_COLUMNS`."""

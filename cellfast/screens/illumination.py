@@ -10,6 +10,8 @@ import numpy as np
 
 from cellfast.errors import CellfastError
 
+MOST_LOADED = 32
+
 
 @dataclass
 class Illumination:
@@ -47,15 +49,20 @@ class Illumination:
             raise CellfastError(
                 f"{self.folder}: no illumination function for plate {plate}, channel {channel}; expected one of {', '.join(names)}"
             )
-        if file.name not in self._loaded:
+        found = self._loaded.get(file.name)
+        if found is None:
             try:
                 values = np.load(file, allow_pickle=False)
             except (ValueError, OSError, EOFError) as error:
                 raise CellfastError(f"{file}: not a readable .npy array ({error})") from error
             if values.ndim != 2 or not np.isfinite(values).all() or not (values > 0).all():
                 raise CellfastError(f"{file}: expected positive, finite values [H, W], got {values.dtype} {values.shape}")
-            self._loaded[file.name] = (values / values.mean()).astype(np.float32)
-        return self._loaded[file.name]
+            found = (values / values.mean()).astype(np.float32)
+            # Functions of plates that are done would pile up over a screen of thousands.
+            while len(self._loaded) >= MOST_LOADED:
+                self._loaded.pop(next(iter(self._loaded)), None)
+            self._loaded[file.name] = found
+        return found
 
     def correct(self, plane: np.ndarray, plate: str, channel: str) -> np.ndarray:
         """The plane [H, W] divided by its function, in its own dtype."""

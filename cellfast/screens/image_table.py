@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlparse
 from pandas import DataFrame
 
 from cellfast.errors import CellfastError
+from cellfast.screens.remote import file_system, is_url
 from cellfast.screens.tables import concentration_um, find_column, read_table
 from cellfast.screens.wells import normalise_well
 
@@ -78,7 +79,7 @@ def read_image_table(
 
     Args:
         path: CSV or CSV.gz with ``[Image_]FileName_<channel>`` and ``[Image_]PathName_<channel>``, or ``URL_[Orig]<channel>``.
-        image_root: folder that relative paths start from; absolute paths that do not exist here are looked up under it.
+        image_root: folder (or fsspec URL) that relative paths start from; absolute paths that do not exist here are looked up under it.
         channels: channels to take, in this order; None: all, in the table's order.
         plate: plate name for tables without one.
 
@@ -101,10 +102,11 @@ def read_image_table(
         notes.append("the table has no wells: all fields are taken to be of well A01")
     number_column = find_column(table, ("ImageNumber", "Metadata_ImageNumber", "Image_ImageNumber"))
     treatment = [find_column(table, c) for c in (COMPOUND, CONCENTRATION, MOA)]
-    finder = _FileFinder(root)
+    columns = [_file_columns(table, name) for name in names]
+    finder = _RemoteFinder(root) if isinstance(root, str) else _FileFinder(root)
     fields = []
     for position, row in enumerate(table.to_dict("records")):
-        files = tuple(finder.find(*_file_of(row, table, name)) for name in names)
+        files = tuple(finder.find(*_file_of(row, *file_columns)) for file_columns in columns)
         fields.append(
             Field(
                 plate=str(row[plate_column]).strip() if plate_column else str(plate),
@@ -150,8 +152,7 @@ def image_table_from_pattern(
         raise CellfastError("--pattern has no group (?P<plate>…): name the plate with --plate")
     found: dict[tuple[str, str, int], dict[str, str]] = {}
     unmatched = []
-    for file in sorted(p for p in root.rglob("*") if p.is_file()):
-        name = file.relative_to(root).as_posix()
+    for name, file in _files_under(root):
         match = regex.search(name)
         if match is None:
             unmatched.append(name)
@@ -180,7 +181,21 @@ def image_table_from_pattern(
     return ImageTable(tuple(names), tuple(fields), tuple(notes))
 
 
-def _root(image_root: str | os.PathLike[str]) -> Path:
+def _files_under(root: Path | str) -> list[tuple[str, str]]:
+    """(path relative to the root with ``/``, path or URL) of all files, sorted."""
+    if isinstance(root, Path):
+        return [(p.relative_to(root).as_posix(), str(p)) for p in sorted(root.rglob("*")) if p.is_file()]
+    fs, key = file_system(root)
+    names = [str(found)[len(key) :].lstrip("/") for found in fs.find(key)]
+    return [(name, f"{root}/{name}") for name in sorted(names)]
+
+
+def _root(image_root: str | os.PathLike[str]) -> Path | str:
+    if is_url(image_root):
+        fs, key = file_system(str(image_root).rstrip("/"))
+        if not fs.isdir(key):
+            raise CellfastError(f"--image-root {image_root}: no such folder")
+        return str(image_root).rstrip("/")
     root = Path(image_root)
     if not root.is_dir():
         raise CellfastError(f"--image-root {root}: no such folder")
@@ -222,17 +237,24 @@ def _channels(table: DataFrame, channels: Sequence[str] | None, path: object, no
     return listed
 
 
-def _file_of(row: dict, table: DataFrame, channel: str) -> tuple[str, str]:
-    """(folder, file) as the table gives them."""
+def _file_columns(table: DataFrame, channel: str) -> tuple[str | None, str | None, str | None]:
+    """(folder, file, URL) columns of a channel."""
     file_column = find_column(table, (f"FileName_{channel}", f"Image_FileName_{channel}"))
     if file_column is not None:
-        path_column = find_column(table, (f"PathName_{channel}", f"Image_PathName_{channel}"))
+        return find_column(table, (f"PathName_{channel}", f"Image_PathName_{channel}")), file_column, None
+    return None, None, find_column(table, (f"URL_{channel}", f"URL_Orig{channel}"))
+
+
+def _file_of(row: dict, path_column: str | None, file_column: str | None, url_column: str | None) -> tuple[str, str]:
+    """(folder, file) as the table gives them."""
+    if file_column is not None:
         return (str(row[path_column]).strip() if path_column else ""), str(row[file_column]).strip()
-    url = str(row[find_column(table, (f"URL_{channel}", f"URL_Orig{channel}"))]).strip()
+    url = str(row[url_column]).strip()
     if not url:
         return "", ""
-    path = unquote(urlparse(url).path) if "://" in url or url.startswith("file:") else url
-    folder, _, name = path.rpartition("/")
+    if url.startswith("file:"):
+        url = unquote(urlparse(url).path)
+    folder, _, name = url.rpartition("/")
     return folder, name
 
 
@@ -247,12 +269,15 @@ class _FileFinder:
         """Absolute path; the most likely one where the file is nowhere."""
         if not name:
             return ""
+        if is_url(folder):
+            folder, name = unquote(urlparse(folder).path), unquote(name)
         if folder not in self._folders:
             self._folders[folder] = self._place(folder, name)
         path = self._folders[folder] / name
         if not path.is_file():
-            # Another file of that folder may have been the one that is missing.
-            path = self._place(folder, name) / name
+            # Another file of that folder may have been the one that is missing. One that is nowhere is expected beside the others.
+            elsewhere = self._place(folder, name) / name
+            path = elsewhere if elsewhere.is_file() else path
         return str(path)
 
     def _place(self, folder: str, name: str) -> Path:
@@ -265,6 +290,35 @@ class _FileFinder:
             if len(candidates) > 1 and candidates[0].is_absolute() and candidates[0] == Path(folder)
             else candidates[0],
         )
+
+
+class _RemoteFinder:
+    """As `_FileFinder`, under a URL: the table's own URL first, then more or less of its folders under the root."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._listed: dict[str, set[str]] = {}
+
+    def find(self, folder: str, name: str) -> str:
+        """URL; the most likely one where the file is nowhere."""
+        if not name:
+            return ""
+        path = urlparse(folder).path if is_url(folder) else folder
+        parts = [p for p in PureWindowsPath(path).parts if p not in ("\\", "/")]
+        candidates = ["/".join([self.root, *parts[k:]]) for k in range(len(parts) + 1)]
+        if is_url(folder):
+            candidates.insert(0, folder)
+        found = next((c for c in candidates if name in self._names(c)), candidates[0])
+        return f"{found}/{name}"
+
+    def _names(self, folder: str) -> set[str]:
+        if folder not in self._listed:
+            try:
+                fs, key = file_system(folder)
+                self._listed[folder] = {str(one).rsplit("/", 1)[-1] for one in fs.ls(key, detail=False)}
+            except (OSError, CellfastError):  # not there, not ours to read, or a protocol that is not installed
+                self._listed[folder] = set()
+        return self._listed[folder]
 
 
 def _join_row_column(row: str, column: str) -> str:

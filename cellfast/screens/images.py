@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
 
 from cellfast.errors import CellfastError
+from cellfast.screens.remote import is_url, read_bytes
 
 # tifffile logs what it finds odd in a file; what makes a file unusable is raised below, by name.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -31,21 +34,19 @@ class ImageError(CellfastError):
 def read_plane(
     path: str | os.PathLike[str], *, expect_shape: tuple[int, int] | None = None, expect_dtype: np.dtype | None = None
 ) -> np.ndarray:
-    """Read [H, W] uint8 or uint16, equal to ``tifffile.imread(path)``; PNG is read too.
+    """Read [H, W] uint8 or uint16, equal to ``tifffile.imread(path)``; PNG is read too. ``path``: a file or an fsspec URL.
 
     Raises:
         ImageError: missing, unreadable or truncated, planar or of several pages, colour, not 8 or 16 bit, or unlike the expected.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file", "file missing")
+    content = _content(path)
     try:
-        if path.suffix.lower() in _TIFF:
-            with tifffile.TiffFile(path) as tiff:
+        if _is_tiff(path):
+            with tifffile.TiffFile(content) as tiff:
                 page = _single_page(tiff, path)
                 plane = page.asarray()
         else:
-            plane = _read_other(path)
+            plane = _read_other(content, path)
     except ImageError:
         raise
     except Exception as error:
@@ -59,14 +60,12 @@ def read_plane(
 
 def image_info(path: str | os.PathLike[str]) -> tuple[tuple[int, int], np.dtype]:
     """((H, W), dtype) from the file's header; refuses what `read_plane` refuses, except damage beyond the header."""
-    path = Path(path)
-    if path.suffix.lower() not in _TIFF:
+    if not _is_tiff(path):
         plane = read_plane(path)
         return plane.shape, plane.dtype
-    if not path.is_file():
-        raise ImageError(f"{path}: no such file", "file missing")
+    content = _content(path)
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with tifffile.TiffFile(content) as tiff:
             page = _single_page(tiff, path)
             shape, dtype = page.shape, np.dtype(page.dtype).newbyteorder("=")
     except ImageError:
@@ -79,7 +78,29 @@ def image_info(path: str | os.PathLike[str]) -> tuple[tuple[int, int], np.dtype]
     return (int(shape[0]), int(shape[1])), dtype
 
 
-def _single_page(tiff: tifffile.TiffFile, path: Path) -> tifffile.TiffPage:
+def _is_tiff(path: object) -> bool:
+    return os.path.splitext(str(path))[1].lower() in _TIFF
+
+
+def _content(path: str | os.PathLike[str]) -> Any:
+    """The path of a local file, the bytes of one at a URL."""
+    if not is_url(path):
+        if not Path(path).is_file():
+            raise ImageError(f"{path}: no such file", "file missing")
+        return path
+    try:
+        return io.BytesIO(read_bytes(str(path)))
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file", "file missing") from error
+    except CellfastError:
+        raise
+    except Exception as error:  # each file system has its own kinds
+        raise ImageError(
+            f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]})", "not a readable image"
+        ) from error
+
+
+def _single_page(tiff: tifffile.TiffFile, path: object) -> tifffile.TiffPage:
     pages = len(tiff.pages)
     if pages == 0:
         raise ImageError(f"{path}: has no image in it", "not a readable image")
@@ -94,10 +115,10 @@ def _single_page(tiff: tifffile.TiffFile, path: Path) -> tifffile.TiffPage:
     return page
 
 
-def _read_other(path: Path) -> np.ndarray:
+def _read_other(content: Any, path: object) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(content) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise ImageError(f"{path}: {image.n_frames} frames; expected one", "planar or multi-page")
         if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr", "LA"):
@@ -111,7 +132,7 @@ def _read_other(path: Path) -> np.ndarray:
 
 
 def _check(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, expect_shape: tuple[int, int] | None, expect_dtype: np.dtype | None
+    path: object, shape: tuple[int, ...], dtype: np.dtype, expect_shape: tuple[int, int] | None, expect_dtype: np.dtype | None
 ) -> None:
     if len(shape) != 2:
         raise ImageError(f"{path}: expected one grey plane [H, W], got shape {shape}", "planar or multi-page")

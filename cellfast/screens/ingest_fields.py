@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,10 +13,11 @@ from cellfast.errors import CellfastError
 from cellfast.screens import schema
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import PlateWriter
-from cellfast.screens.cutting import BORDERS, crop_origins, cut_crops, inside
+from cellfast.screens.cutting import BORDERS, crop_origins, inside
+from cellfast.screens.field_cells import FieldReader, count_refused, fields_by_plate
 from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import Field, ImageTable
-from cellfast.screens.images import ImageError, image_info, read_plane
+from cellfast.screens.images import ImageError, image_info
 from cellfast.screens.ingest import PlateTask, count_unit, digest, other_plates, plate_path, remove_abandoned, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.locations import LocationSource
@@ -57,12 +57,8 @@ class _PlateWork:
     """What a worker process needs for one plate."""
 
     fields: tuple[Field, ...]
-    channel_names: tuple[str, ...]
-    locations: LocationSource
-    illumination: Illumination | None
+    reader: FieldReader
     options: FieldIngestOptions
-    shape: tuple[int, int]
-    dtype: str
 
 
 def check_channels(table: ImageTable) -> None:
@@ -143,11 +139,9 @@ def ingest_fields(
     check_channels(table)
     shape, dtype = probe_images(table)
     remove_abandoned(screen)
-    by_plate: dict[str, list[Field]] = {}
-    for field in table.fields:
-        by_plate.setdefault(field.plate, []).append(field)
+    reader = FieldReader(table.channel_names, locations, illumination, options.crop_size, options.border, shape, dtype.name)
     tasks = []
-    for plate, fields in sorted(by_plate.items()):
+    for plate, fields in fields_by_plate(table).items():
         described = {
             "kind": "fields",
             "channels": list(table.channel_names),
@@ -157,11 +151,9 @@ def ingest_fields(
             "batch": schema.batch_of_plate(plate, options.batch_regex),
             "locations": " ".join(text for text in (locations.description, locations.version(fields)) if text),
             "illumination": illumination.description if illumination else None,
-            "field_table": digest(
-                [[f.well, f.site, f.image_number, f.files, f.compound, repr(f.concentration), f.moa] for f in fields]
-            ),
+            "field_table": field_table_digest(fields),
         }
-        work = _PlateWork(tuple(fields), table.channel_names, locations, illumination, options, shape, dtype.name)
+        work = _PlateWork(tuple(fields), reader, options)
         tasks.append(PlateTask(plate, plate_path(screen, plate), len(fields), described, work, 1 + locations.reads_images))
     plates = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
     elsewhere = locations.unused(table.fields)
@@ -183,35 +175,41 @@ def ingest_fields(
     return ledger
 
 
+def field_table_digest(fields: Sequence[Field]) -> str:
+    """SHA-256 of where the fields were taken, their files and treatments."""
+    return digest([[f.well, f.site, f.image_number, f.files, f.compound, repr(f.concentration), f.moa] for f in fields])
+
+
 def ingest_plate(task: PlateTask) -> PlateLedger:
     """Write one plate's crop store and return its ledger; runs in a worker process."""
     work: _PlateWork = task.payload
-    options = work.options
+    options, reader = work.options, work.reader
     ledger = PlateLedger(task.plate, fields_listed=len(work.fields), wells_listed=len({f.well for f in work.fields}))
     located: list[tuple[Field, Locations]] = []
     for field in work.fields:
         try:
-            found = work.locations.locate(field, lambda channel, field=field: _plane(work, field, channel))
+            found = reader.locate(field)
         except (ImageError, LocationError) as error:
-            _refuse(ledger, field, error, options.strict)
+            count_refused(ledger, field, error, None, strict=options.strict)
+            count_unit()
             continue
         finally:
-            if work.locations.reads_images:
+            if reader.locations.reads_images:
                 count_unit(searched=True)
         located.append((field, found))
     capacity = 0
     for _, found in located:
         n = len(found.object_number)
         if options.border == "drop":
-            n = int(inside(crop_origins(found.y, found.x, options.crop_size), options.crop_size, *work.shape).sum())
+            n = int(inside(crop_origins(found.y, found.x, options.crop_size), options.crop_size, *reader.shape).sum())
         capacity += n
     with PlateWriter(
         task.path,
         plate=task.plate,
         batch=task.options["batch"],
-        channel_names=work.channel_names,
+        channel_names=reader.channel_names,
         crop_size=options.crop_size,
-        dtype=work.dtype,
+        dtype=reader.dtype,
         capacity=capacity,
         border=options.border,
         pixel_size_um=options.pixel_size_um,
@@ -220,7 +218,7 @@ def ingest_plate(task: PlateTask) -> PlateLedger:
         highest = 0
         for field, found in located:
             highest = max(highest, _ingest_field(work, field, found, writer, ledger))
-        if work.dtype == "uint16" and 0 < highest < 256:
+        if reader.dtype == "uint16" and 0 < highest < 256:
             ledger.warnings.append(f"16-bit files whose values end at {highest}: were 8-bit images saved as 16-bit?")
         written = {well for well, count in zip(writer.well_names, writer.cells_per_well()) if count}
         ledger.wells_without_cells = sorted({f.well for f in work.fields} - written)
@@ -229,51 +227,16 @@ def ingest_plate(task: PlateTask) -> PlateLedger:
     return ledger
 
 
-def _plane(work: _PlateWork, field: Field, channel: int) -> np.ndarray:
-    file = field.files[channel]
-    if not file:
-        raise ImageError(f"channel {work.channel_names[channel]}: the image table names no file", "file missing")
-    return read_plane(file, expect_shape=work.shape, expect_dtype=np.dtype(work.dtype))
-
-
-def _refuse(ledger: PlateLedger, field: Field, error: Any, strict: bool) -> None:
-    where = f"{field.well} site {field.site}"
-    if strict:
-        raise CellfastError(f"plate {field.plate}, {where}: {error} (--strict stops here)")
-    ledger.refuse_field(error.reason, where, str(error))
-    count_unit()
-
-
 def _ingest_field(work: _PlateWork, field: Field, found: Locations, writer: PlateWriter, ledger: PlateLedger) -> int:
     """Cut one field's cells; returns the highest pixel value seen (0 when the field was refused)."""
-    options = work.options
-    n = len(found.object_number)
-    ledger.cells_found += n + sum(found.dropped.values())
-    for reason, count in found.dropped.items():
-        ledger.drop_cells(reason, count)
     try:
-        planes = [_plane(work, field, channel) for channel in range(len(work.channel_names))]
-        _check_planes(work, planes)
+        cells = work.reader.read(field, found)
     except ImageError as error:
-        _refuse(ledger, field, error, options.strict)
-        ledger.drop_cells(f"field refused: {error.reason}", n)
+        count_refused(ledger, field, error, found, strict=work.options.strict)
+        count_unit()
         return 0
-    highest = max(int(plane.max()) for plane in planes)
-    if work.illumination is not None:
-        planes = [work.illumination.correct(plane, field.plate, name) for plane, name in zip(planes, work.channel_names)]
-    height, width = work.shape
-    y, x = found.y.astype(np.float64), found.x.astype(np.float64)
-    # A centroid beyond the field is a mistake in the locations (another field's file, swapped axes), not a border cell.
-    in_field = (np.rint(y) >= 0) & (np.rint(y) < height) & (np.rint(x) >= 0) & (np.rint(x) < width)
-    ledger.drop_cells("centroid outside the field", int((~in_field).sum()))
-    origins = crop_origins(y, x, options.crop_size)
-    whole = inside(origins, options.crop_size, height, width)
-    keep = in_field & whole if options.border == "drop" else in_field
-    if options.border == "drop":
-        ledger.drop_cells("crop reaches over the field's edge", int((in_field & ~whole).sum()))
-    crops = cut_crops(planes, origins[keep], options.crop_size, border=options.border)
     writer.append_field(
-        crops,
+        cells.crops(),
         well=field.well,
         site=field.site,
         image_number=field.image_number,
@@ -281,27 +244,11 @@ def _ingest_field(work: _PlateWork, field: Field, found: Locations, writer: Plat
         compound=field.compound,
         concentration=field.concentration,
         moa=field.moa,
-        object_number=found.object_number[keep],
-        center_y=found.y[keep],
-        center_x=found.x[keep],
-        padded=~whole[keep],
+        object_number=cells.object_number,
+        center_y=cells.center_y,
+        center_x=cells.center_x,
+        padded=cells.padded,
     )
-    ledger.fields_written += 1
-    ledger.cells_written += int(keep.sum())
-    ledger.cells_padded += int((~whole[keep]).sum())
+    cells.count_in(ledger)
     count_unit()
-    return highest
-
-
-def _check_planes(work: _PlateWork, planes: list[np.ndarray]) -> None:
-    for name, plane in zip(work.channel_names, planes):
-        # One row that varies proves the plane is not constant; only a suspicious one is looked at wholly.
-        if (plane[len(plane) // 2] == plane[0, 0]).all() and (plane == plane[0, 0]).all():
-            raise ImageError(f"channel {name} is constant: every pixel is {int(plane[0, 0])}", "constant image")
-    for i in range(len(planes)):
-        for j in range(i + 1, len(planes)):
-            if (planes[i][0] == planes[j][0]).all() and np.array_equal(planes[i], planes[j]):
-                names = f"{work.channel_names[i]} and {work.channel_names[j]}"
-                raise ImageError(
-                    f"channels {names} hold the same image; is one file listed or saved twice?", "same image in two channels"
-                )
+    return cells.highest

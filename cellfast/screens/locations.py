@@ -16,6 +16,7 @@ from cellfast.screens.centroids import LocationError, Locations, files_version
 from cellfast.screens.detect import DEFAULT_DIAMETER_PX, detect_nuclei
 from cellfast.screens.image_table import COLUMN, PLATE, ROW, SITE, WELL, Field, ImageTable
 from cellfast.screens.label_masks import MaskLocations
+from cellfast.screens.remote import exists, is_url, read_bytes
 from cellfast.screens.tables import find_column, read_table
 from cellfast.screens.wells import normalise_well
 
@@ -83,6 +84,9 @@ def open_locations(
         return DetectedLocations(
             table.channel_names.index(channel), channel, (detect_options or {}).get("diameter_px", DEFAULT_DIAMETER_PX)
         )
+    if is_url(spec):
+        # Listing a bucket for masks would take longer than it is worth: a URL is a table, or a folder of centroid CSVs.
+        return TableLocations.read(spec) if exists(spec) else FolderLocations(spec.rstrip("/"))
     path = Path(spec)
     if path.is_file():
         return TableLocations.read(path)
@@ -127,8 +131,11 @@ def _locations_of(table: pd.DataFrame, what: str) -> Locations:
     )
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: Path | str) -> str:
     content = hashlib.sha256()
+    if is_url(path):
+        content.update(read_bytes(str(path)))
+        return content.hexdigest()[:16]
     with open(path, "rb") as handle:
         while block := handle.read(1 << 20):
             content.update(block)
@@ -145,7 +152,7 @@ class TableLocations:
     reads_images = False
 
     @classmethod
-    def read(cls, path: Path) -> TableLocations:
+    def read(cls, path: Path | str) -> TableLocations:
         """Read the table and group it by field.
 
         Raises:
@@ -154,7 +161,7 @@ class TableLocations:
         table = read_table(path, "a table of locations")
         plate, well, site, image = (find_column(table, names) for names in (PLATE, WELL, SITE, IMAGE))
         row, column = find_column(table, ROW), find_column(table, COLUMN)
-        description = f"table {path.name}, sha256 {_file_digest(path)}"
+        description = f"table {str(path).rsplit('/', 1)[-1]}, sha256 {_file_digest(path)}"
         if well is None and row and column:
             table["Metadata_Well"] = table[row].astype(str) + table[column].astype(str)
             well = "Metadata_Well"
@@ -216,35 +223,41 @@ class TableLocations:
 class FolderLocations:
     """DeepProfiler's layout: ``<plate>/<well>-<site>-Nuclei.csv``."""
 
-    folder: Path
+    folder: Path | str
     reads_images = False
 
     @property
     def description(self) -> str:
-        return f"centroid CSVs in {self.folder.name}"
+        return f"centroid CSVs in {str(self.folder).rsplit('/', 1)[-1]}"
 
     def _names(self, field: Field) -> list[str]:
         row, column = field.well.rstrip("0123456789"), int(field.well.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
         wells = dict.fromkeys([field.well, f"{row}{column}", field.well.lower(), f"{row.lower()}{column}"])
         return [f"{well}-{field.site}{suffix}" for suffix in ("-Nuclei.csv", ".csv", "-Nuclei.csv.gz") for well in wells]
 
-    def _file(self, field: Field) -> Path | None:
-        return next((p for name in self._names(field) if (p := self.folder / field.plate / name).is_file()), None)
+    def _file(self, field: Field) -> Path | str | None:
+        paths = (f"{self.folder}/{field.plate}/{name}" for name in self._names(field))
+        found = next((path for path in paths if exists(path)), None)
+        return found if found is None or is_url(found) else Path(found)
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
         """The rows of the field's file."""
         path = self._file(field)
         if path is None:
-            raise LocationError(f"{self.folder / field.plate / self._names(field)[0]}: no such file", "no locations")
+            raise LocationError(f"{self.folder}/{field.plate}/{self._names(field)[0]}: no such file", "no locations")
         return _locations_of(read_table(path, "a centroid CSV"), str(path))
 
     def version(self, fields: Sequence[Field]) -> str:
         """The names and sizes of the fields' files."""
-        return files_version([path for field in fields if (path := self._file(field))], self.folder)
+        if is_url(self.folder):
+            return ""  # asking a store for each field's file would take as long as reading it
+        return files_version([path for field in fields if (path := self._file(field))], Path(self.folder))
 
     def unused(self, fields: Sequence[Field]) -> str | None:
         """Files of fields the image table does not list."""
-        files = {p for p in self.folder.rglob("*") if p.name.lower().endswith((".csv", ".csv.gz"))}
+        if is_url(self.folder):
+            return None
+        files = {p for p in Path(self.folder).rglob("*") if p.name.lower().endswith((".csv", ".csv.gz"))}
         left = sorted(files - {path for field in fields if (path := self._file(field))})
         if not left:
             return None

@@ -6,6 +6,7 @@ import csv
 import gzip
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,30 +14,39 @@ from pathlib import Path
 import pandas as pd
 
 from cellfast.errors import CellfastError
+from cellfast.screens.remote import exists, is_url, read_bytes
 
 
 def read_table(path: str | os.PathLike[str], what: str) -> pd.DataFrame:
-    """Read a text table (.gz too) as strings, or parquet; commas, tabs or semicolons, whichever its header has; headers without blanks.
+    """Read a text table (.gz too) as strings, or parquet, from a file or an fsspec URL; commas, tabs or semicolons, whichever its header has; headers without blanks.
 
     A cell that a short row lacks is ``""``. Raises `CellfastError` naming the file, also for rows with more values than the header has.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not exists(path):
         raise CellfastError(f"{path}: no such file; expected {what}")
+    if is_url(path):
+        with tempfile.TemporaryDirectory(prefix="cellfast-") as folder:
+            copy = Path(folder) / str(path).rsplit("/", 1)[-1]
+            copy.write_bytes(read_bytes(str(path)))
+            return _read(copy, str(path), what)
+    return _read(Path(path), str(path), what)
+
+
+def _read(file: Path, path: str, what: str) -> pd.DataFrame:
     try:
-        if path.suffix.lower() == ".parquet":
-            table = pd.read_parquet(path)
+        if file.suffix.lower() == ".parquet":
+            table = pd.read_parquet(file)
         else:
             with warnings.catch_warnings():
                 # A row with more values than the header: pandas would cut it short, or shift every column by one.
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 table = pd.read_csv(
-                    path,
+                    file,
                     dtype=str,
                     keep_default_na=False,
                     encoding="utf-8-sig",
                     skipinitialspace=True,
-                    sep=_separator(path),
+                    sep=_separator(file),
                     index_col=False,
                 ).fillna("")
     except (pd.errors.ParserWarning, pd.errors.ParserError) as error:

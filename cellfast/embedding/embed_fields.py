@@ -1,0 +1,86 @@
+"""Embeds fields directly: each is read and decoded once, its cells are cut and embedded, and no crop store is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cellfast.embedding.options import EmbedOptions
+from cellfast.embedding.run import EmbedSummary, embed_source
+from cellfast.embedding.sources import FieldSource
+from cellfast.errors import CellfastError
+from cellfast.model_file import LoadedModel
+from cellfast.screens.cutting import BORDERS
+from cellfast.screens.field_cells import FieldReader
+from cellfast.screens.illumination import Illumination
+from cellfast.screens.image_table import ImageTable
+from cellfast.screens.ingest_fields import check_channels, probe_images
+from cellfast.screens.locations import LocationSource
+
+
+def embed_fields(
+    table: ImageTable,
+    locations: LocationSource,
+    model: LoadedModel,
+    out: str | Path,
+    *,
+    border: str = "pad",
+    batch_regex: str | None = None,
+    illumination: Illumination | None = None,
+    source: str = "",
+    unmatched: Sequence[str] = (),
+    unused: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    show_progress: bool = True,
+    **options: Any,
+) -> EmbedSummary:
+    """Embed every located cell of the fields, as if they had been ingested first: the same rows in the same order, equal to rounding.
+
+    A model with ``scaling: plate`` needs each plate's intensity percentiles first; its fields are then read twice.
+
+    Args:
+        table: fields and channels, treatments joined; must have the model's channels and pixel type.
+        locations: where the cells are.
+        model: the crop size is the model's.
+        out: folder or fsspec URL.
+        border: ``pad``, ``reflect`` or ``drop``, as in `cellfast.screens.ingest_fields`.
+        illumination: functions to divide the planes by.
+        source: the image table's name, for the account.
+        options: of `EmbedOptions`.
+
+    Raises:
+        CellfastError: as `embed_source`; no fields, one file for two channels, none of some fields tried can be read.
+    """
+    if border not in BORDERS:
+        raise CellfastError(f"--border must be one of {', '.join(BORDERS)}, got {border!r}")
+    if not table.fields:
+        raise CellfastError(f"{source or 'the image table'} lists no fields")
+    asked = EmbedOptions(**options)
+    check_channels(table)
+    shape, dtype = probe_images(table)
+    model.check_screen(source or "of these fields", list(table.channel_names), model.crop_size, 8 * np.dtype(dtype).itemsize)
+    reader = FieldReader(table.channel_names, locations, illumination, model.crop_size, border, shape, dtype.name)
+    fields = FieldSource(
+        table,
+        reader,
+        model.output_size,
+        name=source or "fields",
+        batch_regex=batch_regex,
+        retries=asked.retries,
+        strict=asked.strict,
+    )
+    return embed_source(
+        fields,
+        model,
+        out,
+        asked,
+        device=device,
+        show_progress=show_progress,
+        notes=[*table.notes, *([elsewhere] if (elsewhere := locations.unused(table.fields)) else [])],
+        unmatched=unmatched,
+        unused=unused,
+    )

@@ -1,0 +1,406 @@
+"""Where cells come from: crop stores, or fields with their locations. Both hand out the same cells in the same order, piece by piece."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from cellfast.errors import CellfastError
+from cellfast.screens import Screen, schema
+from cellfast.screens.centroids import LocationError, Locations
+from cellfast.screens.crop_writer import _add_histogram, plate_file_name, scale_from_histogram
+from cellfast.screens.cutting import _cut
+from cellfast.screens.field_cells import FieldPlanes, FieldReader, count_refused, fields_by_plate
+from cellfast.screens.image_table import Field, ImageTable
+from cellfast.screens.images import ImageError
+from cellfast.screens.ingest_fields import field_table_digest
+from cellfast.screens.ledger import PlateLedger
+
+# A part is what is computed, written and, after a crash, repeated as a whole.
+MOST_FIELDS_PER_PART = 16
+MOST_ROWS_PER_PART = 4096
+ROWS_PER_CHUNK = 512
+# Reasons that another try can cure: a file server that stumbled, a file still being copied.
+PASSING = ("file missing", "not a readable image", "mask not readable", "no locations", "locations not usable")
+FIRST_PAUSE_S = 0.2
+# After so many fields in a row that no further try cured, tries follow without a pause: a thousand missing files are no stumble.
+HOPELESS_AFTER = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Units start … stop − 1 of a plate; a unit is a field, or a run of rows of a crop store."""
+
+    plate: str
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """A file name that sorts in the order of the parts."""
+        return f"{self.start:08d}-{self.stop:08d}.arrow"
+
+
+@dataclass(frozen=True)
+class PlatePlan:
+    """One plate: its parts in order, and what its cells are made from."""
+
+    plate: str
+    batch: str
+    units: int
+    wells: tuple[str, ...]
+    parts: tuple[Part, ...]
+    origin: dict[str, Any]
+    num_cells: int | None = None
+
+    @property
+    def file_stem(self) -> str:
+        """The plate's name as a file name without suffix."""
+        return plate_file_name(self.plate).removesuffix(".h5")
+
+
+@dataclass
+class Chunk:
+    """The cells of one unit: pixels still in their planes (``planes``, ``origins``) or ready (``crops``), and one value per metadata column."""
+
+    plate: str
+    count: int
+    size: int
+    columns: dict[str, Any] = field(default_factory=dict)
+    ledger: PlateLedger | None = None
+    planes: list[np.ndarray] | None = None
+    origins: np.ndarray | None = None
+    crops: np.ndarray | None = None
+    border: str = "pad"
+    quarantined: list[dict[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    fields: int = 0
+
+    def fill(self, out: np.ndarray, start: int, stop: int) -> None:
+        """Put cells start … stop − 1 into ``out`` [stop − start, C, s, s]."""
+        if self.crops is not None:
+            out[:] = self.crops[start:stop]
+            return
+        assert self.planes is not None
+        assert self.origins is not None
+        origins = np.ascontiguousarray(self.origins[start:stop])
+        for channel, plane in enumerate(self.planes):
+            _cut(plane, origins, out, channel, self.border == "reflect")
+
+
+class CellSource(Protocol):
+    """What an embedding run needs to know of its input; can be sent to other processes."""
+
+    kind: str
+    name: str
+    channel_names: list[str]
+    dtype: str
+    plans: list[PlatePlan]
+    num_fields: int
+
+    def units(self, part: Part) -> list[Any]:
+        """What `read` is called with, in order, for a part."""
+        ...
+
+    def read(self, unit: Any) -> Chunk:
+        """The cells of one unit."""
+        ...
+
+    def plate_scaling(self, plate: str) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high) float64 [C]: the 0.1 and 99.9 percentiles of the plate's crop pixels."""
+        ...
+
+    def finish(self, plan: PlatePlan, ledger: PlateLedger) -> PlateLedger:
+        """The plate's ledger from the sum of its parts'."""
+        ...
+
+
+def cut_into_parts(plate: str, wells: Sequence[Any] | np.ndarray, most: int) -> tuple[Part, ...]:
+    """Parts of about ``most`` units that end where a well ends; a well longer than twice that is cut. ``wells``: of each unit."""
+    wells = np.asarray(wells)
+    parts: list[Part] = []
+    start = 0
+    ends = [*(np.flatnonzero(wells[1:] != wells[:-1]) + 1).tolist(), len(wells)] if len(wells) else []
+    for end in ends:
+        while end - start > 2 * most:
+            parts.append(Part(plate, start, start + 2 * most))
+            start += 2 * most
+        if end - start >= most or (end == len(wells) and end > start):
+            parts.append(Part(plate, start, end))
+            start = end
+    return tuple(parts)
+
+
+class StoreSource:
+    """The crop stores of a screen.
+
+    Args:
+        screen: the opened screen.
+        window: side of the central window that the model sees, px; no more is read.
+    """
+
+    kind = "store"
+
+    def __init__(self, screen: Screen, window: int) -> None:
+        self.name, self.channel_names, self.crop_size = str(screen.path), list(screen.channel_names), screen.crop_size
+        self.dtype, self.window = np.dtype(screen.dtype).name, window
+        self._screen = screen
+        self._stores = {store.plate: store for store in screen.plates}
+        self.num_fields = sum(store.num_fields for store in screen.plates)
+        most = int(np.clip(screen.num_cells // 64, 256, MOST_ROWS_PER_PART))
+        self.plans = []
+        for store in screen.plates:
+            names = store.wells()["name"].tolist()
+            codes = store.well_of_cell
+            self.plans.append(
+                PlatePlan(
+                    store.plate,
+                    store.batch,
+                    store.num_cells,
+                    tuple(names),
+                    cut_into_parts(store.plate, codes, most),
+                    {"crops": store.crc32, "cells": store.num_cells},
+                    store.num_cells,
+                )
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory maps and open files stay behind: the other process opens the screen again.
+        return {"path": self._screen.path, "window": self.window}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(Screen.open(state["path"]), state["window"])
+
+    def units(self, part: Part) -> list[tuple[str, int, int]]:
+        starts = range(part.start, part.stop, ROWS_PER_CHUNK)
+        return [(part.plate, start, min(start + ROWS_PER_CHUNK, part.stop)) for start in starts]
+
+    def read(self, unit: tuple[str, int, int]) -> Chunk:
+        began = time.perf_counter()
+        plate, start, stop = unit
+        store = self._stores[plate]
+        first = self.crop_size // 2 - self.window // 2
+        window = slice(first, first + self.window)
+        pixels = np.array(store.crops()[start:stop, :, window, window])
+        # One row before the chunk tells whether its first row begins a field.
+        before = max(start - 1, 0)
+        columns = store.metadata_columns(before, stop)
+        site, well = columns["Metadata_Site"], columns["Metadata_Well"]
+        new = int(((site[1:] != site[:-1]) | (well[1:] != well[:-1])).sum()) + (start == 0)
+        columns = {name: values[start - before :] for name, values in columns.items()}
+        ledger = PlateLedger(plate, cells_found=stop - start, cells_written=stop - start)
+        return Chunk(
+            plate,
+            stop - start,
+            self.window,
+            columns,
+            ledger,
+            crops=pixels,
+            seconds=time.perf_counter() - began,
+            fields=new,
+        )
+
+    def plate_scaling(self, plate: str) -> tuple[np.ndarray, np.ndarray]:
+        store = self._stores[plate]
+        return store.scale_low, store.scale_high
+
+    def finish(self, plan: PlatePlan, ledger: PlateLedger) -> PlateLedger:
+        store = self._stores[plan.plate]
+        if ledger.cells_written != store.num_cells:
+            raise CellfastError(
+                f"plate {plan.plate}: {ledger.cells_written} rows for {store.num_cells} cells; a cell was lost, please report this"
+            )
+        if store.ledger is None:
+            return PlateLedger(
+                plan.plate,
+                fields_listed=store.num_fields,
+                fields_written=store.num_fields,
+                cells_found=store.num_cells,
+                cells_written=store.num_cells,
+                wells_listed=len(plan.wells),
+            )
+        known = PlateLedger.__dataclass_fields__
+        return PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
+
+
+class FieldSource:
+    """Fields with their locations.
+
+    Args:
+        table: fields and channels, treatments joined.
+        reader: reads a field and finds its cells.
+        window: side of the central window that the model sees, px; no more is cut.
+        name: the image table's name.
+        batch_regex: tells the experimental batch from the plate's name.
+        retries: how often a field that cannot be read is tried again.
+        strict: stop at the first field that cannot be used.
+
+    Raises:
+        CellfastError: no fields, a plate name that cannot name a file, two treatments in one well.
+    """
+
+    kind = "fields"
+
+    def __init__(
+        self,
+        table: ImageTable,
+        reader: FieldReader,
+        window: int,
+        *,
+        name: str = "",
+        batch_regex: str | None = None,
+        retries: int = 2,
+        strict: bool = False,
+    ) -> None:
+        if not table.fields:
+            raise CellfastError(f"{name or 'the image table'} lists no fields")
+        self.name, self.channel_names, self.reader, self.window = name, list(table.channel_names), reader, window
+        self.dtype, self.retries, self.strict = reader.dtype, retries, strict
+        self.crop_size = reader.crop_size
+        self._fields = fields_by_plate(table)
+        self.num_fields = len(table.fields)
+        self._batch: dict[str, str] = {}
+        self._hopeless = 0
+        most = int(np.clip(self.num_fields // 64, 1, MOST_FIELDS_PER_PART))
+        self.plans = []
+        for plate, fields in self._fields.items():
+            plate_file_name(plate)
+            _check_treatments(plate, fields)
+            self._batch[plate] = schema.batch_of_plate(plate, batch_regex)
+            wells = [f.well for f in fields]
+            origin = {
+                "fields": field_table_digest(fields),
+                "channels": list(table.channel_names),
+                "border": reader.border,
+                "batch": self._batch[plate],
+                "locations": " ".join(t for t in (reader.locations.description, reader.locations.version(fields)) if t),
+                "illumination": reader.illumination.description if reader.illumination else None,
+            }
+            self.plans.append(
+                PlatePlan(
+                    plate,
+                    self._batch[plate],
+                    len(fields),
+                    tuple(dict.fromkeys(wells)),
+                    cut_into_parts(plate, wells, most),
+                    origin,
+                )
+            )
+
+    def units(self, part: Part) -> list[Field]:
+        return self._fields[part.plate][part.start : part.stop]
+
+    def read(self, unit: Field) -> Chunk:
+        began = time.perf_counter()
+        for attempt in range(self.retries + 1):
+            ledger = PlateLedger(unit.plate, fields_listed=1)
+            found: Locations | None = None
+            planes = FieldPlanes(self.reader, unit)
+            try:
+                found = self.reader.locate(unit, planes)
+                cells = self.reader.read(unit, found, planes)
+                break
+            except (ImageError, LocationError) as error:
+                if attempt < self.retries and error.reason in PASSING:
+                    self._pause(attempt)
+                    continue
+                self._hopeless += error.reason in PASSING
+                count_refused(ledger, unit, error, found, strict=self.strict)
+                return Chunk(
+                    unit.plate,
+                    0,
+                    self.window,
+                    ledger=ledger,
+                    quarantined=[_quarantined(unit, error, attempt + 1)],
+                    seconds=time.perf_counter() - began,
+                    fields=1,
+                )
+        self._hopeless = self._hopeless if attempt == 0 else 0
+        cells.count_in(ledger)
+        n = len(cells)
+        columns = {
+            "Metadata_Plate": unit.plate,
+            "Metadata_Well": unit.well,
+            "Metadata_Site": np.full(n, unit.site, np.int64),
+            "Metadata_ImageNumber": np.full(n, unit.image_number, np.int64),
+            "Metadata_ObjectNumber": cells.object_number.astype(np.int64),
+            "Metadata_Center_X": cells.center_x.astype(np.float32),
+            "Metadata_Center_Y": cells.center_y.astype(np.float32),
+            "Metadata_Batch": self._batch[unit.plate],
+            "Metadata_Compound": unit.compound,
+            "Metadata_Concentration": np.full(n, unit.concentration, np.float64),
+            "Metadata_MoA": unit.moa,
+        }
+        return Chunk(
+            unit.plate,
+            n,
+            self.window,
+            columns,
+            ledger,
+            planes=[np.ascontiguousarray(plane) for plane in cells.planes] if n else None,
+            origins=cells.origins(self.window),
+            border=cells.border,
+            seconds=time.perf_counter() - began,
+            fields=1,
+        )
+
+    def _pause(self, attempt: int) -> None:
+        if self._hopeless < HOPELESS_AFTER:
+            time.sleep(FIRST_PAUSE_S * 2**attempt)
+
+    def plate_scaling(self, plate: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `PlateWriter` finds them; costs one more reading of the plate's fields."""
+        shape = (len(self.channel_names), int(np.iinfo(np.dtype(self.dtype)).max) + 1)
+        whole, filled = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for unit in self._fields[plate]:
+            for attempt in range(self.retries + 1):
+                planes = FieldPlanes(self.reader, unit)
+                try:
+                    cells = self.reader.read(unit, self.reader.locate(unit, planes), planes)
+                except (ImageError, LocationError) as error:
+                    if attempt < self.retries and error.reason in PASSING:
+                        self._pause(attempt)
+                        continue
+                    break  # it is refused, and counted, when its cells are embedded
+                crops, zeros = cells.crops(), cells.padded & (cells.border == "pad")
+                _add_histogram(crops[~zeros], whole, schema.HISTOGRAM_STRIDE)
+                _add_histogram(crops[zeros], filled, schema.HISTOGRAM_STRIDE)
+                break
+        return scale_from_histogram(whole if whole.any() else filled)
+
+    def finish(self, plan: PlatePlan, ledger: PlateLedger) -> PlateLedger:
+        ledger.wells_listed = len(plan.wells)
+        ledger.check()
+        if ledger.fields_listed != plan.units:
+            raise CellfastError(
+                f"plate {plan.plate}: {plan.units} fields listed, {ledger.fields_listed} seen; a field was lost, please report this"
+            )
+        return ledger
+
+
+def _check_treatments(plate: str, fields: Sequence[Field]) -> None:
+    seen: dict[str, tuple[str, float, str]] = {}
+    for one in fields:
+        treatment = (one.compound, float(one.concentration), one.moa)
+        before = seen.setdefault(one.well, treatment)
+        if repr(before) != repr(treatment):
+            raise CellfastError(
+                f"plate {plate}, well {one.well}: two treatments in one well, {before} and {treatment}; correct the metadata"
+            )
+
+
+def _quarantined(unit: Field, error: ImageError | LocationError, tries: int) -> dict[str, str]:
+    return {
+        "plate": unit.plate,
+        "well": unit.well,
+        "site": str(unit.site),
+        "image_number": str(unit.image_number),
+        "reason": error.reason,
+        "tries": str(tries),
+        "message": str(error),
+        "files": " ".join(file or "(none)" for file in unit.files),
+    }
