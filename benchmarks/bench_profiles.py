@@ -1,4 +1,4 @@
-"""Profiles and evaluation: ``python benchmarks/bench_profiles.py [--subject aggregate] [--out benchmarks/results/profiles.json]``."""
+"""Profiles and evaluation: ``python benchmarks/bench_profiles.py [--subject aggregate] [--out benchmarks/results/evaluate.json]``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import click
 
 from cellfast.atomic import write_json
+from cellfast.benchmark import environment
 from cellfast.benchmark.evaluate import SUBJECTS, measure_evaluate
 
 
@@ -46,7 +47,7 @@ def main(
     )
     click.echo(json.dumps(result, indent=2))
     if out:
-        write_json(out, result)
+        write_json(out, {"subject": "evaluate", "quick": False, "environment": environment(), "result": result})
 
 
 if __name__ == "__main__":
