@@ -14,19 +14,26 @@ Measure = Callable[[str, bool], Any]
 
 def ntxent(device: str, tiny: bool) -> Any:
     from cellfast.benchmark.ntxent import measure_ntxent
+    from cellfast.ops import ntxent_cuda_kernel
 
     if tiny:
         return measure_ntxent(((64, 128), (512, 128)), repeats=1, device=device)
+    sizes = ((8192, 128), (65536, 128), (65536, 512), (262144, 256), (1048576, 128))
+    others = ("plain PyTorch", "torch.compile", "chunked", "tile-wise (Inf-CL)")
+    # The portable kernels use no tensor cores: the largest sizes would take minutes.
+    runs = [("sm90a", "bfloat16", sizes), ("portable", "bfloat16", sizes[:2]), ("portable", "float32", sizes[:2])]
     results = {}
-    for dtype in ("bfloat16", "float32"):
-        sizes = ((8192, 128), (65536, 128), (65536, 512), (262144, 256), (1048576, 128))
-        peers = {"cellfast", "plain PyTorch"}
-        for size in sizes if dtype == "bfloat16" else sizes[:2]:
+    for kernel, dtype, chosen in runs:
+        for size in chosen:
+            peers = ("cellfast", *others) if kernel == "sm90a" or dtype == "float32" else ("cellfast",)
             try:
-                result = measure_ntxent((size,), repeats=5, device=device, dtype=dtype, peers=tuple(peers))
+                ntxent_cuda_kernel(kernel)
+                result = measure_ntxent((size,), repeats=5, device=device, dtype=dtype, peers=peers)
             except Exception as error:
                 result = {"failed": f"{type(error).__name__}: {str(error)[:400]}"}
-            results[f"{dtype} {size[0]}x{size[1]}"] = result
+            finally:
+                ntxent_cuda_kernel("auto")
+            results[f"{kernel} {dtype} {size[0]}x{size[1]}"] = result
     return results
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import socket
 import statistics
 import tempfile
@@ -264,6 +263,12 @@ def _measure_processes(root: Path, model_path: Path, batch_size: int, cells: int
     return out
 
 
+def _peak_kib() -> int:
+    """This process's peak of resident memory; ``ru_maxrss`` would begin with the peak of the process that started it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def _embed_rank(rank: int, world: int, port: int, root: str, model_path: str, batch_size: int, barrier: Any, told: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -273,10 +278,10 @@ def _embed_rank(rank: int, world: int, port: int, root: str, model_path: str, ba
     model = load_model(model_path)
     with torch.inference_mode():
         model.model.encode(torch.zeros(2, len(CHANNELS), model.output_size, model.output_size))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kib()
     barrier.wait()
     began = time.perf_counter()
     embed_fields(
         table, locations, model, Path(root) / f"world-{world}", batch_size=batch_size, workers=1, show_progress=False, force=True
     )
-    told.put((time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before))
+    told.put((time.perf_counter() - began, _peak_kib(), before))

@@ -156,8 +156,24 @@ def _memory(r: dict[str, Any]) -> Iterator[Row]:
     )
 
 
+def _embed(r: dict[str, Any]) -> Iterator[Row]:
+    rates = r["cells_per_second"]
+    yield Row(
+        f"embedding, {r['encoder']}, {r['output_size']} px, minibatch {r['batch_size']}, cells/s, {r['threads']} threads",
+        f"from TIFF fields {number(rates['fields'])}, from the crop store {number(rates['crop store'])}",
+        f"the bare encoder {number(rates['bare encoder'])}",
+    )
+    if "processes" in r:
+        one, two = r["processes"]["1"], r["processes"]["2"]
+        yield Row(
+            "embedding from fields by 2 processes of one thread, cells/s",
+            f"{number(two['cells_per_second'])}, peak {two['peak_memory_mib'] / 1024:.2f} GiB each",
+            f"1 process {number(one['cells_per_second'])}: {r['processes']['speedup']:.2f} ×",
+        )
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
-    "reference": _reference, "ntxent": _ntxent, "ingest": _ingest, "loader": _loader, "augment": _augment, "train": _train,
+    "reference": _reference, "ntxent": _ntxent, "ingest": _ingest, "loader": _loader, "augment": _augment, "train": _train, "embed": _embed,
     "evaluate": _evaluate,
     "memory": _memory,
 }  # fmt: skip
