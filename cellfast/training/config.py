@@ -233,7 +233,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo": {
         "encoder": "cnn4",
         "batch_size": 128,
-        "epochs": 3,
+        "epochs": 8,
         "lr": 4e-3,
         "augment": {"preset": "default", "blur_p": 0.5, "blur_sigma_px": [0.1, 1.5], "channel_gain": 0.5},
         "validation_cells": 256,
