@@ -317,6 +317,49 @@ def test_locks_where_the_kernel_has_none(tmp_path, monkeypatch):
         OutputLock(place).__enter__()
 
 
+def test_a_run_that_lost_its_lock_stops(clean, tmp_path, monkeypatch):
+    monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.02)
+    place = Place("memory://lost-lock")
+    with OutputLock(place) as lock:
+        lock.check()
+        other = {"pid": 1, "host": "another-host", "renewed": time.time(), "token": "other"}
+        place.write_bytes(LOCK_NAME, json.dumps(other).encode())
+        deadline = time.monotonic() + 10
+        while lock._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(CellfastError, match="taken by another cellfast embed"):
+            lock.check()
+    # Neither renewing nor leaving touched the other's lock.
+    assert json.loads(place.read_bytes(LOCK_NAME)) == other
+
+
+def test_a_lock_that_cannot_be_renewed_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.02)
+    place = Place("memory://unrenewed-lock")
+    with OutputLock(place) as lock:
+        real = place.write_bytes
+
+        def refuse(name, content):
+            raise OSError("the store is away")
+
+        monkeypatch.setattr(place, "write_bytes", refuse)
+        time.sleep(0.2)
+        lock.check()  # a late beat is no reason to stop
+        monkeypatch.setattr("cellfast.embedding.lock.STALE_AFTER_S", 0.05)
+        with pytest.raises(CellfastError, match=r"could not be renewed .*OSError: the store is away.*goes on"):
+            lock.check()
+        monkeypatch.setattr(place, "write_bytes", real)
+
+
+def test_embedding_stops_before_it_writes_without_its_lock(clean, tmp_path, monkeypatch):
+    def lost(lock):
+        raise CellfastError("the lock was taken")
+
+    monkeypatch.setattr(OutputLock, "check", lost)
+    assert "the lock was taken" in str(embed("fields", clean, tmp_path / "e", exit_code=1).exception)
+    assert not list((tmp_path / "e").glob("*.parquet"))
+
+
 def test_damaged_parts_and_foreign_files_are_told(clean, tmp_path):
     (tmp_path / "e").mkdir()
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "e" / "P1.parquet")

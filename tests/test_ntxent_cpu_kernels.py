@@ -16,14 +16,19 @@ choose = torch.ops.cellfast.ntxent_cpu_kernels
 KERNELS = ["portable", "avx2", "avx512"]
 
 
+def chosen(name: str):
+    """The kernels of that name while a test runs; skips where this processor does not run them."""
+    try:
+        choose(name)
+    except RuntimeError:
+        pytest.skip(f"needs a processor with {name}")
+    yield name
+    choose("auto")
+
+
 @pytest.fixture(params=KERNELS)
 def kernels(request):
-    try:
-        choose(request.param)
-    except RuntimeError:
-        pytest.skip(f"needs a processor with {request.param}")
-    yield request.param
-    choose("auto")
+    yield from chosen(request.param)
 
 
 @pytest.fixture
@@ -162,12 +167,7 @@ def test_unknown_kernels_are_told():
 @pytest.fixture(params=["emulated_bf16", "avx512_bf16"])
 def pair_kernels(request):
     """Kernels that multiply bfloat16; the emulated ones differ in that one instruction only."""
-    try:
-        choose(request.param)
-    except RuntimeError:
-        pytest.skip(f"needs a processor with {request.param}")
-    yield request.param
-    choose("auto")
+    yield from chosen(request.param)
 
 
 @pytest.mark.parametrize("num_rows", [2, 14, 46, 48, 50, 98, 194, 1026])

@@ -205,6 +205,7 @@ FORMATS: dict[str, Format] = {
 
 
 def require_onnx() -> None:
+    """Raise `CellfastError` naming the packages of the extra ``cellfast[onnx]`` that are not installed, and the command that installs them."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CellfastError(

@@ -39,6 +39,27 @@ class OutputLock:
         self._token = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._renewed = 0.0
+        self._trouble = ""
+        self._lost = False
+
+    def check(self) -> None:
+        """Raise unless the lock is still held: a run whose lock went stale must not write beside the one that took it.
+
+        Raises:
+            CellfastError: another run has the lock, or it could not be renewed for so long that another may take it (says why).
+        """
+        if self._thread is None:
+            return  # the kernel's lock does not go stale
+        if self._lost:
+            raise CellfastError(
+                f"{self.place}: the lock was taken by another cellfast embed while this one could not renew it; stopped"
+            )
+        if time.monotonic() - self._renewed > STALE_AFTER_S:
+            raise CellfastError(
+                f"{self.place}: the lock could not be renewed for {STALE_AFTER_S:.0f} s ({self._trouble}), and another run may take it; "
+                "stopped: the same command goes on where this one ended"
+            )
 
     def __enter__(self) -> OutputLock:
         if self.place.remote or not self._take_kernel_lock():
@@ -98,16 +119,22 @@ class OutputLock:
         owner = self._owner()
         if owner.get("token") != self._token:
             raise self._refusal(owner)
+        self._renewed = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="cellfast-lock", daemon=True)
         self._thread.start()
 
     def _renew(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             try:
+                if self._owner().get("token", self._token) != self._token:
+                    self._lost = True
+                    return
                 self.place.write_bytes(LOCK_NAME, self._describe())
-            except Exception:
-                # The next beat tries again; a run must not die of a late heartbeat.
-                continue
+                self._renewed = time.monotonic()
+            except (
+                Exception
+            ) as error:  # whatever an object store raises: the next beat tries again, and `check` tells when it is too late
+                self._trouble = f"{type(error).__name__}: {error}"
 
     def _owner(self) -> dict[str, Any]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def open_output(name: str, place: Place, parts: PartFiles, names: list[str], mod
     return ParquetOutput(place, parts, names) if name == "parquet" else GalleryOutput(place, parts, names, model)
 
 
-class PlateOutput:
+class PlateOutput(ABC):
     """Writes a plate's files from its parts, and recognises those that are there.
 
     Args:
@@ -56,17 +57,17 @@ class PlateOutput:
         self.wells = parts.options.aggregate_wells
         self.schema = metadata_schema(wells=self.wells)
 
+    @abstractmethod
     def sealing_file(self, plan: PlatePlan) -> str:
         """The file that is written last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, plan: PlatePlan, note: bytes) -> list[str]:
         """Write the plate's files and return their names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def note(self, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
         """(origin, {ledger, quarantined, files}, rows) of a sealing file; None where it has none."""
-        raise NotImplementedError
 
     def finished(self, plan: PlatePlan) -> Finished | None:
         """What an earlier run finished of this plate, or None.

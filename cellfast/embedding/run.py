@@ -98,7 +98,7 @@ def embed_source(
     run = _Run(source, encoder, place, options, show_progress and rank == 0)
     with ExitStack() as stack:
         if rank == 0:
-            stack.enter_context(OutputLock(place))
+            run.lock = stack.enter_context(OutputLock(place))
         todo, kept = run.look_around() if rank == 0 else ([], {})
         if store is None:
             run.work = LocalWork([(plan, parts) for plan, parts in todo if parts])
@@ -120,6 +120,7 @@ class _Run:
 
     def __init__(self, source: CellSource, encoder: CropEncoder, place: Place, options: EmbedOptions, show: bool) -> None:
         self.source, self.encoder, self.place, self.options, self.show = source, encoder, place, options, show
+        self.lock: OutputLock | None = None  # of the first process
         model = encoder.loaded
         self.names = feature_names(options.features, encoder.num_features)
         self.parts = PartFiles(place, options, model.digest, encoder.num_features)
@@ -223,6 +224,8 @@ class _Run:
             return self._scaling[plate]
 
     def _write(self, work: PartWork) -> None:
+        if self.lock is not None:
+            self.lock.check()
         self.parts.write(self.plan_of[work.part.plate], work)
         self._written(work.part)
 

@@ -41,46 +41,44 @@ __global__ void normalize_kernel(const S* __restrict__ z, int64_t num_rows, int6
   }
 }
 
+// The sum over the block's threads, in a fixed order; for thread 0.
+__device__ double block_sum(double sum) {
+  __shared__ double sums[kThreads];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    if (threadIdx.x < width) {
+      sums[threadIdx.x] += sums[threadIdx.x + width];
+    }
+    __syncthreads();
+  }
+  return sums[0];
+}
+
 // partial[block] = sum of this block's share of the values, in an order that depends on nothing but their number.
 __global__ void partial_sums_kernel(const double* __restrict__ values, int64_t count, double* __restrict__ partial) {
-  __shared__ double sums[kThreads];
   const int64_t begin = blockIdx.x * kSumsPerBlock;
   double sum = 0;
 #pragma unroll
   for (int64_t i = threadIdx.x; i < kSumsPerBlock; i += kThreads) {
     sum += begin + i < count ? values[begin + i] : 0.0;
   }
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    if (threadIdx.x < width) {
-      sums[threadIdx.x] += sums[threadIdx.x + width];
-    }
-    __syncthreads();
-  }
+  const double total = block_sum(sum);
   if (threadIdx.x == 0) {
-    partial[blockIdx.x] = sums[0];
+    partial[blockIdx.x] = total;
   }
 }
 
 // out = finish(sum of the values), by one block.
 template <typename Out, typename Finish>
 __global__ void sum_kernel(const double* __restrict__ values, int64_t count, Out* __restrict__ out, Finish finish) {
-  __shared__ double sums[kThreads];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     sum += values[i];
   }
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    if (threadIdx.x < width) {
-      sums[threadIdx.x] += sums[threadIdx.x + width];
-    }
-    __syncthreads();
-  }
+  const double total = block_sum(sum);
   if (threadIdx.x == 0) {
-    *out = static_cast<Out>(finish(sums[0]));
+    *out = static_cast<Out>(finish(total));
   }
 }
 
