@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cellfast.benchmark.timing import cell_rate
 
 
 def measure_ingest(
@@ -93,7 +93,7 @@ def _measure(folder: Path, crop_size: int, workers: tuple[int, ...], repeats: in
         ways[f"ingest fields --locations detect, 1 worker, {len(few.fields)} fields"] = ingest(
             1, few, open_locations("detect", few)
         )
-    rates = {name: _rate(way, repeats) for name, way in ways.items()}
+    rates = {name: cell_rate(way, repeats, warm_up=False) for name, way in ways.items()}
     reading = rates["tifffile.imread of the same images alone, 1 process"]["median"]
     return {
         "subject": "ingest",
@@ -125,12 +125,3 @@ def _check_crops(screen: Any, size: int) -> None:
             for channel, plane in enumerate(planes[field[row]]):
                 if not np.array_equal(crops[row, channel], plane[top : top + size, left : left + size]):
                     raise AssertionError(f"plate {plate.plate}, row {row}, channel {channel}: the crop is not the field's pixels")
-
-
-def _rate(run: Callable[[], int], repeats: int) -> dict[str, Any]:
-    rates = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        cells = run()
-        rates.append(cells / (time.perf_counter() - start))
-    return {"best": max(rates), "median": statistics.median(rates), "repeats": rates}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from cellfast.benchmark.timing import cell_rate
 
 
 def measure_loader(
@@ -93,20 +93,10 @@ def _measure(screen: Any, batch_size: int, repeats: int, threads: int, dali: boo
         agree = zip(Loader(screen, batch_size, seed=2), Loader(screen, batch_size, seed=2, backend="dali"))
         if not all(np.array_equal(a.crops.numpy(), b.crops.numpy()) for a, b in agree):
             raise AssertionError("the loaders disagree on pixels")
-    rates = {name: _rate(way, repeats) for name, way in ways.items()}
+    rates = {name: cell_rate(way, repeats, warm_up=True) for name, way in ways.items()}
     memcpy = rates["memcpy of the same bytes, in order"]["best"]
     return {
         "subject": "loader", "cells": screen.num_cells, "bytes_per_cell": gather.row_bytes, "batch_size": batch_size,
         "rates": rates,
         "fraction_of_memcpy": {name: rate["best"] / memcpy for name, rate in rates.items()},
     }  # fmt: skip
-
-
-def _rate(run: Callable[[], int], repeats: int) -> dict[str, Any]:
-    run()  # warm: pages, compiled code, buffers
-    rates = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        cells = run()
-        rates.append(cells / (time.perf_counter() - start))
-    return {"best": max(rates), "median": statistics.median(rates), "repeats": rates}

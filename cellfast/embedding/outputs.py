@@ -119,9 +119,11 @@ class PlateOutput(ABC):
 
     def clear(self, plan: PlatePlan) -> None:
         """Remove what a killed run left of a plate that is about to be made."""
+        return  # most formats have nothing of the kind
 
     def collate(self, plans: list[PlatePlan]) -> None:
         """Write what is made of all plates together."""
+        return  # most formats have nothing of the kind
 
     def tables(self, plan: PlatePlan) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """(metadata, values) of the plate, part by part; of well profiles all at once."""
