@@ -11,7 +11,7 @@ import tifffile
 import torch
 
 from cellfast.data.cut_cells import cut_cells
-from cellfast.data.field_store import EncodedFields, write_field_store
+from cellfast.screens.field_store import EncodedFields, write_field_store
 from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins, cut_crops
 

@@ -167,7 +167,7 @@ def measure_decode(
     import tifffile
 
     from cellfast.data.device_fields import DeviceFieldCells, FieldDecoder
-    from cellfast.data.field_store import EncodedFields, write_field_store
+    from cellfast.screens.field_store import EncodedFields, write_field_store
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     decodes = decodes or (("cpu", "mixed") if device == "cuda" else ("cpu",))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cellfast.data.field_store import greyscale_tiff
+from cellfast.screens.field_store import greyscale_tiff
 from cellfast.data.gather import RowGather
 from cellfast.data.loader import Batch
 from cellfast.data.sampler import RowSampler
@@ -23,8 +23,11 @@ from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins
 
 
-def require_dali() -> Any:
+def require_dali(what: str = "--loader dali", instead: str = "--loader mmap") -> Any:
     """The module ``nvidia.dali``.
+
+    Args:
+        what, instead: for the message: what was asked for, and what does without.
 
     Raises:
         CellfastError: it is not installed, or does not load (the reason is given).
@@ -35,8 +38,8 @@ def require_dali() -> Any:
         import nvidia.dali.types
     except ImportError as error:
         raise CellfastError(
-            f"--loader dali needs NVIDIA DALI, which cannot be imported ({error}): "
-            "pip install nvidia-dali-cuda130 (or -cuda120), or use --loader mmap"
+            f"{what} needs NVIDIA DALI, which cannot be imported ({error}): "
+            f"pip install nvidia-dali-cuda130 (or -cuda120), or use {instead}"
         ) from error
     return nvidia.dali
 

@@ -35,7 +35,7 @@ class FieldDecoder:
     """Groups of fields as tensors [n, C, H, W] on ``device``, decoded by DALI a few groups ahead of the consumer.
 
     Args:
-        source: encoded fields (``encoded(index)`` → C uint8 arrays, a `cellfast.data.field_store.EncodedFields`), or plain ones
+        source: encoded fields (``encoded(index)`` → C uint8 arrays, a `cellfast.screens.field_store.EncodedFields`), or plain ones
             (``read([index])`` → C arrays [H, W], e.g. `cellfast.data.dali.Hdf5Fields`).
         fields_per_group: fields decoded together.
         device: a GPU, or the CPU (no driver is then needed).

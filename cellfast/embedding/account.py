@@ -76,6 +76,7 @@ def write_account(
     notes: Sequence[str],
     unmatched: Sequence[str],
     unused: Sequence[str],
+    decoding: dict[str, Any] | None = None,
 ) -> Account:
     """Check that every location is a row or dropped with a reason, and write ``embeddings.json`` and ``quarantine.csv``.
 
@@ -141,6 +142,8 @@ def write_account(
         "totals": totals,
         "plates": rows,
         "quarantined": quarantined,
+        # What this run did: the pixels, and so the rows, are the same either way.
+        "decode": decoding,
         "notes": list(notes),
         "unmatched_metadata": list(unmatched),
         "unused_metadata": list(unused),

@@ -13,6 +13,7 @@ DTYPES = ("float32", "float16")
 ROTATIONS = (1, 4, 8)
 READERS = ("threads", "processes")
 ENGINES = ("local", "ray")
+DECODES = ("auto", "host", "dali")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class EmbedOptions:
         strict: stop at the first field that cannot be used.
         retry_quarantined: make plates again that an earlier run finished with quarantined fields.
         force: make everything again.
+        decode: who decodes fields: ``host`` (tifffile, on the readers), ``dali``, or ``auto``: the faster on the first fields, see
+            `cellfast.embedding.decoding.choose_decoding`; the pixels are the same.
         engine: ``local`` (this process, or those of torchrun) or ``ray``.
     """
 
@@ -52,6 +55,7 @@ class EmbedOptions:
     retry_quarantined: bool = False
     force: bool = False
     engine: str = "local"
+    decode: str = "auto"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -68,10 +72,15 @@ class EmbedOptions:
             ("--dtype", self.dtype, DTYPES),
             ("--readers", self.readers, READERS),
             ("--engine", self.engine, ENGINES),
+            ("--decode", self.decode, DECODES),
             *(("--to", name, FORMATS) for name in self.formats),
         ):
             if value not in known:
                 raise CellfastError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+
+        if self.decode == "dali" and (self.readers == "processes" or self.engine == "ray"):
+            other = "--engine ray" if self.engine == "ray" else "--readers processes"
+            raise CellfastError(f"--decode dali does not go with {other}: DALI decodes in this process, on threads of its own")
 
     def origin(self) -> dict[str, Any]:
         """What of this decides the values that are written, JSON-able."""

@@ -134,6 +134,7 @@ class Pipeline:
         write: called with each finished part, on a thread of its own.
         workers, readers: as of `ReaderPool`.
         clock, progress: told what is done.
+        open_reader: makes another reader than a `ReaderPool`, given the stream its planes are to be ready on.
     """
 
     def __init__(
@@ -148,7 +149,9 @@ class Pipeline:
         readers: str,
         clock: StageClock,
         progress: EmbedProgress,
+        open_reader: Callable[[Any], Any] | None = None,
     ) -> None:
+        self.open_reader = open_reader
         self.source, self.encoder, self.batch_size, self.scaling = source, encoder, batch_size, scaling
         self.write, self.workers, self.readers = write, workers, readers
         self.clock, self.progress = clock, progress
@@ -242,14 +245,17 @@ class Pipeline:
             self.clock.add("write", time.perf_counter() - began)
 
     def _cut_all(self, parts: Iterable[Part]) -> None:
-        pool = ReaderPool(self.source, self.workers, self.readers)
+        pool = None
         try:
-            self._cut_parts(pool, parts)
+            stager = _Stager(self)
+            pool = self.open_reader(stager.stream) if self.open_reader else ReaderPool(self.source, self.workers, self.readers)
+            self._cut_parts(stager, pool, parts)
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)
         finally:
-            pool.close()
+            if pool is not None:
+                pool.close()
 
     def _units(self, parts: Iterable[Part]) -> Iterator[tuple[tuple[PartWork, bool], Any]]:
         for part in parts:
@@ -259,8 +265,7 @@ class Pipeline:
             for position, unit in enumerate(units):
                 yield (work, position == len(units) - 1), unit
 
-    def _cut_parts(self, pool: ReaderPool, parts: Iterable[Part]) -> None:
-        stager = _Stager(self)
+    def _cut_parts(self, stager: _Stager, pool: Any, parts: Iterable[Part]) -> None:
         for (work, is_last), chunk in pool.chunks(self._units(parts)):
             self.clock.add("read", chunk.seconds)
             work.add(chunk)
@@ -332,7 +337,13 @@ class _Stager:
         assert chunk.origins is not None
         with torch.cuda.stream(self.stream):
             if planes is None:
-                planes = torch.from_numpy(np.stack(chunk.planes)).pin_memory().to(self.device, non_blocking=True)
+                if isinstance(chunk.planes[0], torch.Tensor):
+                    # Decoded there, on this stream; few operations know uint16.
+                    stored = chunk.planes[0].dtype
+                    bits = torch.int16 if stored == torch.uint16 else stored
+                    planes = torch.stack([plane.view(bits) for plane in chunk.planes]).view(stored)
+                else:
+                    planes = torch.from_numpy(np.stack(chunk.planes)).pin_memory().to(self.device, non_blocking=True)
             origins = torch.from_numpy(np.ascontiguousarray(chunk.origins[start:stop])).to(self.device)
             out.copy_(cut_on_device(planes, origins, chunk.size, chunk.border))
         return planes

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,12 +22,15 @@ from cellfast.embedding.outputs import Finished, PlateOutput, open_output, plate
 from cellfast.embedding.parts import PARTS, PartFiles, PartWork
 from cellfast.embedding.pipeline import Pipeline
 from cellfast.embedding.place import Place
-from cellfast.embedding.sources import CellSource, Part, PlatePlan
+from cellfast.embedding.sources import CellSource, FieldSource, Part, PlatePlan
 from cellfast.embedding.stages import STAGES, EmbedProgress, StageClock
 from cellfast.embedding.work import LocalWork, SharedWork, join_processes
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.screens.ingest import default_workers
+
+if TYPE_CHECKING:
+    from cellfast.embedding.decoding import Decoding
 
 # Other hosts may see a file on a shared disk late.
 SHOW_UP_S = 60.0
@@ -121,6 +124,7 @@ class _Run:
     def __init__(self, source: CellSource, encoder: CropEncoder, place: Place, options: EmbedOptions, show: bool) -> None:
         self.source, self.encoder, self.place, self.options, self.show = source, encoder, place, options, show
         self.lock: OutputLock | None = None  # of the first process
+        self.decoding: Decoding | None = None
         model = encoder.loaded
         self.names = feature_names(options.features, encoder.num_features)
         self.parts = PartFiles(place, options, model.digest, encoder.num_features)
@@ -175,6 +179,7 @@ class _Run:
         self._assembly = ThreadPoolExecutor(1, "cellfast-assemble")
         self._assembled: list[Future[None]] = []
         shown = self.show and bool(parts)
+        self.decoding = self._choose_decoding(parts)
         with EmbedProgress(total_fields, total_cells, self.clock, enabled=shown, share=self.work.share) as progress:
             kept = len(self.source.plans) - len(todo)
             if self.work.rank == 0 and kept:
@@ -184,6 +189,8 @@ class _Run:
             self.encoder.on_shrink = lambda old, new: progress.message(
                 f"embed: out of memory with {old} cells at a time; going on with {new}"
             )
+            if self.decoding is not None and self.work.rank == 0:
+                progress.message(f"embed: {self.decoding.note}")
             for plan, left in todo:
                 if not left:
                     self._assembled.append(self._assembly.submit(self.assemble, plan))
@@ -203,12 +210,27 @@ class _Run:
                         readers=options.readers,
                         clock=self.clock,
                         progress=progress,
+                        open_reader=self._dali_reader if self.decoding and self.decoding.used == "dali" else None,
                     ).run(self.work.claims())
             finally:
                 self._assembly.shutdown(wait=True)
             for future in self._assembled:
                 future.result()
             self.cells = progress.cells
+
+    def _choose_decoding(self, parts: list[Part]) -> Decoding | None:
+        """How fields are decoded; None where there are none to decode."""
+        if not isinstance(self.source, FieldSource) or not parts:
+            return None
+        from cellfast.embedding.decoding import choose_decoding
+
+        units = [unit for part in parts for unit in self.source.units(part)]
+        return choose_decoding(self.source, units, len(units), self.options, self.encoder.device, self.workers)
+
+    def _dali_reader(self, stream: Any) -> Any:
+        from cellfast.embedding.dali_reading import DaliReader
+
+        return DaliReader(self.source, self.workers, self.decoding, self.encoder.device, stream)
 
     def scaling(self, plate: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(low, high), float32 [C], that the plate's pixels are scaled by."""
@@ -258,8 +280,19 @@ class _Run:
             if missing:
                 raise CellfastError(f"{self.place.path(missing[0])} is not there or lacks rows; run the same command again")
             plates.append((plan, finished[0], [file for one in finished if one is not None for file in one.files]))
+        decoding = self.decoding
         account = write_account(
-            self.place, self.source, self.encoder, self.options, self.names, plates, self.outputs, notes, unmatched, unused
+            self.place,
+            self.source,
+            self.encoder,
+            self.options,
+            self.names,
+            plates,
+            self.outputs,
+            [*notes, *(decoding.closing_notes() if decoding else [])],
+            unmatched,
+            unused,
+            decoding.record() if decoding else None,
         )
         self.place.remove(PARTS)
         return account

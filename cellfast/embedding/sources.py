@@ -14,9 +14,9 @@ from cellfast.screens import Screen, schema
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import _add_histogram, plate_file_name, scale_from_histogram
 from cellfast.screens.cutting import _cut
-from cellfast.screens.field_cells import FieldPlanes, FieldReader, count_refused, fields_by_plate
+from cellfast.screens.field_cells import FieldPlanes, FieldReader, PlaneFacts, count_refused, fields_by_plate
 from cellfast.screens.image_table import Field, ImageTable
-from cellfast.screens.images import ImageError
+from cellfast.screens.images import ImageError, encoded_plane
 from cellfast.screens.ingest_fields import field_table_digest
 from cellfast.screens.ledger import PlateLedger
 
@@ -72,7 +72,8 @@ class Chunk:
     size: int
     columns: dict[str, Any] = field(default_factory=dict)
     ledger: PlateLedger | None = None
-    planes: list[np.ndarray] | None = None
+    # Arrays, or tensors of the device that they were decoded on.
+    planes: list[Any] | None = None
     origins: np.ndarray | None = None
     crops: np.ndarray | None = None
     border: str = "pad"
@@ -90,6 +91,15 @@ class Chunk:
         origins = np.ascontiguousarray(self.origins[start:stop])
         for channel, plane in enumerate(self.planes):
             _cut(plane, origins, out, channel, self.border == "reflect")
+
+
+@dataclass
+class EncodedField:
+    """A field whose files are read and not yet decoded: the bytes of each channel's file, uint8 [n]."""
+
+    field: Field
+    contents: list[np.ndarray]
+    seconds: float
 
 
 class CellSource(Protocol):
@@ -294,12 +304,35 @@ class FieldSource:
     def units(self, part: Part) -> list[Field]:
         return self._fields[part.plate][part.start : part.stop]
 
-    def read(self, unit: Field) -> Chunk:
+    def encoded(self, unit: Field) -> EncodedField | Chunk:
+        """The bytes of the field's files, or its cells where one of them is not for every decoder."""
+        began = time.perf_counter()
+        contents = self.contents(unit)
+        return self.read(unit) if contents is None else EncodedField(unit, contents, time.perf_counter() - began)
+
+    def contents(self, unit: Field) -> list[np.ndarray] | None:
+        """The bytes of the field's files; None where one of them is not for every decoder."""
+        shape, dtype = self.reader.shape, np.dtype(self.dtype)
+        contents = []
+        for file in unit.files:
+            content = encoded_plane(file, expect_shape=shape, expect_dtype=dtype)
+            if content is None:
+                return None
+            contents.append(content)
+        return contents
+
+    @property
+    def looks_at_pixels(self) -> bool:
+        """True where the host works on the planes: illumination is corrected, or cells are detected."""
+        return self.reader.illumination is not None or self.reader.locations.reads_images
+
+    def read(self, unit: Field, decoded: dict[int, Any] | None = None, facts: PlaneFacts | None = None) -> Chunk:
+        """The cells of a field; ``decoded``: its planes by channel, where they are there already."""
         began = time.perf_counter()
         for attempt in range(self.retries + 1):
             ledger = PlateLedger(unit.plate, fields_listed=1)
             found: Locations | None = None
-            planes = FieldPlanes(self.reader, unit)
+            planes = FieldPlanes(self.reader, unit, dict(decoded or {}), facts)
             try:
                 found = self.reader.locate(unit, planes)
                 cells = self.reader.read(unit, found, planes)
@@ -341,7 +374,7 @@ class FieldSource:
             self.window,
             columns,
             ledger,
-            planes=[np.ascontiguousarray(plane) for plane in cells.planes] if n else None,
+            planes=([np.ascontiguousarray(p) for p in cells.planes] if facts is None else cells.planes) if n else None,
             origins=cells.origins(self.window),
             border=cells.border,
             seconds=time.perf_counter() - began,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 
@@ -63,13 +64,32 @@ class FieldCells:
         ledger.cells_padded += int(self.padded.sum())
 
 
+@dataclass(frozen=True)
+class PlaneFacts:
+    """What is checked of a field's planes, found where they lie.
+
+    Attributes:
+        constant: for each channel the one value of all its pixels, or None.
+        same: pairs of channels that hold the same image.
+        highest: highest pixel value.
+    """
+
+    constant: tuple[int | None, ...]
+    same: tuple[tuple[int, int], ...]
+    highest: int
+
+
 @dataclass
 class FieldPlanes:
-    """The planes of one field, each file read and decoded once at most."""
+    """The planes of one field, each file read and decoded once at most.
+
+    ``planes`` by channel that are decoded already are taken as they are; ``facts`` are given where they lie on a device.
+    """
 
     reader: FieldReader
     field: Field
     _planes: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    facts: PlaneFacts | None = None
 
     def __call__(self, channel: int) -> np.ndarray:
         """The plane [H, W] of a channel as it is in its file."""
@@ -124,8 +144,9 @@ class FieldReader:
         """
         read = planes or FieldPlanes(self, field)
         images = [read(channel) for channel in range(len(self.channel_names))]
-        self._check(images)
-        highest = max(int(plane.max()) for plane in images)
+        facts = read.facts or _facts(images)
+        self._check(facts)
+        highest = facts.highest
         if self.illumination is not None:
             images = [self.illumination.correct(p, field.plate, name) for p, name in zip(images, self.channel_names)]
         height, width = self.shape
@@ -155,18 +176,26 @@ class FieldReader:
             highest=highest,
         )
 
-    def _check(self, planes: list[np.ndarray]) -> None:
-        for name, plane in zip(self.channel_names, planes):
-            # One row that varies proves the plane is not constant; only a suspicious one is looked at wholly.
-            if (plane[len(plane) // 2] == plane[0, 0]).all() and (plane == plane[0, 0]).all():
-                raise ImageError(f"channel {name} is constant: every pixel is {int(plane[0, 0])}", "constant image")
-        for i in range(len(planes)):
-            for j in range(i + 1, len(planes)):
-                if (planes[i][0] == planes[j][0]).all() and np.array_equal(planes[i], planes[j]):
-                    names = f"{self.channel_names[i]} and {self.channel_names[j]}"
-                    raise ImageError(
-                        f"channels {names} hold the same image; is one file listed or saved twice?", "same image in two channels"
-                    )
+    def _check(self, facts: PlaneFacts) -> None:
+        for name, value in zip(self.channel_names, facts.constant):
+            if value is not None:
+                raise ImageError(f"channel {name} is constant: every pixel is {value}", "constant image")
+        for i, j in facts.same:
+            names = f"{self.channel_names[i]} and {self.channel_names[j]}"
+            raise ImageError(
+                f"channels {names} hold the same image; is one file listed or saved twice?", "same image in two channels"
+            )
+
+
+def _facts(planes: list[np.ndarray]) -> PlaneFacts:
+    # One row that varies proves the plane is not constant; only a suspicious one is looked at wholly.
+    constant = tuple(
+        int(plane[0, 0]) if (plane[len(plane) // 2] == plane[0, 0]).all() and (plane == plane[0, 0]).all() else None
+        for plane in planes
+    )
+    pairs = combinations(range(len(planes)), 2)
+    same = tuple((i, j) for i, j in pairs if (planes[i][0] == planes[j][0]).all() and np.array_equal(planes[i], planes[j]))
+    return PlaneFacts(constant, same, max(int(plane.max()) for plane in planes))
 
 
 def count_refused(

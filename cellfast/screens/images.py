@@ -58,6 +58,39 @@ def read_plane(
     return np.ascontiguousarray(plane)
 
 
+# Lossless, and the same pixels from every decoder: none, LZW, Deflate (two numbers), PackBits, Zstandard.
+_PLAIN_COMPRESSIONS = (1, 5, 8, 32946, 32773, 50000)
+
+
+def encoded_plane(
+    path: str | os.PathLike[str], *, expect_shape: tuple[int, int] | None = None, expect_dtype: np.dtype | None = None
+) -> np.ndarray | None:
+    """The bytes of a TIFF, uint8 [n], whose pixels any decoder gives as `read_plane` does; None for every other file.
+
+    None says nothing about the file but that `read_plane` must decide: it is no TIFF, missing, damaged, refused, unlike the expected, or
+    has a palette, an inverted scale, a turned orientation, or a rare compression.
+    """
+    if not _is_tiff(path):
+        return None
+    try:
+        content = read_bytes(str(path)) if is_url(path) else Path(path).read_bytes()
+        with tifffile.TiffFile(io.BytesIO(content)) as tiff:
+            page = _single_page(tiff, path)
+            _check(path, page.shape, np.dtype(page.dtype).newbyteorder("="), expect_shape, expect_dtype)
+            plain = (
+                page.photometric == tifffile.PHOTOMETRIC.MINISBLACK
+                and page.tags.valueof(274, 1) == 1
+                and page.fillorder == 1
+                and page.bitspersample in (8, 16)
+                and int(page.compression) in _PLAIN_COMPRESSIONS
+            )
+            ends = (a + n for a, n in zip(page.dataoffsets, page.databytecounts))
+            whole = len(page.dataoffsets) > 0 and min(page.databytecounts) > 0 and max(ends) <= len(content)
+    except Exception:  # whatever is wrong with the file, `read_plane` says it
+        return None
+    return np.frombuffer(content, np.uint8) if plain and whole else None
+
+
 def image_info(path: str | os.PathLike[str]) -> tuple[tuple[int, int], np.dtype]:
     """((H, W), dtype) from the file's header; refuses what `read_plane` refuses, except damage beyond the header."""
     if not _is_tiff(path):
