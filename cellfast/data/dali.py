@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cellfast.screens.field_store import greyscale_tiff
 from cellfast.data.gather import RowGather
 from cellfast.data.loader import Batch
 from cellfast.data.sampler import RowSampler
 from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins
+from cellfast.screens.field_store import greyscale_tiff
 
 
 def require_dali(what: str = "--loader dali", instead: str = "--loader mmap") -> Any:

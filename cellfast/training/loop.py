@@ -249,6 +249,7 @@ class _Training:
                 seed=config.seed,
                 device=self.device,
                 amp=config.amp,
+                chunk_size=config.chunk_size,
             )
         log = MetricsLog(self.folder, enabled=self.processes.is_first, step=self.first_step)
         old = {}

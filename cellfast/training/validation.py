@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from cellfast.augment import TwoViews, center_crop
 from cellfast.data.gather import RowGather
 from cellfast.models import SimCLR
 from cellfast.ops import ntxent_loss
+from cellfast.training.gradient_cache import ViewPieces
 
 if TYPE_CHECKING:
     from cellfast.screens import Screen
@@ -43,6 +45,7 @@ class Validation:
         batch_size: cells per minibatch, as in training: NT-Xent depends on it.
         temperature: as in training.
         most: at most so many cells, drawn by ``seed``.
+        chunk_size: encode a minibatch in pieces of so many cells, as in training; the loss is over the whole minibatch all the same.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Validation:
         seed: int,
         device: torch.device,
         amp: bool,
+        chunk_size: int | None = None,
     ) -> None:
         generator = np.random.Generator(np.random.PCG64([seed, 0xDA7A]))
         chosen = np.sort(generator.permutation(rows)[:most]) if len(rows) > most else np.sort(rows)
@@ -65,6 +69,7 @@ class Validation:
         self.order = generator.permutation(len(chosen))
         self.rows, self.two_views, self.scaling = chosen, two_views, scaling
         self.batch_size, self.temperature, self.seed, self.device, self.amp = batch_size, temperature, seed, device, amp
+        self.chunk_size = chunk_size or batch_size
         gather = RowGather(screen)
         crops = np.empty((len(chosen), *gather.row_shape), dtype=gather.dtype)
         gather.copy(chosen, crops)
@@ -89,21 +94,29 @@ class Validation:
             for number, start in enumerate(range(0, len(self.rows), self.batch_size)):
                 index = self.order[start : start + self.batch_size]
                 crops, low, high = self._minibatch(index)
+                pieces = ViewPieces(
+                    self.two_views, crops, low, high, seed=self.seed + 1_000_003 * (number + 1), chunk_size=self.chunk_size
+                )
                 if len(index) > 1:
-                    views = self.two_views(crops, low, high, seed=self.seed + 1_000_003 * (number + 1))
-                    with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                        z = model(views)[1]
-                    losses.append(float(ntxent_loss(z.float(), self.temperature)))
+                    parts = [self._run(lambda views: model(views)[1], pieces[piece]) for piece in range(len(pieces))]
+                    # [2B, D] with the first views of all cells first, as the loss pairs them.
+                    z = torch.cat([part.unflatten(0, (2, -1)) for part in parts], dim=1).flatten(0, 1)
+                    losses.append(float(ntxent_loss(z, self.temperature)))
                     weights.append(len(index))
-                plain = center_crop(crops, low, high, self.two_views.output_size, memory_format=torch.channels_last)
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                    features.append(model.encode(plain).float().cpu())
+                for cells in pieces.cells:
+                    bounds = (bound if bound.ndim == 1 else bound[cells] for bound in (low, high))
+                    plain = center_crop(crops[cells], *bounds, self.two_views.output_size, memory_format=torch.channels_last)
+                    features.append(self._run(model.encode, plain).cpu())
             h = torch.empty((len(self.rows), features[0].shape[1]))
             h[torch.from_numpy(self.order)] = torch.cat(features)
             loss = float(np.average(losses, weights=weights)) if losses else float("nan")
             return ValidationResult(loss, *retrieval(h, self.treatment, self.well))
         finally:
             model.train(training)
+
+    def _run(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return network(x).float()
 
     def _minibatch(self, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         low, high = self.scaling(torch.from_numpy(self.rows[index]))
