@@ -27,7 +27,9 @@ def field_options(*, required: bool, crop_size: int | None) -> Callable[[Any], A
     size_help = "Side of a crop, px: the view's and a margin for rotation."
     options = [
         click.option(
-            "--image-root", required=required, help="Folder (or s3://, gs:// URL) the image table's paths are relative to."
+            "--image-root",
+            required=required,
+            help="Folder (s3://, gs:// URL, or a FIELDS.h5 of --keep-fields) the image table's paths are relative to.",
         ),
         click.option(
             "--locations",

@@ -22,6 +22,12 @@ def ingest() -> None:
 @click.option("-o", "--out", "screen", type=_FILE, required=True, help="Screen folder to write.")
 @field_options(required=True, crop_size=112)
 @click.option("--pixel-size-um", type=float, help="Size of a pixel, µm, to be kept with the crops.")
+@click.option(
+    "--keep-fields",
+    type=_FILE,
+    metavar="FIELDS.h5",
+    help="Also keep the images in this one file, encoded as they are; it serves as --image-root from then on.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Plates done at the same time.  [default: one per core]")
 @click.option("--force", is_flag=True, help="Make plates again that are there already.")
 def ingest_fields_command(
@@ -31,6 +37,7 @@ def ingest_fields_command(
     border: str,
     pixel_size_um: float | None,
     batch_regex: str | None,
+    keep_fields: Path | None,
     workers: int | None,
     strict: bool,
     force: bool,
@@ -43,7 +50,11 @@ def ingest_fields_command(
     """
     from cellfast.screens.ingest import default_workers
     from cellfast.screens.ingest_fields import FieldIngestOptions, ingest_fields
+    from cellfast.screens.keep_fields import check_not_there
+    from cellfast.screens.keep_fields import keep_fields as write_kept
 
+    if keep_fields is not None:
+        check_not_there(keep_fields, force=force)
     options = FieldIngestOptions(crop_size, border, pixel_size_um, batch_regex, strict)
     opened = open_fields(image_csv, batch_regex=batch_regex, **fields)
     ledger = ingest_fields(
@@ -60,6 +71,13 @@ def ingest_fields_command(
     )
     click.echo(ledger.table())
     click.echo(f"screen {screen}, ledger {screen / 'ledger.json'}")
+    if keep_fields is not None:
+        count, notes = write_kept(opened.table, str(fields["image_root"]), keep_fields)
+        for note in notes[:12]:
+            click.echo(f"  {note}")
+        if len(notes) > 12:
+            click.echo(f"  … and {len(notes) - 12} more")
+        click.echo(f"{count:,} of {len(opened.table.fields):,} fields kept in {keep_fields}")
 
 
 @ingest.command("crops")

@@ -2,7 +2,8 @@
 
 Layout (attribute ``format`` = ``cellfast-fields``, ``version`` = 1): ``encoded`` uint8 [total], the files one after the other, field by
 field and channel by channel; ``offsets`` int64 [N · C + 1]; attributes ``num_fields``, ``num_channels``, ``height``, ``width``,
-``dtype`` (``uint16`` or ``uint8``), ``channel_names``. Files of others whose ``encoded`` is a variable-length uint8 dataset [N, C] are
+``dtype`` (``uint16`` or ``uint8``), ``channel_names``; ``files`` (optional): N · C names, by which the store stands in for the folder the
+images came from (``--image-root FIELDS.h5``). Files of others whose ``encoded`` is a variable-length uint8 dataset [N, C] are
 read too.
 """
 
@@ -11,7 +12,10 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import numpy as np
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
+from cellfast.screens.remote import is_url, read_bytes
 
 FORMAT, VERSION = "cellfast-fields", 1
 
@@ -46,7 +51,13 @@ def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tupl
 
 
 def write_field_store(
-    path: str | os.PathLike[str], files: Sequence[Sequence[str | os.PathLike[str]]], channel_names: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    files: Sequence[Sequence[str | os.PathLike[str]]],
+    channel_names: Sequence[str] | None = None,
+    *,
+    names: Sequence[Sequence[str]] | None = None,
+    leave_out: bool = False,
+    progress: Callable[[int], None] = lambda fields: None,
 ) -> list[str]:
     """Keep the TIFF files of fields in one HDF5 file, byte for byte, and return what was not (one line each).
 
@@ -54,49 +65,89 @@ def write_field_store(
     decoders would convert their values.
 
     Args:
-        files: for each field its C paths, in channel order.
+        files: for each field its C paths or fsspec URLs, in channel order.
+        names: what the files are called in the store; None: it keeps no names.
+        leave_out: leave out a field with a file that cannot be kept (missing, unreadable, of another size or depth than the first
+            field kept), and tell; otherwise that is an error.
+        progress: called with 1 after each field.
 
     Raises:
-        CellfastError: no files, an unreadable file, or one of another size or depth than the first; nothing is then written.
+        CellfastError: no files, two files of one name, or (without ``leave_out``, or where nothing is left) a file that cannot be kept;
+            nothing is then written.
     """
     import h5py
-    import tifffile
 
     if not files or len({len(channels) for channels in files}) != 1 or not files[0]:
         raise CellfastError("every field needs the same number of channel files, at least one, and there must be a field")
     num_channels, notes = len(files[0]), []
-    names = list(channel_names) if channel_names is not None else [f"channel{number}" for number in range(num_channels)]
-    if len(names) != num_channels:
-        raise CellfastError(f"{num_channels} channels need as many names, got {', '.join(names)}")
-    first: tuple[np.dtype, tuple[int, int]] | None = None
-    offsets = [0]
+    channels = list(channel_names) if channel_names is not None else [f"channel{number}" for number in range(num_channels)]
+    if len(channels) != num_channels:
+        raise CellfastError(f"{num_channels} channels need as many names, got {', '.join(channels)}")
+    if names is not None:
+        twice = [name for name, count in Counter(name for field in names for name in field).items() if count > 1 and name]
+        if twice:
+            raise CellfastError(f"{path}: two files would be called {twice[0]} in the field store")
+    alike: tuple[np.dtype, tuple[int, int]] | None = None
+    offsets, kept = [0], []
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         encoded = file.create_dataset("encoded", shape=(0,), maxshape=(None,), dtype=np.uint8, chunks=(1 << 22,))
-        for channels in files:
-            for name in map(Path, channels):
-                dtype, shape, plain = greyscale_tiff(name, str(name))
-                if first is None:
-                    first = (dtype, shape)
-                if (dtype, shape) != first:
-                    raise CellfastError(
-                        f"{name} is {dtype} {shape}, the first file is {first[0]} {first[1]}: all fields must be alike"
-                    )
-                if plain:
-                    content = name.read_bytes()
-                else:
-                    buffer = io.BytesIO()
-                    tifffile.imwrite(buffer, tifffile.imread(name), photometric="minisblack")
-                    content = buffer.getvalue()
-                    notes.append(f"{name} was stored anew: its values are not stored plainly (palette, inverted or turned)")
+        for number, field in enumerate(files):
+            try:
+                contents, alike, anew = _contents(field, alike)
+            except CellfastError as error:
+                if not leave_out:
+                    raise
+                notes.append(f"left out: {error}")
+                progress(1)
+                continue
+            notes += anew
+            for content in contents:
                 encoded.resize((offsets[-1] + len(content),))
                 encoded[offsets[-1] :] = np.frombuffer(content, np.uint8)
                 offsets.append(offsets[-1] + len(content))
+            kept.append(number)
+            progress(1)
+        if alike is None:
+            raise CellfastError(f"none of {len(files)} fields can be kept in {path}; the first was {notes[0]}")
         file.create_dataset("offsets", data=np.array(offsets, np.int64))
+        if names is not None:
+            flat = [name for number in kept for name in names[number]]
+            file.create_dataset("files", data=flat, dtype=h5py.string_dtype())
         file.attrs.update(
-            format=FORMAT, version=VERSION, num_fields=len(files), num_channels=num_channels, height=first[1][0], width=first[1][1],
-            dtype=first[0].name, channel_names=names,
+            format=FORMAT, version=VERSION, num_fields=len(kept), num_channels=num_channels, height=alike[1][0], width=alike[1][1],
+            dtype=alike[0].name, channel_names=channels,
         )  # fmt: skip
     return notes
+
+
+def _contents(
+    field: Sequence[str | os.PathLike[str]], alike: tuple[np.dtype, tuple[int, int]] | None
+) -> tuple[list[bytes], tuple[np.dtype, tuple[int, int]], list[str]]:
+    """The bytes of a field's files, their depth and size, and which were stored anew."""
+    import tifffile
+
+    contents, anew = [], []
+    for name in field:
+        try:
+            content = read_bytes(str(name)) if is_url(name) else Path(name).read_bytes()
+        except OSError as error:
+            raise CellfastError(f"{name or 'a channel without a file'} cannot be read ({error.strerror or error})") from error
+        dtype, shape, plain = greyscale_tiff(io.BytesIO(content), str(name))
+        dtype = dtype.newbyteorder("=")
+        alike = alike or (dtype, shape)
+        if (dtype, shape) != alike:
+            raise CellfastError(f"{name} is {dtype} {shape}, the first file is {alike[0]} {alike[1]}: all fields must be alike")
+        if not plain:
+            buffer = io.BytesIO()
+            try:
+                tifffile.imwrite(buffer, tifffile.imread(io.BytesIO(content)), photometric="minisblack")
+            except Exception as error:  # each compression has its own kinds
+                raise CellfastError(f"{name} cannot be read as TIFF ({error})") from error
+            content = buffer.getvalue()
+            anew.append(f"{name} was stored anew: its values are not stored plainly (palette, inverted or turned)")
+        contents.append(content)
+    assert alike is not None
+    return contents, alike, anew
 
 
 class EncodedFields:
@@ -167,6 +218,112 @@ class EncodedFields:
         content = self._data[edges[0] : edges[-1]]
         return [content[a - edges[0] : b - edges[0]] for a, b in pairwise(edges)]
 
+    def file(self, index: int, channel: int) -> np.ndarray:
+        """One file of field ``index``, uint8 [n]."""
+        if self._vlen:
+            return np.ascontiguousarray(self._data[index, channel], np.uint8)
+        first, last = self._offsets[index * self.num_channels + channel :][:2]
+        return self._data[first:last]
+
+    def names(self) -> list[str]:
+        """What the N · C files are called, field by field; empty where the store keeps no names.
+
+        Raises:
+            CellfastError: not one name for each file.
+        """
+        if "files" not in self._file:
+            return []
+        names = [name.decode() if isinstance(name, bytes) else str(name) for name in self._own("files")[:]]
+        if len(names) != self.num_fields * self.num_channels:
+            raise CellfastError(f"{self.path} is damaged: {len(names)} names for {self.num_fields * self.num_channels} files")
+        return names
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def __enter__(self) -> EncodedFields:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+PROTOCOL = "fieldstore"
+
+
+def store_url(path: str | os.PathLike[str]) -> str:
+    """The URL under which the files of a store are found: ``fieldstore:///path/FIELDS.h5!``."""
+    return f"{PROTOCOL}://{Path(path).absolute()}!"
+
+
+class FieldStoreFiles:
+    """The files of a field store by their names, for `cellfast.screens.remote.file_system`.
+
+    Raises:
+        CellfastError: no field store, or one without names.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.store = EncodedFields(path)
+        self._lock = threading.Lock()
+        self._index = {name: number for number, name in enumerate(self.store.names())}
+        if not self._index:
+            raise CellfastError(
+                f"{path}: a field store without the names of its files; write it with cellfast ingest fields --keep-fields"
+            )
+        self._folders: dict[str, set[str]] = {}
+        for name in self._index:
+            *folders, _ = name.split("/")
+            for depth in range(len(folders) + 1):
+                below = name.split("/")[depth]
+                self._folders.setdefault("/".join(folders[:depth]), set()).add(below)
+
+    def isdir(self, key: str) -> bool:
+        """Whether some file lies under ``key``."""
+        return key.strip("/") in self._folders
+
+    def isfile(self, key: str) -> bool:
+        """Whether there is a file of this name."""
+        return key.strip("/") in self._index
+
+    def ls(self, key: str, detail: bool = False) -> list[str]:
+        """Names in a folder."""
+        folder = key.strip("/")
+        return [f"{folder}/{name}" if folder else name for name in sorted(self._folders.get(folder, ()))]
+
+    def find(self, key: str) -> list[str]:
+        """All files under ``key``."""
+        folder = key.strip("/")
+        return [name for name in self._index if not folder or name.startswith(f"{folder}/")]
+
+    def cat_file(self, key: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is none of this name.
+        """
+        number = self._index.get(key.strip("/"))
+        if number is None:
+            raise FileNotFoundError(f"{self.store.path} has no file {key}")
+        field, channel = divmod(number, self.store.num_channels)
+        with self._lock:
+            return self.store.file(field, channel).tobytes()
+
+
+@lru_cache(maxsize=4)
+def open_store_files(path: str, written: float) -> FieldStoreFiles:
+    """The store's files; opened once while the file stays the same (``written``: its time of change)."""
+    return FieldStoreFiles(path)
+
+
+def store_files(url: str) -> tuple[FieldStoreFiles, str]:
+    """(files, name in them) of a URL of `store_url` or under it."""
+    rest = url.split("://", 1)[1]
+    # Folders may have an exclamation mark in their names.
+    ends = [place for place, letter in enumerate(rest) if letter == "!" and os.path.isfile(rest[:place])]
+    if not ends:
+        raise CellfastError(f"{rest.rpartition('!')[0]}: no such field store")
+    path, key = rest[: ends[0]], rest[ends[0] + 1 :]
+    written = os.stat(path).st_mtime
+    return open_store_files(path, written), key.strip("/")

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlparse
 from pandas import DataFrame
 
 from cellfast.errors import CellfastError
+from cellfast.screens.field_store import PROTOCOL, store_url
 from cellfast.screens.remote import file_system, is_url
 from cellfast.screens.tables import concentration_um, find_column, read_table
 from cellfast.screens.wells import normalise_well
@@ -79,7 +80,7 @@ def read_image_table(
 
     Args:
         path: CSV or CSV.gz with ``[Image_]FileName_<channel>`` and ``[Image_]PathName_<channel>``, or ``URL_[Orig]<channel>``.
-        image_root: folder (or fsspec URL) that relative paths start from; absolute paths that do not exist here are looked up under it.
+        image_root: folder (fsspec URL, or field store) that relative paths start from; absolute paths that do not exist here are looked up under it.
         channels: channels to take, in this order; None: all, in the table's order.
         plate: plate name for tables without one.
 
@@ -197,8 +198,12 @@ def _root(image_root: str | os.PathLike[str]) -> Path | str:
             raise CellfastError(f"--image-root {image_root}: no such folder")
         return str(image_root).rstrip("/")
     root = Path(image_root)
+    if root.is_file() and root.suffix.lower() in (".h5", ".hdf5"):
+        url = store_url(root)
+        file_system(url)
+        return url
     if not root.is_dir():
-        raise CellfastError(f"--image-root {root}: no such folder")
+        raise CellfastError(f"--image-root {root}: no such folder, nor a field store (.h5)")
     return root
 
 
@@ -306,7 +311,7 @@ class _RemoteFinder:
         path = urlparse(folder).path if is_url(folder) else folder
         parts = [p for p in PureWindowsPath(path).parts if p not in ("\\", "/")]
         candidates = ["/".join([self.root, *parts[k:]]) for k in range(len(parts) + 1)]
-        if is_url(folder):
+        if is_url(folder) and not self.root.startswith(f"{PROTOCOL}://"):
             candidates.insert(0, folder)
         found = next((c for c in candidates if name in self._names(c)), candidates[0])
         return f"{found}/{name}"

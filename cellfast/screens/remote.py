@@ -1,4 +1,4 @@
-"""Files at fsspec URLs (s3://, gs://, memory://, …), beside those on local disks."""
+"""Files at fsspec URLs (s3://, gs://, memory://, …) and in field stores (fieldstore://), beside those on local disks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def file_system(url: str) -> tuple[Any, str]:
         CellfastError: fsspec or the protocol's package is not installed, or the protocol is unknown.
     """
     protocol = url.split("://", 1)[0].lower()
+    if protocol == "fieldstore":
+        from cellfast.screens.field_store import store_files
+
+        return store_files(url)
     try:
         import fsspec
     except ImportError as error:

@@ -1,0 +1,117 @@
+"""Encoded fields kept in one HDF5 file by the command line, and read from it as from the folder they came from."""
+
+from __future__ import annotations
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+from test_embed import assert_same, embed, make_fields, make_model, run, tables
+
+from cellfast.errors import CellfastError
+from cellfast.screens import Screen
+from cellfast.screens.field_store import EncodedFields, write_field_store
+from cellfast.screens.remote import file_system
+
+
+@pytest.fixture
+def work(tmp_path):
+    folder = tmp_path / "odd! name"
+    make_fields(folder)
+    make_model(folder / "model.pt")
+    return folder
+
+
+def ingest(folder, out, *more, root=None):
+    arguments = [folder / "load_data.csv", "--image-root", root or folder / "images", "--locations", folder / "locations"]
+    return run("ingest", "fields", *arguments, "--crop-size", 24, "--workers", 1, "-o", out, *more)
+
+
+def test_the_store_stands_in_for_the_folder(work, tmp_path):
+    store = work / "fields.h5"
+    kept = ingest(work, tmp_path / "a", "--keep-fields", store)
+    assert kept.exit_code == 0, kept.output
+    assert "12 of 12 fields kept in" in kept.output
+    with EncodedFields(store) as fields:
+        assert (fields.num_fields, fields.num_channels, fields.shape, fields.dtype) == (12, 2, (60, 80), np.dtype(np.uint16))
+        for number, name in enumerate(fields.names()):
+            content = (work / "images" / name).read_bytes()
+            np.testing.assert_array_equal(fields.encoded(number // 2)[number % 2], np.frombuffer(content, np.uint8))
+    again = ingest(work, tmp_path / "b", root=store)
+    assert again.exit_code == 0, f"{again.output} {again.exception!r}"
+    one, two = Screen.open(tmp_path / "a"), Screen.open(tmp_path / "b")
+    for first, second in zip(one.plates, two.plates, strict=True):
+        np.testing.assert_array_equal(first.crops(), second.crops())
+    embed("fields", work, tmp_path / "folder")
+    for decode, more in (("host", []), ("dali", ["--workers", 3]), ("host", ["--readers", "processes"])):
+        out = tmp_path / f"{decode}{len(more)}"
+        arguments = [
+            work / "load_data.csv",
+            "--image-root",
+            store,
+            "--locations",
+            work / "locations",
+            "--model",
+            work / "model.pt",
+        ]
+        result = run("embed", *arguments, "-o", out, "--decode", decode, *more)
+        assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+        assert_same(tables(tmp_path / "folder"), tables(out))
+    pattern = r"(?P<plate>[^/]+)/(?P<well>[A-P]\d+)_s(?P<site>\d)_(?P<channel>\w+)\.tif"
+    listed = run("ingest", "fields", "--pattern", pattern, "--image-root", store, "--locations", work / "locations", "--crop-size", 24, "-o", tmp_path / "c")  # fmt: skip
+    assert listed.exit_code == 0, f"{listed.output} {listed.exception!r}"
+    assert Screen.open(tmp_path / "c").num_cells == one.num_cells
+    # a store of a store
+    assert ingest(work, tmp_path / "d", "--keep-fields", tmp_path / "copy.h5", root=store).exit_code == 0
+    with EncodedFields(store) as first, EncodedFields(tmp_path / "copy.h5") as second:
+        assert first.names() == second.names()
+
+
+def test_fields_that_cannot_be_kept_are_left_out_and_named(work, tmp_path):
+    images = work / "images" / "P1"
+    (images / "A02_s1_DNA.tif").unlink()
+    (images / "A02_s2_DNA.tif").write_bytes(b"no image")
+    tifffile.imwrite(images / "A10_s1_DNA.tif", np.zeros((2, 60, 80), np.uint16), photometric="minisblack")
+    kept = ingest(work, tmp_path / "a", "--keep-fields", tmp_path / "f.h5")
+    assert kept.exit_code == 0, kept.output
+    assert "9 of 12 fields kept" in kept.output
+    for name in ("A02_s1_DNA.tif", "A02_s2_DNA.tif", "A10_s1_DNA.tif"):
+        assert f"left out: {images / name}" in kept.output
+    again = ingest(work, tmp_path / "b", root=tmp_path / "f.h5")
+    assert again.exit_code == 0, again.output
+    ledgers = [json.loads((tmp_path / n / "ledger.json").read_text())["totals"] for n in "ab"]
+    assert ledgers[0]["cells_written"] == ledgers[1]["cells_written"]
+    assert ledgers[1]["fields_refused"] == {"file missing": 3}
+
+
+def test_what_is_in_the_way_or_no_store_is_refused_before_any_work(work, tmp_path):
+    (tmp_path / "f.h5").write_bytes(b"precious")
+    result = ingest(work, tmp_path / "a", "--keep-fields", tmp_path / "f.h5")
+    assert isinstance(result.exception, CellfastError)
+    assert "is there already" in str(result.exception)
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "f.h5").read_bytes() == b"precious"
+    assert "must end in .h5" in str(ingest(work, tmp_path / "a", "--keep-fields", tmp_path / "f.zip").exception)
+    assert "cannot be read as HDF5" in str(ingest(work, tmp_path / "a", root=tmp_path / "f.h5").exception)
+    assert ingest(work, tmp_path / "a", "--keep-fields", tmp_path / "f.h5", "--force").exit_code == 0
+    with h5py.File(tmp_path / "f.h5", "r+") as file:
+        del file["files"]
+    assert "a field store without the names of its files" in str(ingest(work, tmp_path / "b", root=tmp_path / "f.h5").exception)
+    files = [[work / "images" / "P1" / f"A02_s1_{c}.tif" for c in ("DNA", "Actin")]]
+    with pytest.raises(CellfastError, match=r"two files would be called x\.tif"):
+        write_field_store(tmp_path / "g.h5", files, names=[["x.tif", "x.tif"]])
+    with pytest.raises(CellfastError, match="none of 1 fields can be kept"):
+        write_field_store(tmp_path / "g.h5", [[tmp_path / "nowhere.tif"]], leave_out=True)
+    assert not (tmp_path / "g.h5").exists()
+
+
+def test_a_store_written_anew_is_read_anew(work, tmp_path):
+    images, store = work / "images" / "P1", tmp_path / "f.h5"
+    for channel in ("DNA", "Actin"):
+        write_field_store(store, [[images / f"A02_s1_{channel}.tif"]], names=[["one.tif"]])
+        fs, key = file_system(f"fieldstore://{store}!/one.tif")
+        assert fs.cat_file(key) == (images / f"A02_s1_{channel}.tif").read_bytes()
+        with pytest.raises(FileNotFoundError):
+            fs.cat_file("two.tif")
