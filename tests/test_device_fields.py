@@ -11,9 +11,9 @@ import tifffile
 import torch
 
 from cellfast.data.cut_cells import cut_cells
-from cellfast.screens.field_store import EncodedFields, write_field_store
 from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins, cut_crops
+from cellfast.screens.field_store import EncodedFields, write_field_store
 
 pytest.importorskip("nvidia.dali")
 

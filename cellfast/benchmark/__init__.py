@@ -39,7 +39,7 @@ SUBJECTS: dict[str, Subject] = {
         quick={"screen": None, "num_cells": 4000, "repeats": 2},
     ),
     "decode": Subject(
-        "TIFF fields decoded by DALI from HDF5, and their cells cut, on the GPU where there is one.",
+        "TIFF fields from HDF5 decoded by DALI beside tifffile, and their cells cut, on the GPU where there is one.",
         "cellfast.benchmark.device:measure_decode",
         full={"fields": 48},
         quick={"fields": 8, "compressions": ("none", "lzw"), "repeats": 1},

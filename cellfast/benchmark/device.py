@@ -9,6 +9,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import torch
 
 from cellfast.benchmark.loader import random_screen
 from cellfast.data import Batch, Loader, tune_malloc
+from cellfast.screens.cutting import crop_origins, cut_crops
+from cellfast.screens.images import read_plane
 
 
 def measure_step(
@@ -161,16 +165,19 @@ def measure_decode(
 ) -> dict[str, Any]:  # fmt: skip
     """Fields per second (``channels`` 16-bit TIFFs each) from encoded bytes in HDF5 to the device, decoded and with their cells cut.
 
-    Per compression, way of decoding and number of host threads; ``per_thread`` = fields/s / threads. Pixels are checked against the
-    written ones first. ``decodes`` None: the host, and on a GPU nvImageCodec's decoders too; ``device`` auto: a GPU where there is one.
+    Per compression, way of decoding and number of host threads; ``per_thread`` = fields/s / threads, ``per_core`` = fields per second of
+    processor time of all threads together. Pixels are checked against the written ones first. ``decodes``: ``host`` (tifffile on as many
+    threads, as `cellfast embed --decode host` reads), ``cpu`` (DALI on the host), ``mixed`` (DALI with the GPU's decoders); None: all
+    that the device has. ``device`` auto: a GPU where there is one.
     """
     import tifffile
 
     from cellfast.data.device_fields import DeviceFieldCells, FieldDecoder
-    from cellfast.screens.field_store import EncodedFields, write_field_store
+    from cellfast.screens.field_store import EncodedFields, store_url, write_field_store
 
+    tune_malloc()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    decodes = decodes or (("cpu", "mixed") if device == "cuda" else ("cpu",))
+    decodes = decodes or (("host", "cpu", "mixed") if device == "cuda" else ("host", "cpu"))
     where, rng, rows = torch.device(device), np.random.default_rng(0), []
     # Smooth with noise and, as from many cameras, 12 significant bits: compressible like a field, not like random bytes.
     small = rng.integers(0, 3000, (8, height // 16 + 1, width // 16 + 1))
@@ -189,22 +196,34 @@ def measure_decode(
                 paths.append(Path(folder) / f"{compression}{number}.tif")
                 tifffile.imwrite(paths[-1], plane, compression=None if compression == "none" else compression)
             files = [[paths[(f * channels + c) % len(paths)] for c in range(channels)] for f in range(fields)]
-            write_field_store(Path(folder) / f"{compression}.h5", files)
-            source = EncodedFields(Path(folder) / f"{compression}.h5")
+            store = Path(folder) / f"{compression}.h5"
+            names = [[f"{f}_{c}.tif" for c in range(channels)] for f in range(fields)]
+            write_field_store(store, files, names=names)
+            source = EncodedFields(store)
+            urls = [[f"{store_url(store)}/{name}" for name in field] for field in names]
             for decode in decodes:
                 for number in threads:
 
-                    def one(decode: str = decode, number: int = number, source: Any = source) -> dict[str, Any]:
-                        decoder = FieldDecoder(source, device=where, decode=decode, num_threads=number)
+                    def one(decode: str = decode, number: int = number, source: Any = source, urls: Any = urls) -> dict[str, Any]:
+                        groups = [np.arange(a, min(a + 8, fields)) for a in range(0, fields, 8)]
+                        if decode == "host":
+                            decoder: Any = _HostDecoder(urls, number, where)
+                            cut = partial(decoder.cut, field_index, centers, crop_size)
+                        else:
+                            decoder = FieldDecoder(source, device=where, decode=decode, num_threads=number)
+                            cut = DeviceFieldCells(decoder, field_index, centers, crop_size, border="reflect").run
                         (first,) = decoder.run([np.array([0])])
                         for channel in range(channels):
-                            if not np.array_equal(first[0, channel].cpu().numpy(), planes[channel % len(planes)]):
+                            if not np.array_equal(first[0][channel].cpu().numpy(), planes[channel % len(planes)]):
                                 raise RuntimeError("decoded pixels differ from the written ones; nothing was timed")
-                        groups = [np.arange(a, min(a + 8, fields)) for a in range(0, fields, 8)]
-                        cells = DeviceFieldCells(decoder, field_index, centers, crop_size, border="reflect")
-                        timed = {"decode": _seconds(lambda: _use(decoder.run(groups)), repeats, where)}
-                        timed["decode_and_cut"] = _seconds(lambda: _use(cells.run()), repeats, where)
-                        return {f"{name}_fields_per_second": fields / value for name, value in timed.items()}
+                        before = time.process_time()
+                        seconds = _seconds(lambda: _use(decoder.run(groups)), repeats, where)
+                        per_core = fields * (repeats + 1) / (time.process_time() - before)
+                        return {
+                            "decode_fields_per_second": fields / seconds,
+                            "per_core": per_core,
+                            "decode_and_cut_fields_per_second": fields / _seconds(lambda: _use(cut()), repeats, where),
+                        }
 
                     row = {"compression": compression, "decode": decode, "threads": number, **_or_reason(one)}
                     if "decode_fields_per_second" in row:
@@ -212,6 +231,33 @@ def measure_decode(
                     rows.append(row)
             source.close()
     return {"device": _device_name(where), "fields": fields, "channels": channels, "height": height, "width": width, "rows": rows}
+
+
+class _HostDecoder:
+    """Fields decoded by tifffile on ``threads`` threads, as the readers of an embedding run do it."""
+
+    def __init__(self, files: Sequence[Sequence[str]], threads: int, device: torch.device) -> None:
+        self._files, self._pool, self._device = files, ThreadPoolExecutor(threads), device
+
+    def _fields(self, group: np.ndarray) -> Iterator[list[np.ndarray]]:
+        yield from self._pool.map(lambda index: [read_plane(file) for file in self._files[index]], group.tolist())
+
+    def run(self, groups: Sequence[np.ndarray]) -> Iterator[Any]:
+        """Each group as a tensor [n, C, H, W] on the GPU; on a CPU as its planes [n][C], which nothing needs side by side."""
+        for group in groups:
+            fields = list(self._fields(group))
+            if self._device.type == "cuda":
+                planes = torch.from_numpy(np.stack([np.stack(field) for field in fields]))
+                yield planes.pin_memory().to(self._device, non_blocking=True)
+            else:
+                yield [[torch.from_numpy(plane) for plane in field] for field in fields]
+
+    def cut(self, field_index: np.ndarray, centers: np.ndarray, crop_size: int) -> Iterator[torch.Tensor]:
+        """The crops of each field, cut on the host."""
+        origins = crop_origins(centers[:, 1], centers[:, 0], crop_size)
+        for index, planes in enumerate(self._fields(np.arange(len(self._files)))):
+            crops = torch.from_numpy(cut_crops(planes, origins[field_index == index], crop_size, border="reflect"))
+            yield crops.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else crops
 
 
 def _use(batches: Iterator[Any]) -> None:
