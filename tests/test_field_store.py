@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -115,3 +116,41 @@ def test_a_store_written_anew_is_read_anew(work, tmp_path):
         assert fs.cat_file(key) == (images / f"A02_s1_{channel}.tif").read_bytes()
         with pytest.raises(FileNotFoundError):
             fs.cat_file("two.tif")
+
+
+def test_the_documented_training_from_fields_runs(work, tmp_path, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    assert ingest(work, tmp_path / "a", "--keep-fields", work / "FIELDS.h5").exit_code == 0
+    code = (Path(__file__).parent.parent / "docs" / "device.md").read_text().split("```python\n")[1].split("```")[0]
+    # The fields of this test are small.
+    code = code.replace(" 112, 96,", " 24, 16,").replace("centers, 112,", "centers, 24,").replace("resnet18", "cnn4")
+    monkeypatch.chdir(work)
+    space: dict = {}
+    exec(compile(code, "docs/device.md", "exec"), space)
+    assert np.isfinite(space["loss"].item())
+    assert space["number"] == 4  # two epochs of two groups of at most eight fields
+    screen = Screen.open(tmp_path / "a")
+    assert len(space["cells"]) == screen.num_cells
+    # The cells are those of the crop store, in its order.
+    space["cells"].random_margin_px = 0
+    space["cells"].border = "pad"
+    stored = np.concatenate([plate.crops() for plate in screen.plates])
+    for batch in space["cells"].run():
+        np.testing.assert_array_equal(batch.crops.cpu().numpy(), stored[batch.rows.numpy()])
+
+
+def test_cells_are_located_in_stores_only(work, tmp_path):
+    from cellfast.data.device_fields import located_cells
+    from cellfast.screens.image_table import read_image_table
+    from cellfast.screens.locations import open_locations
+
+    assert ingest(work, tmp_path / "a", "--keep-fields", work / "f.h5").exit_code == 0
+    store = EncodedFields(work / "f.h5")
+    folder = read_image_table(work / "load_data.csv", work / "images")
+    with pytest.raises(CellfastError, match="not in a field store"):
+        located_cells(folder, open_locations(str(work / "locations"), folder), store)
+    table = read_image_table(work / "load_data.csv", work / "f.h5")
+    with pytest.raises(CellfastError, match="cells detected in the images"):
+        located_cells(table, open_locations("detect", table), store)
+    _, _, of_field = located_cells(table, open_locations(str(work / "locations"), table), store)
+    assert [(f.plate, f.well, f.site) for f in of_field][:3] == [("P1", "A02", 1), ("P1", "A02", 2), ("P1", "A10", 1)]

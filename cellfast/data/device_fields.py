@@ -14,6 +14,7 @@ from cellfast.data.dali import EpochPipeline, EpochSource, dali_type, require_da
 from cellfast.data.loader import Batch
 from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins
+from cellfast.screens.field_store import PROTOCOL, store_files
 
 DECODES = ("auto", "cpu", "mixed")
 
@@ -204,3 +205,38 @@ class DeviceFieldCells:
                 where = where.pin_memory().to(device, non_blocking=True)
             crops = cut_cells(fields, where[:, 0], where[:, 1:], self.crop_size, border=self.border)
             yield Batch(crops, torch.from_numpy(rows))
+
+
+def located_cells(table: Any, locations: Any, fields: Any) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """The located cells of an image table's fields that a field store keeps, for `DeviceFieldCells`.
+
+    Args:
+        table: an `ImageTable` read with the store as image root.
+        locations: a `LocationSource` that needs no pixels.
+        fields: the store, an `EncodedFields` with names.
+
+    Returns:
+        field_index int64 [N], centers float32 [N, 2] (x, y), and of each field of the store its `Field` or None.
+
+    Raises:
+        CellfastError: cells that are detected in the images, files that are in no field store, or a field without locations.
+    """
+    if locations.reads_images:
+        raise CellfastError(
+            "cells detected in the images are not located beforehand: run cellfast ingest fields --locations detect"
+        )
+    index = {name: number // fields.num_channels for number, name in enumerate(fields.names())}
+    of_field: list[Any] = [None] * fields.num_fields
+    for one in table.fields:
+        if not one.files[0].startswith(f"{PROTOCOL}://"):
+            raise CellfastError(f"{one.files[0] or 'a field'}: not in a field store; read the table with the store as image root")
+        place = index.get(store_files(one.files[0])[1])
+        if place is not None:  # what the store was written without is not there
+            of_field[place] = one
+    numbers, centers = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.float32)]
+    for place, one in enumerate(of_field):
+        if one is not None:
+            found = locations.locate(one, None)
+            numbers.append(np.full(len(found.x), place))
+            centers.append(np.stack((found.x, found.y), 1))
+    return np.concatenate(numbers), np.concatenate(centers), of_field
