@@ -39,6 +39,8 @@ class PlaneDecoder:
         self.how, self.threads = how, threads
         self._dali = require_dali("--decode dali", "--decode host")
         self._pipe: Any = None
+        # DALI's first complaint about one field.
+        self.failure = ""
 
     def decode(self, fields: Sequence[Sequence[np.ndarray]]) -> list[Tensor | None]:
         """Planes uint8 or uint16 [C, H, W] of each field, given the bytes of its C files; None for one that cannot be decoded."""
@@ -51,6 +53,7 @@ class PlaneDecoder:
             if len(fields) == 1:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
+                self.failure = self.failure or " ".join(str(error).split())[:300]
                 return [None]
         return [self.decode([field])[0] for field in fields]
 

@@ -67,6 +67,7 @@ class DaliReader:
                     planes = [None if p is None else p.cpu() for p in planes]
                 else:
                     facts = [None if p is None else plane_facts(p) for p in planes]
+        self.decoding.failure = self.decoder.failure
         seconds = (time.perf_counter() - began) * self.decoding.threads / max(1, len(encoded))
         ready = iter(zip(planes, facts))
         futures: list[Future[Chunk]] = []

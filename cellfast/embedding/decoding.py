@@ -35,7 +35,8 @@ class Decoding:
         used: ``host`` or ``dali``; how: DALI's ``cpu`` (threads of the host) or ``mixed`` (the GPU's decoders too), else empty.
         reason: in words.
         threads: decoding threads.
-        fields_dali, fields_host: fields of this process's run that either decoded or tried; with ``dali`` the host takes what DALI does not.
+        fields_dali, fields_host: with ``dali``, fields of this run that DALI decoded, and those that it did not and the host took.
+        failure: DALI's first complaint about a file that it was given.
     """
 
     asked: str
@@ -45,6 +46,7 @@ class Decoding:
     threads: int
     fields_dali: int = 0
     fields_host: int = 0
+    failure: str = ""
 
     @property
     def note(self) -> str:
@@ -63,7 +65,8 @@ class Decoding:
 
     def record(self) -> dict[str, Any]:
         """For ``embeddings.json``."""
-        return asdict(self)
+        counts = () if self.used == "dali" else ("fields_dali", "fields_host", "failure")
+        return {name: value for name, value in asdict(self).items() if name not in counts}
 
 
 def fields_per_group(source: FieldSource) -> int:

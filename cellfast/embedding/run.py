@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,7 @@ class _Run:
         self.source, self.encoder, self.place, self.options, self.show = source, encoder, place, options, show
         self.lock: OutputLock | None = None  # of the first process
         self.decoding: Decoding | None = None
+        self._counted: dict[str, int] = {}
         model = encoder.loaded
         self.names = feature_names(options.features, encoder.num_features)
         self.parts = PartFiles(place, options, model.digest, encoder.num_features)
@@ -220,12 +221,25 @@ class _Run:
 
     def _choose_decoding(self, parts: list[Part]) -> Decoding | None:
         """How fields are decoded; None where there are none to decode."""
-        if not isinstance(self.source, FieldSource) or not parts:
+        if not isinstance(self.source, FieldSource):
+            return None
+        if self.work.rank > 0:  # the first process alone knows what is left
+            parts = [part for plan in self.source.plans for part in plan.parts]
+        if not parts:
             return None
         from cellfast.embedding.decoding import choose_decoding
 
         units = [unit for part in parts for unit in self.source.units(part)]
         return choose_decoding(self.source, units, len(units), self.options, self.encoder.device, self.workers)
+
+    def _count_decoded(self) -> dict[str, int]:
+        """Share the counts of fields decoded; returns those of all processes."""
+        totals = {}
+        for name in ("fields_dali", "fields_host"):
+            now = getattr(self.decoding, name, 0)
+            totals[name] = self.work.count(name, now - self._counted.get(name, 0))
+            self._counted[name] = now
+        return totals
 
     def _dali_reader(self, stream: Any) -> Any:
         from cellfast.embedding.dali_reading import DaliReader
@@ -255,6 +269,7 @@ class _Run:
         for future in self._assembled:
             if future.done():
                 future.result()  # no space left, most often: stop now
+        self._count_decoded()
         if self.work.is_last(part.plate):
             self._assembled.append(self._assembly.submit(self.assemble, self.plan_of[part.plate], by_work=True))
 
@@ -280,7 +295,7 @@ class _Run:
             if missing:
                 raise CellfastError(f"{self.place.path(missing[0])} is not there or lacks rows; run the same command again")
             plates.append((plan, finished[0], [file for one in finished if one is not None for file in one.files]))
-        decoding = self.decoding
+        decoding = replace(self.decoding, **self._count_decoded()) if self.decoding else None
         account = write_account(
             self.place,
             self.source,

@@ -31,6 +31,7 @@ class LocalWork:
     def __init__(self, todo: Sequence[tuple[PlatePlan, list[Part]]]) -> None:
         self._todo = list(todo)
         self._left = {plan.plate: len(parts) for plan, parts in todo}
+        self._counts: dict[str, int] = {}
 
     def claims(self) -> Iterator[Part]:
         """The parts this process is to do, in order."""
@@ -44,6 +45,11 @@ class LocalWork:
 
     def plate_done(self) -> None:
         """Note that a plate's files are written."""
+
+    def count(self, name: str, more: int) -> int:
+        """Add to a count of all processes; returns what it is now."""
+        self._counts[name] = self._counts.get(name, 0) + more
+        return self._counts[name]
 
     def wait_for_all(self) -> None:
         """Return when all plates are done."""
@@ -87,6 +93,9 @@ class SharedWork:
 
     def plate_done(self) -> None:
         self.store.add("plates", 1)
+
+    def count(self, name: str, more: int) -> int:
+        return self.store.add(f"count/{name}", more)
 
     def wait_for_all(self) -> None:
         while self.store.add("plates", 0) < len(self.plates):
