@@ -92,6 +92,17 @@ def test_two_processes_write_what_one_does(clean, tmp_path):
     assert account["rows"] == account["totals"]["locations"] == pq.read_metadata(out / "P1.parquet").num_rows
 
 
+@pytest.mark.slow
+def test_two_processes_both_decode_as_asked(clean, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    out = tmp_path / "e"
+    done = torchrun(*field_arguments(clean), "--model", clean / "model.pt", "-o", out, "--decode", "dali")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tables(out), tables(clean / "clean"))
+    decode = json.loads((out / "embeddings.json").read_text())["decode"]
+    assert (decode["used"], decode["fields_dali"], decode["fields_host"]) == ("dali", 18, 0)
+
+
 @pytest.fixture
 def bucket(monkeypatch):
     """s3://screens on a local server."""
