@@ -166,7 +166,7 @@ def test_what_cannot_be_kept_or_read_is_refused_by_name(tmp_path):
     write_field_store(path, files)
     with pytest.raises(CellfastError, match="decode must be one of auto, cpu, mixed, got 'gpu'"):
         FieldDecoder(EncodedFields(path), decode="gpu")
-    with pytest.raises(CellfastError, match="--decode mixed needs a GPU"):
+    with pytest.raises(CellfastError, match="decode='mixed' needs a GPU"):
         FieldDecoder(EncodedFields(path), decode="mixed")
     with pytest.raises(CellfastError, match=r"fields must lie in 0..1, got 0..2"):
         DeviceFieldCells(FieldDecoder(EncodedFields(path)), np.array([0, 2]), np.zeros((2, 2)), 8)

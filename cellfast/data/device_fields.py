@@ -58,8 +58,8 @@ class FieldDecoder:
             raise CellfastError(f"decode must be one of {', '.join(DECODES)}, got {decode!r}")
         self.device = torch.device(device)
         if decode == "mixed" and self.device.type != "cuda":
-            raise CellfastError(f"--decode mixed needs a GPU, and the device is {self.device}: use --decode cpu or auto")
-        require_dali()
+            raise CellfastError(f"decode='mixed' needs a GPU, and the device is {self.device}: use 'cpu' or 'auto'")
+        require_dali("decoding fields on the device", "cellfast.screens.images.read_plane")
         self.source, self.fields_per_group = source, fields_per_group
         self._encoded = hasattr(source, "encoded")
         self._threads, self._prefetch = num_threads, prefetch
