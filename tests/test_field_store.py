@@ -139,6 +139,14 @@ def test_the_documented_training_from_fields_runs(work, tmp_path, monkeypatch):
         np.testing.assert_array_equal(batch.crops.cpu().numpy(), stored[batch.rows.numpy()])
 
 
+def test_training_on_a_field_store_says_what_to_do(tmp_path):
+    (tmp_path / "f.h5").write_bytes(b"")
+    result = run("train", tmp_path / "f.h5", "-o", tmp_path / "run")
+    assert isinstance(result.exception, CellfastError)
+    assert f"cellfast ingest fields IMAGE_CSV --image-root {tmp_path / 'f.h5'}" in str(result.exception)
+    assert not (tmp_path / "run").exists()
+
+
 def test_cells_are_located_in_stores_only(work, tmp_path):
     from cellfast.data.device_fields import located_cells
     from cellfast.screens.image_table import read_image_table

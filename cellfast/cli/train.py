@@ -65,6 +65,11 @@ def train(
     from cellfast.errors import CellfastError
     from cellfast.training.config import parse_assignment, resolve_config
 
+    if screen.is_file():
+        raise CellfastError(
+            f"{screen} is a file; training takes a SCREEN folder of crops. From kept fields: cellfast ingest fields IMAGE_CSV --image-root "
+            f"{screen} --locations … -o SCREEN (docs/device.md tells why minibatches are not fed from fields)"
+        )
     overrides = {key: value for key, value in options.items() if value is not None}
     overrides.update(parse_assignment(text) for text in assignments)
     if resume and config_file is None:
