@@ -58,9 +58,8 @@ class Decoding:
         notes = [self.note]
         if self.used == "dali" and self.fields_host:
             total = self.fields_host + self.fields_dali
-            notes.append(
-                f"{self.fields_host:,} of {total:,} fields have files that DALI does not decode; the host read those fields"
-            )
+            why = f" (DALI's first complaint: {self.failure})" if self.failure else ""
+            notes.append(f"{self.fields_host:,} of {total:,} fields have files that DALI does not decode, left to the host{why}")
         return notes
 
     def record(self) -> dict[str, Any]:
