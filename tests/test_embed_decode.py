@@ -61,6 +61,18 @@ def test_the_same_rows_and_account_as_the_host(work, tmp_path, border, model, mo
     assert "decode dali (cpu): as asked" in told.output
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("border", ["pad", "reflect"])
+def test_the_same_rows_on_a_gpu(work, tmp_path, border):
+    for decode in ("host", "dali"):
+        embed("fields", work, tmp_path / decode, "--border", border, "--decode", decode, "--device", "cuda", "--batch-size", 9)
+    assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), rtol=1e-5, atol=1e-6)
+    decode = account(tmp_path / "dali")["decode"]
+    assert decode["how"] in ("cpu", "mixed")
+    assert decode["fields_dali"] == 18
+    assert "fields/s on 8 fields" in decode["reason"]
+
+
 def test_illumination_and_detection_see_the_decoded_pixels(work, tmp_path):
     (tmp_path / "illumination").mkdir()
     for channel in ("DNA", "Actin"):
