@@ -38,11 +38,12 @@ def test_equals_the_general_convolution(size, taps, stride, padding, memory_form
 def test_only_the_gradients_that_are_asked_for():
     x, w = operands((4, 3, 3, 3), (2, 3, 3, 3))
     conv2d_small_maps(x.detach(), w, padding=(1, 1)).sum().backward()
-    assert x.grad is None and w.grad is not None
+    assert x.grad is None
+    assert w.grad is not None
     (of_x,) = torch.autograd.grad(conv2d_small_maps(x, w.detach(), padding=(1, 1)).sum(), x)
     torch.testing.assert_close(of_x, torch.autograd.grad(F.conv2d(x, w, padding=1).sum(), x)[0])
+    (first,) = torch.autograd.grad((conv2d_small_maps(x, w, padding=(1, 1)) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        (first,) = torch.autograd.grad((conv2d_small_maps(x, w, padding=(1, 1)) ** 2).sum(), x, create_graph=True)
         first.sum().backward()
 
 

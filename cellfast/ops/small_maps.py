@@ -127,10 +127,10 @@ class SmallMapConv2d(nn.Conv2d):
         return super().forward(x)
 
     def _is_small(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.shape[0] < FEWEST_CELLS:
-            return False
         # In bfloat16, and where a graph is recorded, the general convolution is what is wanted.
-        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.shape[0] < FEWEST_CELLS:
             return False
         height, width = output_size(x, self.weight, self.stride, self.padding)  # type: ignore[arg-type]
         return 1 <= height * width <= MOST_POSITIONS
