@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Where the products are faster than the general convolution (measured on AVX-512, docs/training.md): outputs of at most so many
+# Where the products are faster than the general convolution (`cellfast benchmark train`): outputs of at most so many
 # positions, at least so many channels in and out, minibatches of at least so many cells.
 MOST_POSITIONS, FEWEST_CHANNELS, FEWEST_CELLS = 16, 128, 64
 
