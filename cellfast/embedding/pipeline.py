@@ -120,7 +120,8 @@ class _Slot:
         self.host = torch.empty(shape, dtype=dtype, pin_memory=True) if cuda else self.crops
         self.array = self.host.numpy()
         self.copied: Any = None
-        self.used: Any = None
+        # The memory may be that of tensors which kernels in this stream still read: the first copy waits for those too.
+        self.used: Any = torch.cuda.current_stream(device).record_event() if cuda else None
 
 
 class Pipeline:
