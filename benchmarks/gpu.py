@@ -330,6 +330,7 @@ def _figures(name: str, result: dict[str, Any]) -> list[str]:
             ours = (found.get("peers") or {}).get("cellfast", {}) if isinstance(found, dict) else {}
             if "forward_backward" in ours:
                 share = f", {100 * ours['of_mm']:.0f} % of torch.mm's rate" if "of_mm" in ours else ""
+                share += f"; {ours['device_ms']:.3f} ms on the device" if "device_ms" in ours else ""
                 lines.append(f"{name:32s} {case:28s} {ours['forward_backward']['median_ms']:.3f} ms{share}")
             elif ours or "failed" in found:
                 lines.append(f"{name:32s} {case:28s} {(ours or found).get('failed', 'not measured')[:120]}")
