@@ -143,7 +143,7 @@ class Bench:
         entry["seconds"] = round(time.monotonic() - start, 1)
         self.summary["steps"][name] = entry
         self.save()
-        print(f"  {'ok' if entry['ok'] else 'FAILED: ' + entry.get('error', '')} ({entry['seconds']} s)", flush=True)
+        print(f"  {name}: {'ok' if entry['ok'] else 'FAILED: ' + entry.get('error', '')} ({entry['seconds']} s)", flush=True)
 
     def save(self) -> None:
         """Everything so far, into whole files."""
@@ -246,9 +246,9 @@ class Bench:
         return result
 
     def build(self) -> dict[str, Any]:
-        env = {"MAX_JOBS": str(os.cpu_count() or 2)}
+        # A dry run needs no GPU code.
+        env = {"MAX_JOBS": str(os.cpu_count() or 2), "CELLFAST_CUDA": "0" if self.tiny else "1"}
         if not self.tiny:
-            env["CELLFAST_CUDA"] = "1"
             # The machine code of this GPU alone: a third of the compiler's time.
             if not os.environ.get("CELLFAST_CUDA_ARCHS"):
                 ask = "import torch; print(*torch.cuda.get_device_capability())"
@@ -309,7 +309,18 @@ class Bench:
         file.unlink(missing_ok=True)
         command = [self.python, "benchmarks/gpu_measure.py", name, "--device", self.device, "--out", str(file)]
         self.command(name, command + (["--tiny"] if self.tiny else []), limit_s=limit_s)
-        return {}
+        failed = failures(json.loads(file.read_text()))
+        return {"ok": False, "error": "; ".join(failed)[:1500]} if failed else {}
+
+
+def failures(result: Any, where: str = "") -> list[str]:
+    """Every ``failed`` reason of a measurement, with its place."""
+    if not isinstance(result, (dict, list)):
+        return []
+    found = [f"{where}: {result['failed']}"] if isinstance(result, dict) and "failed" in result else []
+    for key, value in result.items() if isinstance(result, dict) else enumerate(result):
+        found += failures(value, f"{where}/{key}" if where else str(key))
+    return found
 
 
 def table(results: dict[str, Any]) -> list[str]:

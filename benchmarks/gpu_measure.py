@@ -45,6 +45,7 @@ def ntxent(device: str, runs: list[tuple[str, str, tuple[tuple[int, int], ...]]]
                         case["peers"][peer].update(_more(peer, num_rows, dim, DTYPES[dtype]))
                 except Exception as error:
                     case["peers"].setdefault(peer, {}).update(_reason(error))
+                    report(results)  # now: after some errors nothing more can be had from the GPU
                 finally:
                     if device != "cpu":
                         ntxent_cuda_kernel("auto")

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu import Bench, table, unusable_packages, wheels_to_install  # noqa: E402
+from gpu import Bench, failures, table, unusable_packages, wheels_to_install  # noqa: E402
 
 
 def make(tmp_path: Path, **options) -> Bench:
@@ -101,6 +101,11 @@ def test_other_sources_are_not_resumed(tmp_path, monkeypatch):
 def test_what_was_measured_half_way_does_not_stop_the_table():
     assert "incomplete" in table({"step-x": {"constant": {}}, "decode": {"rows": [{}]}})[0]
     assert table({"ntxent-sm90a": {"sm90a bfloat16 8x8": {"peers": {"cellfast": {"failed": "no luck"}}}}})[0].endswith("no luck")
+
+
+def test_a_part_of_a_measurement_that_failed_is_told():
+    found = {"constant": {"cells_per_second": 1.0}, "resident": {"failed": "no memory"}, "rows": [{}, {"failed": "no decoder"}]}
+    assert failures(found) == ["resident: no memory", "rows/1: no decoder"]
 
 
 def test_packages_that_cannot_be_imported_are_told(monkeypatch, tmp_path):
