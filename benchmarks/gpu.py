@@ -25,9 +25,11 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from gpu_table import failures, table
 
 ROOT = Path(__file__).resolve().parent.parent
 # What outlives a call: results so far, and packages that were missing.
@@ -313,64 +315,6 @@ class Bench:
         return {"ok": False, "error": "; ".join(failed)[:1500]} if failed else {}
 
 
-def failures(result: Any, where: str = "") -> list[str]:
-    """Every ``failed`` reason of a measurement, with its place."""
-    if not isinstance(result, (dict, list)):
-        return []
-    found = [f"{where}: {result['failed']}"] if isinstance(result, dict) and "failed" in result else []
-    for key, value in result.items() if isinstance(result, dict) else enumerate(result):
-        found += failures(value, f"{where}/{key}" if where else str(key))
-    return found
-
-
-def table(results: dict[str, Any]) -> list[str]:
-    """The figures that the targets name, one line each."""
-    lines = []
-    for name, result in results.items():
-        try:
-            lines += _figures(name, result)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:  # of a step that was stopped half-way
-            lines.append(f"{name:32s} incomplete ({error!r})")
-    return lines
-
-
-def _figures(name: str, result: dict[str, Any]) -> list[str]:
-    lines: list[str] = []
-    if name.startswith("ntxent"):
-        for case, found in result.items():
-            ours = (found.get("peers") or {}).get("cellfast", {}) if isinstance(found, dict) else {}
-            if "forward_backward" in ours:
-                share = f", {100 * ours['of_mm']:.0f} % of torch.mm's rate" if "of_mm" in ours else ""
-                share += f"; {ours['device_ms']:.3f} ms on the device" if "device_ms" in ours else ""
-                lines.append(f"{name:32s} {case:28s} {ours['forward_backward']['median_ms']:.3f} ms{share}")
-            elif ours or "failed" in found:
-                lines.append(f"{name:32s} {case:28s} {(ours or found).get('failed', 'not measured')[:120]}")
-    elif name.startswith("step-") and "constant" in result:
-        parts = [f"constant {result['constant']['cells_per_second']:,.0f} cells/s"]
-        for feed in ("resident", "stream"):
-            if "cells_per_second" in result.get(feed, {}):
-                parts.append(f"{feed} {result[feed]['cells_per_second']:,.0f} ({100 * result[feed]['fraction']:.1f} %)")
-            elif feed in result:
-                parts.append(f"{feed} {result[feed]['failed'][:120]}")
-        if "augment_share" in result:
-            parts.append(f"views {100 * result['augment_share']:.1f} % of the step")
-        lines.append(f"{name:32s} {', '.join(parts)}")
-    elif name.startswith("embed-") and "constant" in result:
-        parts = [f"constant {result['constant']['cells_per_second']:,.0f} cells/s"]
-        if "fraction" in result:
-            parts.append(f"resident {result['resident']['cells_per_second']:,.0f} ({100 * result['fraction']:.1f} %)")
-        lines.append(f"{name:32s} {', '.join(parts)}")
-    elif name == "augment":
-        lines += [f"augment {way:40s} {rate['median']:,.0f} cells/s" for way, rate in result.get("rates", {}).items()]
-    elif name == "decode":
-        for row in result.get("rows", []):
-            found = (
-                f"{row['decode_fields_per_second']:,.0f} fields/s" if "decode_fields_per_second" in row else row["failed"][:120]
-            )
-            lines.append(f"decode {row['compression']:8s} {row['decode']:6s} {row['threads']:3d} threads   {found}")
-    return lines
-
-
 def steps_of(bench: Bench, wheels: Path | None) -> dict[str, Callable[[], dict[str, Any]]]:
     """The steps by name, in their order: what everything needs, then what matters most."""
     from gpu_measure import LIMITS, MEASURES, NOT_IN_DRY_RUN
@@ -388,6 +332,11 @@ def steps_of(bench: Bench, wheels: Path | None) -> dict[str, Callable[[], dict[s
     return steps
 
 
+def in_order(names: list[str], begun: Iterable[str]) -> list[str]:
+    """The steps with what all need first, and last those that an earlier call stopped in: they would stop this one there too."""
+    return sorted(names, key=lambda name: name in begun and name not in ("environment", "install", "build"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -402,7 +351,6 @@ def main() -> int:
         parser.error(f"CELLFAST_BENCH_DEVICE must be cuda or cpu, got {device!r}")
     if options.wheels is not None and not options.wheels.is_dir():
         parser.error(f"--wheels {options.wheels}: there is no such folder")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     state = STATE.with_name(STATE.name + "-dry") if device == "cpu" else STATE
     bench = Bench(options.out.resolve(), device, options.limit, state=state, budget_s=options.budget, resume=options.resume)
     steps = steps_of(bench, options.wheels and options.wheels.resolve())
@@ -411,8 +359,7 @@ def main() -> int:
         parser.error(f"unknown steps {', '.join(unknown)}: the steps are {', '.join(steps)}")
     if options.only:
         bench.earlier -= set(chosen)  # asked for by name
-    # What an earlier call stopped in comes last: it would stop this one there too.
-    chosen.sort(key=lambda name: name in bench.summary["steps"])
+    chosen = in_order(chosen, bench.summary["steps"])
     for name in chosen:
         bench.step(name, steps[name])
     bench.save()

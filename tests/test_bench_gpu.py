@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu import Bench, failures, table, unusable_packages, wheels_to_install  # noqa: E402
+from gpu import Bench, in_order, unusable_packages, wheels_to_install  # noqa: E402
+from gpu_table import failures, table  # noqa: E402
 
 
 def make(tmp_path: Path, **options) -> Bench:
@@ -77,6 +78,7 @@ def test_a_budget_ends_the_call_and_the_next_one_resumes(tmp_path):
     assert json.loads((tmp_path / "out" / "measurements.json").read_text())["step-long"]["constant"]["cells_per_second"] == 5
     assert summary["table"][0].split() == ["step-long", "constant", "5", "cells/s"]
 
+    assert in_order(["build", "step-long", "later"], ["build", "step-long"]) == ["build", "later", "step-long"]
     second = make(tmp_path, resume=True)
     assert "later" not in second.summary["steps"]
     assert "step-long" in second.summary["steps"]
