@@ -21,6 +21,7 @@ help:
 	@echo "make lint      ruff"
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
 	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
+	@echo "               [ONLY=step,step] [BUDGET=SECONDS] [RESUME=1]  a part of it; in several calls"
 	@echo "make figures   README's table of figures from benchmarks/results/"
 	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
 
@@ -63,9 +64,10 @@ lint: build
 bench: build
 	$(PY) benchmarks/run_all.py --out $(OUT)
 
-# With the interpreter's own torch; what is missing comes from WHEELS alone (into .venv-gpu), nothing is downloaded.
+# With the interpreter's own torch; what is missing comes from WHEELS alone (into build/), nothing is downloaded.
 bench-gpu:
-	$(PYTHON) benchmarks/gpu.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) -u benchmarks/gpu.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(LIMIT),--limit $(LIMIT)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESUME),--resume)
 
 figures: build
 	$(PY) -m cellfast.benchmark.readme

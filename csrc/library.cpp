@@ -22,5 +22,5 @@ STABLE_TORCH_LIBRARY(cellfast, m) {
   m.def(
       "augment_views(Tensor crops, Tensor low, Tensor inverse, Tensor matrix, Tensor? gain, Tensor? contrast, Tensor? offset,"
       " Tensor? elastic, Tensor? elastic_row, Tensor? elastic_basis, Tensor? blur_sigma, int blur_kernel, Tensor? noise_std,"
-      " Tensor? noise_start, Tensor? noise_bank, int noise_step, int padding, Tensor(a!) out) -> ()");
+      " Tensor? noise_start, Tensor? noise_bank, int noise_step, int padding, bool inverted, Tensor(a!) out) -> ()");
 }

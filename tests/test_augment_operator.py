@@ -61,6 +61,19 @@ def test_presets_and_depths(device, preset, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [2, 3, 6])
+@pytest.mark.parametrize("padding", ["reflection", "zeros"])
+def test_views_of_the_inverted_image(device, memory_format, channels, padding):
+    crops, (low, high) = cells(5, channels), bounds(channels)
+    crops[:, :, ::3] = 0  # pixels that the inversion leaves at 0
+    config = AugmentConfig(**EVERYTHING, blur_kernel_px=5, inverted=True, padding=padding)
+    got, expected = both(config, crops, low, high, 32, memory_format=memory_format, device=device)
+    torch.testing.assert_close(got, expected, atol=3e-5, rtol=0)
+    assert got.max() > 1.0  # 256/255: what was 0 before it was inverted twice
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_windows_far_outside_the_crop(device):
     """A tiny zoom shows hundreds of reflections of the crop."""
     crops, (low, high) = cells(3, 2), bounds(2)

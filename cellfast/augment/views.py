@@ -94,8 +94,7 @@ class TwoViews:
         if batch == 0:
             return views
         with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
-            # The operator does not invert: such views (the perakis2021 recipe's) are made in the plain form.
-            if self.method == "fused" and not self.config.inverted:
+            if self.method == "fused":
                 self._fused(crops, low, inverse, parameters, views)
             else:
                 self._in_chunks(crops, low, inverse, parameters, views)
@@ -126,6 +125,7 @@ class TwoViews:
             None if p.noise_std is None else self._constant("noise", device),
             NOISE_STEP,
             PADDINGS[self.config.padding],
+            self.config.inverted,
             views,
         )
 

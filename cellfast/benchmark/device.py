@@ -40,12 +40,13 @@ def measure_step(
     chunk_size: int | None = None,
     feeds: Sequence[str] = ("resident", "stream"),
     preset: str = "default",
+    report: Callable[[Any], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Cells per second of the whole step per feed (cells → views → encoder → NT-Xent → gradients → optimiser), and of the step on a constant
     tensor.
 
     ``fraction`` = fed / constant; ``augment_share`` = time of the views alone / time of the constant step. A part that cannot run is
-    reported as ``{"failed": reason}`` and the others go on.
+    reported as ``{"failed": reason}`` and the others go on. ``report`` gets the result whenever there is more of it.
     """
     from cellfast.augment import TwoViews
     from cellfast.losses import NTXentLoss
@@ -78,6 +79,7 @@ def measure_step(
         "compile": compile, "cuda_graphs": cuda_graphs, "chunk_size": chunk_size, "device": _device_name(where), "steps": steps,
         "constant": _rate(lambda: train_on(constant), batch_size, steps, repeats, where),
     }  # fmt: skip
+    report(result)
     two_views = _or_reason(lambda: TwoViews(preset, 3, crop_size, output_size, memory_format=torch.channels_last))
     low, high = torch.zeros(3, device=where), torch.full((3,), 65535.0, device=where)
     with tempfile.TemporaryDirectory(prefix="cellfast-bench-") as folder:
@@ -102,6 +104,7 @@ def measure_step(
                 return rate
 
             result[feed] = _or_reason(fed)
+            report(result)
         if not isinstance(two_views, dict):
             crops = torch.from_numpy(np.array(screen.plates[0].crops()[:batch_size])).to(where)
             seeds = count()
@@ -119,39 +122,50 @@ def measure_step(
 def measure_embedding(
     *, encoder: str = "resnet50", batch_size: int = 2048, crop_size: int = 112, output_size: int = 96, store_cells: int = 32768,
     repeats: int = 3, device: str = "cuda", amp: bool = True, compile: bool = False,
+    report: Callable[[Any], None] = lambda result: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Cells per second from resident uint16 cells to features h in host memory, and of the encoder on a constant tensor."""
-    from cellfast.augment import center_crop
+    """Cells per second from resident uint16 cells to features h in host memory, and of the encoder on a constant tensor.
+
+    Both as `cellfast embed` runs it (`cellfast.embedding.encoder.CropEncoder`): BatchNorm folded into the convolutions.
+    """
+    from cellfast.embedding.encoder import CropEncoder
+    from cellfast.model_file import LoadedModel, ModelMetadata
     from cellfast.models import ModelConfig, build_model
 
     tune_malloc()
     where = torch.device(device)
     torch.backends.cudnn.benchmark = True
-    model = build_model(ModelConfig(encoder=encoder), seed=0).to(where).eval()
-    encode = torch.compile(model.encode) if compile else model.encode
-    low, high = torch.zeros(3, device=where), torch.full((3,), 65535.0, device=where)
-    features = torch.empty((batch_size, model.num_features), pin_memory=where.type == "cuda")
+    names = ["a", "b", "c"]
+    metadata = ModelMetadata(
+        channel_names=names, crop_size=crop_size, output_size=output_size, bits=16, scaling="screen", low=[0.0] * 3, high=[65535.0] * 3,
+        training_data="", step=0, git_commit="",
+    )  # fmt: skip
+    loaded = LoadedModel(build_model(ModelConfig(encoder=encoder), seed=0), metadata, Path("random"), "")
+    crop_encoder = CropEncoder(loaded, device=where, amp=amp, compile=compile)
+    low, high = loaded.low.to(where), loaded.high.to(where)
+    features = torch.empty((batch_size, crop_encoder.num_features), pin_memory=where.type == "cuda")
 
-    def embed(x: torch.Tensor) -> None:
-        with torch.no_grad(), torch.autocast(where.type, dtype=torch.bfloat16, enabled=amp):
-            h = encode(x)
-        features[: len(h)].copy_(h.float(), non_blocking=True)
+    def keep(h: torch.Tensor) -> None:
+        features[: len(h)].copy_(h, non_blocking=True)
+
+    @torch.inference_mode()
+    def bare() -> None:
+        keep(crop_encoder._run(constant).float())
 
     steps = max(1, store_cells // batch_size)
     constant = torch.rand(batch_size, 3, output_size, output_size, device=where).to(memory_format=torch.channels_last)
     result: dict[str, Any] = {
         "encoder": encoder, "batch_size": batch_size, "output_size": output_size, "amp": amp, "compile": compile,
-        "device": _device_name(where), "constant": _rate(lambda: embed(constant), batch_size, steps, repeats, where),
+        "device": _device_name(where), "constant": _rate(bare, batch_size, steps, repeats, where),
     }  # fmt: skip
+    report(result)
     with tempfile.TemporaryDirectory(prefix="cellfast-bench-") as folder:
         screen = random_screen(Path(folder), max(store_cells, batch_size), 1, 3, crop_size)
         loader = Loader(screen, batch_size, shuffle=False, drop_last=True, device=where, feed="resident")
         batches = _endless(loader)
-
-        def one() -> None:
-            embed(center_crop(next(batches).crops, low, high, output_size, memory_format=torch.channels_last))
-
-        result["resident"] = _rate(one, batch_size, steps, repeats, where)
+        result["resident"] = _rate(
+            lambda: keep(crop_encoder.launch(next(batches).crops, low, high)), batch_size, steps, repeats, where
+        )
         result["fraction"] = result["resident"]["cells_per_second"] / result["constant"]["cells_per_second"]
         batches.close()
         loader.close()
@@ -161,7 +175,7 @@ def measure_embedding(
 def measure_decode(
     *, fields: int = 48, channels: int = 3, height: int = 1024, width: int = 1280, cells_per_field: int = 100, crop_size: int = 112,
     compressions: Sequence[str] = ("none", "lzw", "zlib"), decodes: Sequence[str] | None = None, threads: Sequence[int] = (1, 2),
-    repeats: int = 3, device: str = "auto",
+    repeats: int = 3, device: str = "auto", report: Callable[[Any], None] = lambda result: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fields per second (``channels`` 16-bit TIFFs each) from encoded bytes in HDF5 to the device, decoded and with their cells cut.
 
@@ -229,6 +243,7 @@ def measure_decode(
                     if "decode_fields_per_second" in row:
                         row["per_thread"] = row["decode_fields_per_second"] / number
                     rows.append(row)
+                    report({"rows": rows})
             source.close()
     return {"device": _device_name(where), "fields": fields, "channels": channels, "height": height, "width": width, "rows": rows}
 

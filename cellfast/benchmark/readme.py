@@ -62,7 +62,8 @@ def _train(r: dict[str, Any]) -> Iterator[Row]:
         f"training step, {r['encoder']}, {r['output_size']} px, minibatch {r['batch_size']}, "
         f"{'bfloat16' if r['amp'] else 'float32'}, cells/s, {r['threads']} threads",
         number(rates["full"]),
-        f"the bare encoder's forward and backward {number(rates['bare'])}: fraction {r['fraction']:.2f}",
+        f"the bare encoder's forward and backward {number(rates['bare'])}: fraction {r['fraction']:.2f}"
+        + (f"; with torch's convolutions alone {number(rates[general])}" if (general := "bare_without_small_maps") in rates else ""),
     )
 
 
@@ -121,7 +122,7 @@ def _reference(r: dict[str, Any]) -> Iterator[Row]:
         ours, theirs = entry[names[0]], entry[names[-1]]
         if "times_faster" not in entry:
             continue
-        unit = "tables" if part == "score" else f"{s['size']} px"
+        unit = "tables" if part.startswith("score") else f"{s['size']} px"
         yield Row(
             f"{part}: {entry['what']} ({unit}, minibatch {s['batch_size']}, {s['encoder']}, {s['threads']} threads), cells/s",
             f"{number(ours['cells_per_second'])}, peak {ours['peak_bytes'] / 2**30:.2f} GiB",

@@ -15,8 +15,10 @@ from cellfast.augment import TwoViews
 from cellfast.benchmark.loader import random_screen
 from cellfast.data import Loader
 from cellfast.data.malloc import tune_malloc
+from cellfast.errors import CellfastError
 from cellfast.losses import NTXentLoss
-from cellfast.models import ModelConfig, build_model
+from cellfast.models import ModelConfig, SimCLR, build_model
+from cellfast.ops.small_maps import use_small_maps
 from cellfast.training.optimizers import build_optimizer
 from cellfast.training.step import TrainingStep, TwoViewModel
 
@@ -33,7 +35,8 @@ def measure_train(
 ) -> dict[str, Any]:
     """Time training steps from the loader to the optimiser, and steps of the encoder alone on a constant tensor of views.
 
-    ``fraction`` = bare time / full time: what loader, augmentation, loss and optimiser leave of the encoder's own rate.
+    ``fraction`` = bare time / full time: what loader, augmentation, loss and optimiser leave of the encoder's own rate. On a CPU the bare
+    encoder is timed with torch's general convolution for the last maps too (`cellfast.ops.small_maps`), after comparing their results.
     """
     tune_malloc()
     where = torch.device(device)
@@ -62,10 +65,19 @@ def measure_train(
             state["seed"] += 1
             step.update(step.compute_loss(two_views(batch.crops, low, high, seed=state["seed"])))
 
-        # Turn by turn, so that a disturbance of the machine meets both.
-        times: dict[str, list[float]] = {"bare": [], "full": []}
+        def bare_without_small_maps() -> None:
+            use_small_maps(model, False)
+            bare()
+            use_small_maps(model)
+
+        runs = {"bare": bare, "full": full}
+        if where.type == "cpu":
+            difference = _small_maps_difference(model, constant)
+            runs["bare_without_small_maps"] = bare_without_small_maps
+        # Turn by turn, so that a disturbance of the machine meets all.
+        times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(repeats + 1):
-            for name, run in (("bare", bare), ("full", full)):
+            for name, run in runs.items():
                 elapsed = _seconds(run, where)
                 if turn:
                     times[name].append(elapsed)
@@ -82,7 +94,25 @@ def measure_train(
         "cells_per_second": {name: batch_size / value for name, value in medians.items()},
         "seconds": times,
         "fraction": medians["bare"] / medians["full"],
+        **({"small_maps_difference": difference} if where.type == "cpu" else {}),
     }
+
+
+def _small_maps_difference(model: SimCLR, views: torch.Tensor) -> float:
+    """Largest difference of features with and without `use_small_maps`, as a share of the largest feature.
+
+    Raises:
+        CellfastError: it is more than rounding.
+    """
+    features = []
+    with torch.no_grad():
+        for enabled in (False, True):
+            use_small_maps(model, enabled)
+            features.append(model.encode(views))
+    difference = float((features[0] - features[1]).abs().max() / features[0].abs().max())
+    if difference > 1e-4:
+        raise CellfastError(f"small maps: features differ by {difference:.1e} of the largest from the general convolution's")
+    return difference
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:

@@ -218,7 +218,9 @@ def _prefetched(
     for _ in range(min(prefetch, len(indices)) + 1):
         host = torch.empty(shape, dtype=dtype, pin_memory=cuda)
         crops = torch.empty(shape, dtype=dtype, device=device) if cuda else host
-        free.put(_Slot(host, crops, host.numpy()))
+        # The memory may be that of tensors which kernels in the consumer's stream still read: the first copy waits for those too.
+        used = torch.cuda.current_stream(device).record_event() if cuda else None
+        free.put(_Slot(host, crops, host.numpy(), used=used))
     # The thread knows the queues but not the generator: an abandoned generator is collected and its `finally` ends the thread.
     stop = threading.Event()
     worker = threading.Thread(
@@ -259,6 +261,8 @@ def _fill(
         for index in indices:
             slot = free.get()
             if slot is None or stop.is_set():
+                if cuda:
+                    stream.synchronize()  # the buffers are given back next: nothing may still write to them
                 return
             rows = sampler.batch(epoch, index)
             if slot.copied is not None:

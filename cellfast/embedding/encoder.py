@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from cellfast.embedding.options import FEATURES, ROTATIONS
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.models import SimCLR
+from cellfast.ops.small_maps import use_small_maps
 from cellfast.screens import PlateStore
 
 
@@ -45,7 +47,8 @@ class CropEncoder:
         self.network: SimCLR = model.model.to(device=device, memory_format=torch.channels_last).eval()
         self.num_features = self.network.num_features if features == "h" else self.network.config.projection_dim
         # Batch normalisation folded into the convolutions: the same function to rounding, a pass over each activation less.
-        self.folded = fuse(self.network.encoder).to(memory_format=torch.channels_last)
+        encoder = use_small_maps(copy.deepcopy(self.network.encoder), False)  # folding looks for torch's own convolutions
+        self.folded = use_small_maps(fuse(encoder).to(memory_format=torch.channels_last))
         self.compiled = compile
         self._run: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(self._features, dynamic=False) if compile else self._features

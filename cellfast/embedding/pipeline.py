@@ -109,6 +109,7 @@ class _Minibatch:
     low: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     high: list[torch.Tensor] = field(default_factory=list)
     fields: int = 0
+    done: Any = None  # CUDA event: the results have arrived in host memory
 
 
 class _Slot:
@@ -120,7 +121,8 @@ class _Slot:
         self.host = torch.empty(shape, dtype=dtype, pin_memory=True) if cuda else self.crops
         self.array = self.host.numpy()
         self.copied: Any = None
-        self.used: Any = None
+        # The memory may be that of tensors which kernels in this stream still read: the first copy waits for those too.
+        self.used: Any = torch.cuda.current_stream(device).record_event() if cuda else None
 
 
 class Pipeline:
@@ -205,7 +207,11 @@ class Pipeline:
             low, high = self._scaling_of(batch)
             values = encoder.launch(slot.crops[: batch.count], low, high)
             if cuda:
-                slot.used = torch.cuda.current_stream(encoder.device).record_event()
+                stream = torch.cuda.current_stream(encoder.device)
+                slot.used = stream.record_event()
+                # Sent off at once: a copy asked for when the results are wanted would wait for the next minibatch too.
+                host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+                values, batch.done = host, stream.record_event()
         self._free.put(slot)
         # A device at work on its own gets the next minibatch before the results of this one are waited for.
         self._launched.append((batch, values))
@@ -217,7 +223,10 @@ class Pipeline:
         """Take the results of the oldest minibatch under way to the parts its cells belong to."""
         batch, values = self._launched.pop(0)
         if values is not None:
-            on_cpu, start = values.cpu().numpy(), 0
+            if batch.done is not None:
+                batch.done.synchronize()
+                values = values.clone()  # pinned memory is not kept for the length of a part
+            on_cpu, start = values.numpy(), 0
             for work, count in batch.segments:
                 work.values.append(on_cpu[start : start + count])
                 start += count

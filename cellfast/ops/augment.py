@@ -12,9 +12,16 @@ require_cpu_backend()
 
 PADDINGS = {"reflection": 0, "border": 1, "zeros": 2}
 
-if not hasattr(torch.ops.cellfast, "augment_views"):
+
+def _is_current() -> bool:
+    if not hasattr(torch.ops.cellfast, "augment_views"):
+        return False
+    return "inverted" in {argument.name for argument in torch.ops.cellfast.augment_views.default._schema.arguments}
+
+
+if not _is_current():
     raise ImportError(
-        "cellfast's compiled operators are older than this source (augment_views is missing): build them again with 'make build' or "
+        "cellfast's compiled operators are older than this source (augment_views): build them again with 'make build' or "
         "'python setup.py build_ext --inplace'"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+from h5py import h5d, h5g, h5l, h5o, h5s
 
 from cellfast.errors import CellfastError
 from cellfast.screens import schema
@@ -19,28 +21,45 @@ from cellfast.screens import schema
 AGAIN = "delete the file and ingest the plate again"
 
 
-def _refuse_links(group: h5py.Group, path: Path) -> None:
-    """Raise for anything in the file that would make HDF5 open another file or follow a path."""
-    for name in group:
-        link = group.get(name, getlink=True)
-        if not isinstance(link, h5py.HardLink):
+# What a link that is not to an object of the same file is called.
+_LINKS = {h5l.TYPE_SOFT: "SoftLink", h5l.TYPE_EXTERNAL: "ExternalLink"}
+
+
+def _datasets(group: h5g.GroupID, path: Path, prefix: str = "") -> dict[str, h5d.DatasetID]:
+    """The datasets of a file and of its groups by name ("cells/field"); what would make HDF5 open another file or follow a path is refused.
+
+    A screen has hundreds of plates with twenty datasets each, so they are opened once and in h5py's low-level interface.
+    """
+    links: list[tuple[str, int]] = []
+    group.links.iterate(lambda name, info: links.append((name.decode(), info.type)), info=True)
+    found = {}
+    for name, kind in links:
+        if kind != h5l.TYPE_HARD:
             raise CellfastError(
-                f"{path}: '{name}' is a {type(link).__name__}; links are refused in a crop store, as they can lead to other files"
+                f"{path}: '{prefix}{name}' is a {_LINKS.get(kind, 'link of another kind')}; links are refused in a crop store, as they "
+                "can lead to other files"
             )
-        item = group.get(name)
-        if isinstance(item, h5py.Dataset):
-            if item.is_virtual or item.external:
-                raise CellfastError(f"{path}: '{name}' keeps its data in other files; that is refused in a crop store")
-        elif isinstance(item, h5py.Group):
-            for child in item:
-                link = item.get(child, getlink=True)
-                if not isinstance(link, h5py.HardLink):
-                    raise CellfastError(f"{path}: '{name}/{child}' is a {type(link).__name__}; links are refused in a crop store")
-                dataset = item.get(child)
-                if isinstance(dataset, h5py.Dataset) and (dataset.is_virtual or dataset.external):
-                    raise CellfastError(
-                        f"{path}: '{name}/{child}' keeps its data in other files; that is refused in a crop store"
-                    )
+        item = h5o.open(group, name.encode())
+        if isinstance(item, h5d.DatasetID):
+            layout = item.get_create_plist()
+            if layout.get_layout() == h5d.VIRTUAL or layout.get_external_count() > 0:
+                raise CellfastError(f"{path}: '{prefix}{name}' keeps its data in other files; that is refused in a crop store")
+            found[prefix + name] = item
+        elif isinstance(item, h5g.GroupID) and not prefix:
+            found |= _datasets(item, path, f"{name}/")
+    return found
+
+
+def _values(dataset: h5d.DatasetID) -> np.ndarray:
+    """All values of a dataset; text as an array of ``str`` objects."""
+    values = np.empty(dataset.shape, dtype=dataset.dtype)
+    dataset.read(h5s.ALL, h5s.ALL, values)
+    if h5py.check_string_dtype(dataset.dtype) is None:
+        return values
+    text = np.empty(values.shape, dtype=object)
+    for place, value in np.ndenumerate(values):
+        text[place] = value.decode()
+    return text
 
 
 class PlateStore:
@@ -83,8 +102,8 @@ class PlateStore:
             )
         if version < 1:
             raise CellfastError(f"{self.path}: crop store schema must be 1 or more, got {version}; {AGAIN}")
-        _refuse_links(handle, self.path)
-        crops = handle[schema.CROPS]
+        datasets = _datasets(handle.id, self.path)
+        crops = h5py.Dataset(datasets[schema.CROPS])
         if (
             crops.ndim != 4
             or crops.dtype not in schema.PIXEL_DTYPES
@@ -112,16 +131,18 @@ class PlateStore:
                 raise CellfastError(
                     f"{self.path}: truncated: the pixels end at byte {self._offset + length:,}, the file at {self.path.stat().st_size:,}; {AGAIN}"
                 )
-        self.channel_names = [str(v) for v in handle[schema.CHANNELS]["name"].asstr()[...]]
-        self.scale_low = handle[schema.CHANNELS]["scale_low"][...].astype(np.float64)
-        self.scale_high = handle[schema.CHANNELS]["scale_high"][...].astype(np.float64)
-        self._cells = {name: handle[schema.CELLS][name][...] for name in schema.CELL_COLUMNS}
-        self._fields = {name: handle[schema.FIELDS][name][...] for name in schema.FIELD_COLUMNS}
-        self.ledger: dict[str, Any] | None = json.loads(handle["ledger"].asstr()[()])
-        self.source_files = handle[schema.FIELDS]["source_files"].asstr()[...]
-        wells = handle[schema.WELLS]
-        self._wells = {name: wells[name].asstr()[...].astype(object) for name in schema.WELL_TEXT}
-        self._wells["concentration_um"] = wells["concentration_um"][...]
+
+        def table(group: str, columns: Iterable[str]) -> dict[str, np.ndarray]:
+            return {name: _values(datasets[f"{group}/{name}"]) for name in columns}
+
+        channels = table(schema.CHANNELS, ("name", "scale_low", "scale_high"))
+        self.channel_names = [str(v) for v in channels["name"]]
+        self.scale_low, self.scale_high = (channels[name].astype(np.float64) for name in ("scale_low", "scale_high"))
+        self._cells = table(schema.CELLS, schema.CELL_COLUMNS)
+        self._fields = table(schema.FIELDS, schema.FIELD_COLUMNS)
+        self._wells = table(schema.WELLS, (*schema.WELL_TEXT, "concentration_um"))
+        self.source_files = _values(datasets[f"{schema.FIELDS}/source_files"])
+        self.ledger: dict[str, Any] | None = json.loads(_values(datasets["ledger"])[()])
         self._check_tables()
 
     def _check_tables(self) -> None:

@@ -62,7 +62,8 @@ class GraphedStep(TrainingStep):
         # Without gradients the recorded pass makes its own and writes, not adds to, them at every replay.
         self.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Not the default, under which what the loader's thread does meanwhile (pinned memory, events) ends the recording with an error.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             loss = super().compute_loss(self._views)
             loss.backward()
         self._loss = loss.detach()

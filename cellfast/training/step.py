@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cellfast.augment import TwoViews
 from cellfast.models import SimCLR
+from cellfast.ops.small_maps import use_small_maps
 from cellfast.training.gradient_cache import GradientCache, ViewPieces
 
 
@@ -23,6 +24,8 @@ class TwoViewModel(nn.Module):
 
     def __init__(self, model: SimCLR, per_view: bool) -> None:
         super().__init__()
+        # On a CPU the last maps of small crops are then convolved as matrix products.
+        use_small_maps(model)
         self.model, self.per_view = model, per_view
 
     def forward(self, views: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 // Two views of each cell in one pass: the contract of cellfast::augment_views and the checks every backend makes before it touches memory.
 //
 // For view v (rows v B .. v B + B - 1 of what has 2B rows) of cell b and channel c, all in float32:
-//   x(p)   = clamp((crop[b, c, p] - low[b, c]) inverse[b, c], 0, 1)
+//   x(p)   = clamp((crop[b, c, p] - low[b, c]) inverse[b, c], 0, 1); if inverted, x < 0.5 / 255 ? 0 : 256 / 255 - x
 //   q(i,j) = A (j - m, i - m) + t + (S // 2 - s // 2 + m) + d(i, j),   [A | t] = matrix[view], m = (s - 1) / 2, in pixels of the crop
 //   d      = basis noise basis^T for each axis, for a view whose elastic_row is not -1
 //   y(i,j) = x at q, bilinear; outside the crop reflected about its outer edges, or its nearest edge pixel, or 0 (F.grid_sample,
 //            align_corners=False)
 //   y      = Gaussian of sigma blur_sigma[view] > 0, cut off at blur_kernel taps, normalised; borders reflected without the edge pixel
 //   y      = gain (contrast y + (1 - contrast) mean(y)) + offset,   gain, contrast, offset [2B, C]
-//   y      = clamp(y + noise_std[view] bank[noise_step noise_start[view, c] + (i s + j)], 0, 1)
+//   y      = clamp(y + noise_std[view] bank[noise_step noise_start[view, c] + (i s + j)], 0, 1); if inverted, 256 / 255 - y
 //
 // The order of the operations is the one cellfast.augment.views documents; that file's plain PyTorch form is what this equals to rounding.
 #pragma once
@@ -32,6 +32,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 enum class Padding : int64_t { kReflection = 0, kBorder = 1, kZeros = 2 };
 
+// What an 8-bit pixel that was subtracted from 256 becomes in [0, 1], and the half count below which a pixel was 0 and stayed 0.
+constexpr float kInversion = 256.0f / 255.0f, kHalfCount = 0.5f / 255.0f;
+
 // Everything a backend needs, as plain pointers; null where an operation is off. Optional tensors are dense; `out` has its own strides.
 struct Arguments {
   const void* crops;       // [B, C, S, S] of `pixel`
@@ -53,6 +56,7 @@ struct Arguments {
   int64_t batch, channels, crop, size, lattice, kernel, noise_step;
   int64_t out_stride[4];
   Padding padding;
+  bool inverted;
   float middle;  // the centre of the central window, whose first pixel is S // 2 - s // 2
 };
 
@@ -92,7 +96,7 @@ inline Arguments checked(const Tensor& crops, const Tensor& low, const Tensor& i
                          const MaybeTensor& contrast, const MaybeTensor& offset, const MaybeTensor& elastic,
                          const MaybeTensor& elastic_row, const MaybeTensor& elastic_basis, const MaybeTensor& blur_sigma,
                          int64_t blur_kernel, const MaybeTensor& noise_std, const MaybeTensor& noise_start, const MaybeTensor& noise_bank,
-                         int64_t noise_step, int64_t padding, const Tensor& out) {
+                         int64_t noise_step, int64_t padding, bool inverted, const Tensor& out) {
   const ScalarType pixel = crops.scalar_type();
   if (crops.dim() != 4 || crops.size(2) != crops.size(3) || !crops.is_contiguous() ||
       (pixel != ScalarType::Byte && pixel != ScalarType::UInt16 && pixel != ScalarType::Float)) {
@@ -161,6 +165,7 @@ inline Arguments checked(const Tensor& crops, const Tensor& low, const Tensor& i
   a.bank = optional_data<float>(noise_bank);
   a.noise_step = noise_step;
   a.padding = static_cast<Padding>(padding);
+  a.inverted = inverted;
   a.middle = static_cast<float>(static_cast<double>(a.crop / 2 - a.size / 2) + 0.5 * static_cast<double>(a.size - 1));
   a.out = static_cast<float*>(out.data_ptr());
   return a;

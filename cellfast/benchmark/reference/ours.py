@@ -6,6 +6,7 @@ inverted and normalised input. ``default`` is what ``cellfast train`` does witho
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,25 @@ from cellfast.models import ModelConfig, SimCLR, build_model
 from cellfast.ops import ntxent_loss
 from cellfast.screens import Screen
 from cellfast.training.config import RECIPES, TrainConfig
+from cellfast.training.gradient_cache import ViewPieces
 from cellfast.training.optimizers import build_optimizer
 from cellfast.training.scaling import PlateScaling
 from cellfast.training.step import TrainingStep, TwoViewModel, views_seed
 
 CHANNELS = 3
+
+
+class ReadyPieces(ViewPieces):
+    """Pieces of views that are there already, instead of pieces that are made when asked for."""
+
+    def __init__(self, views: torch.Tensor, chunk_size: int) -> None:
+        self.num_cells = len(views) // 2
+        self.cells = [slice(start, min(start + chunk_size, self.num_cells)) for start in range(0, self.num_cells, chunk_size)]
+        self._halves = views.unflatten(0, (2, self.num_cells))
+
+    def __getitem__(self, piece: int) -> torch.Tensor:
+        """Views [2k, C, s, s] of the k cells of ``piece``."""
+        return self._halves[:, self.cells[piece]].flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 class Implementation:
@@ -73,7 +88,14 @@ class Implementation:
             optimizer = build_optimizer(self.model().train(), c.optimizer, lr=c.lr, weight_decay=c.weight_decay)
             module = TwoViewModel(self.model(), per_view=c.batch_norm == "per-view")
             loss = NTXentLoss(c.temperature)
-            self._training = TrainingStep(module, loss, optimizer, device=torch.device("cpu"), amp=self.job.get("amp", False))
+            self._training = TrainingStep(
+                module,
+                loss,
+                optimizer,
+                device=torch.device("cpu"),
+                amp=self.job.get("amp", False),
+                chunk_size=self.job.get("chunk_size"),
+            )
         return self._training
 
     def load(self) -> int:
@@ -97,13 +119,14 @@ class Implementation:
         for batch in self.loader:
             self._count += 1
             low, high = self.scaling(batch.rows)
-            yield self.two_views(batch.crops, low, high, seed=views_seed(self.seed, self._count, 0))
+            seed = views_seed(self.seed, self._count, 0)
+            yield self.training().views(self.two_views, batch.crops, low, high, seed=seed), len(batch.rows)
 
     def augment(self, minibatches: int) -> int:
         """Gather and two views of every cell."""
         cells = 0
-        for number, views in enumerate(self._minibatches(), 1):
-            cells += len(views) // 2
+        for number, (_, count) in enumerate(self._minibatches(), 1):
+            cells += count
             if number == minibatches:
                 break
         return cells
@@ -119,7 +142,7 @@ class Implementation:
 
         return run
 
-    def _update(self, views: torch.Tensor) -> float:
+    def _update(self, views: torch.Tensor | ViewPieces) -> float:
         step = self.training()
         loss = step.compute_loss(views)
         value = float(loss.detach())
@@ -131,21 +154,23 @@ class Implementation:
         shape = (2 * self.job["batch_size"], CHANNELS, self.job["size"], self.job["size"])
         views = torch.rand(shape).to(memory_format=torch.channels_last)
         self.training()
-        return lambda: self._update(views)
+        chunk_size = self.job.get("chunk_size")
+        ready = views if chunk_size is None else ReadyPieces(views, chunk_size)
+        return lambda: self._update(ready)
 
     def epoch(self) -> int:
         """One pass: gather, augment, train."""
         cells = 0
-        for views in self._minibatches():
+        for views, count in self._minibatches():
             self._update(views)
-            cells += len(views) // 2
+            cells += count
         return cells
 
     def train(self, finished: Callable[[int], bool]) -> tuple[int, float]:
         """Epochs until ``finished``; the learning rate is constant, as the reference's is in its first ten epochs."""
         step, loss = 0, float("nan")
         while not finished(step):
-            for views in self._minibatches():
+            for views, _ in self._minibatches():
                 loss = self._update(views)
                 step += 1
                 if finished(step):
@@ -186,7 +211,12 @@ class Implementation:
         wells, _ = normalize_profiles(wells, parse_steps(["tvn:lambda=1"]))
         # The reference prints two numbers; intervals and average precision are left out on both sides.
         options = EvaluationOptions(num_resamples=0, num_permutations=0, average_precision=False)
-        result = evaluate_profiles(wells, options).result
+        evaluation = evaluate_profiles(wells, options)
+        if self.job.get("pictures"):
+            from cellfast.profiles.plots import write_pictures
+
+            write_pictures(evaluation, os.path.join(self.job["folder"], "evaluation"))
+        result = evaluation.result
         return result["nsc"]["accuracy"], result["nscb"]["accuracy"]
 
     def agree(self) -> dict[str, Any]:

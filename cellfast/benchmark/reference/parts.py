@@ -56,6 +56,7 @@ PARTS: dict[str, tuple[str, bool]] = {
     "epoch": ("one pass: minibatches, views, training steps", True),
     "embed": ("features of every cell", True),
     "score": ("cells' features to NSC and NSCB: well means, TVN, treatment medians, neighbours", False),
+    "score with pictures": ("the same and a t-SNE, its pictures by MoA and the confusion between MoAs", True),
     "end to end": ("crops on disk to NSC and NSCB: load, train, embed, score", True),
 }
 
@@ -81,21 +82,26 @@ def measure_parts(
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise CellfastError(f"unknown part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    # The baseline draws nothing.
+    parts = [part for part in parts if part != "score with pictures" or sides[-1].name == "reference"]
     jobs = _jobs(cells, settings, parts)
-    names = [label(side) for side in sides]
     together: dict[str, dict[str, Any]] = {}
     if settings.one_process:
         for side in sides:
-            together[label(side)] = dict(zip(jobs, side.run_several(list(jobs.values()), threads=settings.threads)))
+            mine = {part: job for part, job in jobs.items() if _takes_part(side, part)}
+            together[label(side)] = dict(zip(mine, side.run_several(list(mine.values()), threads=settings.threads)))
     found: dict[str, Any] = {}
     for part, job in jobs.items():
         entry: dict[str, Any] = {"what": PARTS[part][0]}
-        for side in sides:
-            name = label(side)
+        present = [side for side in sides if _takes_part(side, part)]
+        names = [label(side) for side in present]
+        for side, name in zip(present, names):
             result = together[name][part] if settings.one_process else side.run_several([job], threads=settings.threads)[0]
             entry[name] = summary(result)
             say(f"{part:<11} {name:<26} {describe(entry[name])}")
         _check(part, entry, names)
+        for name in names[:-1]:
+            entry[name] |= ratios(entry[name], entry[names[-1]])
         entry |= ratios(entry[names[0]], entry[names[-1]])
         if "times_faster" in entry:
             say(f"{part:<11} {entry['times_faster']:.1f} × as fast")
@@ -112,8 +118,10 @@ def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, d
         job = {"part": part, **cells.job(), **settings.job(), "repeats": repeats}
         if part == "augment":
             job["minibatches"] = -1  # all of them
-        if part == "score":
+        if part.startswith("score"):
             job |= {"features_file": str(features), "metadata_file": str(metadata)}
+        if part == "score with pictures":
+            job |= {"pictures": True, "warm_up": 0, "repeats": max(1, settings.slow_repeats - 1)}
         if part == "epoch":
             job["repeats"] = max(1, settings.slow_repeats - 1)
         if part == "end to end":
@@ -122,10 +130,16 @@ def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, d
     return jobs
 
 
+def _takes_part(side: Side, part: str) -> bool:
+    return side.parts is None or part in side.parts
+
+
 def label(side: Side) -> str:
     """The side's name in results: cellfast's recipes are told apart."""
     recipe = side.values.get("recipe")
     name = side.name if recipe in (None, "perakis2021") else f"{side.name}, {recipe} recipe"
+    if pieces := side.values.get("chunk_size"):
+        name += f", in pieces of {pieces}"
     return name + (", bf16" if side.values.get("amp") else "")
 
 
@@ -180,7 +194,7 @@ def write_scored_table(folder: Path, settings: Settings) -> tuple[Path, Path]:
 
 def _check(part: str, entry: dict[str, Any], labels: Sequence[str]) -> None:
     done = [entry[name] for name in labels if "seconds" in entry[name]]
-    keys = {"loss": ("loss", "gradient_norm"), "score": ("nsc", "nscb")}.get(part, ())
+    keys = {"loss": ("loss", "gradient_norm")}.get(part, ("nsc", "nscb") if part.startswith("score") else ())
     for key in keys:
         tolerance = LOSS_TOLERANCE if part == "loss" else SCORE_TOLERANCE
         values = [d[key] for d in done]

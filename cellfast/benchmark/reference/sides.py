@@ -27,12 +27,14 @@ class Side:
         file: its `worker` implementation.
         python: the interpreter.
         values: what every job of this side carries.
+        parts: the parts it is measured in; None: all.
     """
 
     name: str
     file: Path
     python: str = sys.executable
     values: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] | None = None
 
     def run(self, part: str, *, threads: int, timeout: float | None = None, **job: Any) -> dict[str, Any]:
         """Measure ``part`` in a new process and return what `worker` wrote; see `run_several`."""
@@ -86,9 +88,9 @@ def _end_of(text: str, lines: int = 12) -> str:
     return "\n".join(text.strip().splitlines()[-lines:])
 
 
-def cellfast_side(recipe: str = "perakis2021", **values: Any) -> Side:
+def cellfast_side(recipe: str = "perakis2021", *, parts: tuple[str, ...] | None = None, **values: Any) -> Side:
     """cellfast in this interpreter, with a recipe's values."""
-    return Side("cellfast", HERE / "ours.py", values={"recipe": recipe, **values})
+    return Side("cellfast", HERE / "ours.py", values={"recipe": recipe, **values}, parts=parts)
 
 
 def other_side(reference_dir: str | os.PathLike[str] | None, reference_python: str | None) -> Side:

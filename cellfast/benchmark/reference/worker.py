@@ -152,7 +152,7 @@ def _agree(side: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 PARTS = {
-    "load": _load, "augment": _augment, "loss": _loss, "step": _step, "epoch": _epoch, "embed": _embed, "score": _score,
+    "load": _load, "augment": _augment, "loss": _loss, "step": _step, "epoch": _epoch, "embed": _embed, "score": _score, "score with pictures": _score,
     "end to end": _end_to_end, "train": _train, "agree": _agree,
 }  # fmt: skip
 

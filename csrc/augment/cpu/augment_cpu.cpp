@@ -66,9 +66,9 @@ Range choose() { return range_baseline; }
 void augment_views(Tensor crops, Tensor low, Tensor inverse, Tensor matrix, MaybeTensor gain, MaybeTensor contrast, MaybeTensor offset,
                    MaybeTensor elastic, MaybeTensor elastic_row, MaybeTensor elastic_basis, MaybeTensor blur_sigma, int64_t blur_kernel,
                    MaybeTensor noise_std, MaybeTensor noise_start, MaybeTensor noise_bank, int64_t noise_step, int64_t padding,
-                   Tensor out) {
+                   bool inverted, Tensor out) {
   const Arguments a = checked(crops, low, inverse, matrix, gain, contrast, offset, elastic, elastic_row, elastic_basis, blur_sigma,
-                              blur_kernel, noise_std, noise_start, noise_bank, noise_step, padding, out);
+                              blur_kernel, noise_std, noise_start, noise_bank, noise_step, padding, inverted, out);
   // Rows and places in the noise are used as addresses.
   for (int64_t view = 0; view < 2 * a.batch; ++view) {
     if (a.row && (a.row[view] < -1 || a.row[view] >= elastic->size(0))) {

@@ -93,6 +93,9 @@ CELLFAST_INLINE void scale_crop(const Arguments& a, int64_t cell, Scratch& s) {
         for (int64_t x = 0; x < crop; ++x) {
           line[x] = unit((static_cast<float>(in[x]) - low) * inverse);
         }
+        for (int64_t x = 0; a.inverted && x < crop; ++x) {
+          line[x] = line[x] < kHalfCount ? 0.0f : kInversion - line[x];
+        }
       }
       float* CELLFAST_RESTRICT row = s.image.data() + ((g * s.side + y + kBefore) * s.side + kBefore) * kGroup;
       for (int64_t x = 0; x < crop; ++x) {  // lines of channels that do not exist stay as they were: never used
@@ -281,18 +284,23 @@ CELLFAST_INLINE Pixel4 unit(Pixel4 value) {
   return value > one ? one : value;
 }
 
+// What is done last: add + sign value is the value itself, or the inverted one.
+struct Turn {
+  float add, sign;
+};
+
 // channels_last: pixel after pixel, straight from the vectors.
 template <typename Noise>
-CELLFAST_INLINE void pixels_out(const float* CELLFAST_RESTRICT in, float* CELLFAST_RESTRICT out, Pixel4 scale, Pixel4 add, int64_t step,
-                                int64_t count, int64_t pixels, bool alone, const Noise& noise) {
+CELLFAST_INLINE void pixels_out(const float* CELLFAST_RESTRICT in, float* CELLFAST_RESTRICT out, Pixel4 scale, Pixel4 add, Turn turn,
+                                int64_t step, int64_t count, int64_t pixels, bool alone, const Noise& noise) {
   // A whole vector may be written where what it spills over is this view's and written later: not at the end, not beside other groups.
   const int64_t whole = count == kGroup ? pixels : (alone ? std::max<int64_t>(pixels - kGroup, 0) : 0);
   int64_t i = 0;
   for (; i < whole; ++i) {
-    store(unit(load<Pixel4>(in + kGroup * i) * scale + add + noise(i)), out + i * step);
+    store(turn.add + turn.sign * unit(load<Pixel4>(in + kGroup * i) * scale + add + noise(i)), out + i * step);
   }
   for (; i < pixels; ++i) {
-    const Pixel4 value = unit(load<Pixel4>(in + kGroup * i) * scale + add + noise(i));
+    const Pixel4 value = turn.add + turn.sign * unit(load<Pixel4>(in + kGroup * i) * scale + add + noise(i));
     for (int64_t c = 0; c < count; ++c) {
       out[i * step + c] = value[c];
     }
@@ -323,15 +331,16 @@ CELLFAST_INLINE void finish(const Arguments& a, int64_t view, int64_t group, Scr
   for (int64_t c = 0; c < kGroup; ++c) {
     noise[c] = std > 0.0f ? a.bank + a.start[view * a.channels + first + std::min(c, count - 1)] * a.noise_step : nullptr;
   }
+  const Turn turn = a.inverted ? Turn{kInversion, -1.0f} : Turn{0.0f, 1.0f};
   const int64_t* stride = a.out_stride;
   float* CELLFAST_RESTRICT out = a.out + view * stride[0] + first * stride[1];
   if (stride[1] == 1 && stride[2] == size * stride[3]) {
     if (std > 0.0f) {
       const float *n0 = noise[0], *n1 = noise[1], *n2 = noise[2], *n3 = noise[3];
-      pixels_out(in, out, scale, add, stride[3], count, pixels, group == 0 && a.channels == count,
+      pixels_out(in, out, scale, add, turn, stride[3], count, pixels, group == 0 && a.channels == count,
                  [=](int64_t i) { return std * Pixel4{n0[i], n1[i], n2[i], n3[i]}; });
     } else {
-      pixels_out(in, out, scale, add, stride[3], count, pixels, group == 0 && a.channels == count,
+      pixels_out(in, out, scale, add, turn, stride[3], count, pixels, group == 0 && a.channels == count,
                  [](int64_t) { return Pixel4{}; });
     }
     return;
@@ -350,11 +359,12 @@ CELLFAST_INLINE void finish(const Arguments& a, int64_t view, int64_t group, Scr
           row[x] += std * n[y * size + x];
         }
         for (int64_t x = 0; x < size; ++x) {
-          row[x] = unit(row[x]);
+          row[x] = turn.add + turn.sign * unit(row[x]);
         }
       } else {
         for (int64_t x = 0; x < size; ++x) {
-          row[x * stride[3]] = unit(from[kGroup * x] * scale_c + add_c + (std > 0.0f ? std * n[y * size + x] : 0.0f));
+          const float value = unit(from[kGroup * x] * scale_c + add_c + (std > 0.0f ? std * n[y * size + x] : 0.0f));
+          row[x * stride[3]] = turn.add + turn.sign * value;
         }
       }
     }

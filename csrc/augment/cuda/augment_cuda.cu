@@ -34,14 +34,16 @@ struct Crop {
   const Pixel* __restrict__ pixels;
   int size;
   float low, inverse;
+  bool inverted;
 
   // 0 outside: with reflection or the border it has weight 0, with zeros that is what it means.
   __device__ float at(int y, int x) const {
     if (x < 0 || y < 0 || x >= size || y >= size) {
       return 0.0f;
     }
-    const float value = (static_cast<float>(pixels[static_cast<int64_t>(y) * size + x]) - low) * inverse;
-    return value < 0.0f ? 0.0f : (value > 1.0f ? 1.0f : value);  // a NaN stays one
+    float value = (static_cast<float>(pixels[static_cast<int64_t>(y) * size + x]) - low) * inverse;
+    value = value < 0.0f ? 0.0f : (value > 1.0f ? 1.0f : value);  // a NaN stays one
+    return !inverted ? value : (value < kHalfCount ? 0.0f : kInversion - value);
   }
 };
 
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) views_kernel(const Arguments a, floa
   }
 
   const Crop<Pixel> crop{static_cast<const Pixel*>(a.crops) + (cell * a.channels + channel) * a.crop * a.crop, static_cast<int>(a.crop),
-                         a.low[cell * a.channels + channel], a.inverse[cell * a.channels + channel]};
+                         a.low[cell * a.channels + channel], a.inverse[cell * a.channels + channel], a.inverted};
   const float* __restrict__ matrix = a.matrix + view * 6;
   const float centre = 0.5f * static_cast<float>(size - 1), middle = a.middle;
   const float xx = matrix[0], xy = matrix[1], x0 = matrix[2] + middle, yx = matrix[3], yy = matrix[4], y0 = matrix[5] + middle;
@@ -165,7 +167,8 @@ __global__ void __launch_bounds__(kThreads) views_kernel(const Arguments a, floa
     if (noise) {
       value += std * noise[i];
     }
-    out[(i / size) * a.out_stride[2] + (i % size) * a.out_stride[3]] = value < 0.0f ? 0.0f : (value > 1.0f ? 1.0f : value);
+    value = value < 0.0f ? 0.0f : (value > 1.0f ? 1.0f : value);
+    out[(i / size) * a.out_stride[2] + (i % size) * a.out_stride[3]] = a.inverted ? kInversion - value : value;
   }
 }
 
@@ -211,9 +214,9 @@ void launch(const Arguments& a, const Tensor& crops, int64_t other) {
 void augment_views(Tensor crops, Tensor low, Tensor inverse, Tensor matrix, MaybeTensor gain, MaybeTensor contrast, MaybeTensor offset,
                    MaybeTensor elastic, MaybeTensor elastic_row, MaybeTensor elastic_basis, MaybeTensor blur_sigma, int64_t blur_kernel,
                    MaybeTensor noise_std, MaybeTensor noise_start, MaybeTensor noise_bank, int64_t noise_step, int64_t padding,
-                   Tensor out) {
+                   bool inverted, Tensor out) {
   const Arguments a = checked(crops, low, inverse, matrix, gain, contrast, offset, elastic, elastic_row, elastic_basis, blur_sigma,
-                              blur_kernel, noise_std, noise_start, noise_bank, noise_step, padding, out);
+                              blur_kernel, noise_std, noise_start, noise_bank, noise_step, padding, inverted, out);
   if (a.batch == 0) {
     return;
   }

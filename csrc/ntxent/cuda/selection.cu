@@ -1,5 +1,6 @@
 #include "ntxent/cuda/selection.h"
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -36,14 +37,23 @@ std::atomic<int>& asked() {
 }
 
 bool is_verified(int device) {
+  // Asking for the name takes longer than a small loss does: once per device.
+  constexpr int kUnknown = 0, kNo = 1, kYes = 2;
+  static std::array<std::atomic<int>, 64> answers{};
+  const bool kept = device >= 0 && device < static_cast<int>(answers.size());
+  if (kept && answers[device].load() != kUnknown) {
+    return answers[device].load() == kYes;
+  }
   cudaDeviceProp properties{};
   check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  bool found = false;
   for (const char* name : kVerified) {
-    if (*name != '\0' && std::strcmp(name, properties.name) == 0) {
-      return true;
-    }
+    found = found || (*name != '\0' && std::strcmp(name, properties.name) == 0);
   }
-  return false;
+  if (kept) {
+    answers[device].store(found ? kYes : kNo);
+  }
+  return found;
 }
 
 }  // namespace
