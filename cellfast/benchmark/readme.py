@@ -63,7 +63,11 @@ def _train(r: dict[str, Any]) -> Iterator[Row]:
         f"{'bfloat16' if r['amp'] else 'float32'}, cells/s, {r['threads']} threads",
         number(rates["full"]),
         f"the bare encoder's forward and backward {number(rates['bare'])}: fraction {r['fraction']:.2f}"
-        + (f"; with torch's convolutions alone {number(rates[general])}" if (general := "bare_without_small_maps") in rates else ""),
+        + (
+            f"; with torch's convolutions alone {number(rates[general])}"
+            if (general := "bare_without_small_maps") in rates
+            else ""
+        ),
     )
 
 
@@ -173,10 +177,25 @@ def _embed(r: dict[str, Any]) -> Iterator[Row]:
         )
 
 
+def _decode(r: dict[str, Any]) -> Iterator[Row]:
+    threads = max(row["threads"] for row in r["rows"])
+    for compression in dict.fromkeys(row["compression"] for row in r["rows"]):
+        rows = {row["decode"]: row for row in r["rows"] if (row["compression"], row["threads"]) == (compression, threads)}
+        host = rows.pop("host", None)
+        texts = [
+            f"DALI ({way}) {number(row['decode_fields_per_second'])}, per core {number(row['per_core'])}"
+            for way, row in rows.items()
+        ]
+        yield Row(
+            f"decoding fields of {r['channels']} × {r['height']} × {r['width']}, 16-bit TIFF, compression {compression}, fields/s, {threads} threads",
+            "; ".join(texts),
+            f"tifffile {number(host['decode_fields_per_second'])}, per core {number(host['per_core'])}" if host else "",
+        )
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "reference": _reference, "ntxent": _ntxent, "ingest": _ingest, "loader": _loader, "augment": _augment, "train": _train, "embed": _embed,
-    "evaluate": _evaluate,
-    "memory": _memory,
+    "evaluate": _evaluate, "decode": _decode, "memory": _memory,
 }  # fmt: skip
 
 
