@@ -208,7 +208,7 @@ def test_a_file_server_that_stumbles_is_tried_again(clean, tmp_path, monkeypatch
         return real(path, **expected)
 
     monkeypatch.setattr(field_cells, "read_plane", stumbling)
-    monkeypatch.setattr("cellfast.embedding.sources.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("cellfast.embedding.field_source.FIRST_PAUSE_S", 0.001)
     embed("fields", clean, tmp_path / "e")
     assert failed
     assert_same(tables(tmp_path / "e"), tables(clean / "clean"))

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.run import EmbedSummary, embed_source
-from cellfast.embedding.sources import FieldSource
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.screens.cutting import BORDERS

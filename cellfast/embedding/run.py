@@ -16,13 +16,14 @@ import torch
 from cellfast.data.malloc import tune_malloc
 from cellfast.embedding.account import Account, write_account
 from cellfast.embedding.encoder import CropEncoder, feature_names
+from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.lock import OutputLock
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.outputs import Finished, PlateOutput, open_output, plate_note
 from cellfast.embedding.parts import PARTS, PartFiles, PartWork
 from cellfast.embedding.pipeline import Pipeline
 from cellfast.embedding.place import Place
-from cellfast.embedding.sources import CellSource, FieldSource, Part, PlatePlan
+from cellfast.embedding.sources import CellSource, Part, PlatePlan
 from cellfast.embedding.stages import STAGES, EmbedProgress, StageClock
 from cellfast.embedding.work import LocalWork, SharedWork, join_processes
 from cellfast.errors import CellfastError
