@@ -24,7 +24,8 @@ class Settings:
     Attributes:
         encoder, batch_size, size, dim: a ResNet's name, cells per minibatch, side in px, columns of the projection.
         threads: CPU threads of each side; the reference's loader gets as many worker processes.
-        repeats: timings of each part; slow parts are repeated ``slow_repeats`` times.
+        repeats: timings of each part, in one process.
+        slow_repeats: rounds of a slow part: in each, every side is timed once, so that a drift of the machine meets all of them.
         score_cells, score_features: the table of features that is scored.
         epochs: passes over the cells in the part from crops to accuracy.
         one_process: all parts of a side in one process, which is quicker and less exact about memory.
@@ -74,7 +75,7 @@ def measure_parts(
     Losses (to 1e-5) and scores must agree between the sides, otherwise their times are not of the same work.
 
     Returns:
-        part → ``{"what", <side>: summary, "times_faster", "memory_ratio"}``; see `summary`.
+        part → ``{"what", <side>: summary, "times_faster", "memory_ratio"}``; see `summary` and `ratios`.
 
     Raises:
         CellfastError: the sides disagree, or a side failed.
@@ -95,9 +96,13 @@ def measure_parts(
         entry: dict[str, Any] = {"what": PARTS[part][0]}
         present = [side for side in sides if _takes_part(side, part)]
         names = [label(side) for side in present]
-        for side, name in zip(present, names):
-            result = together[name][part] if settings.one_process else side.run_several([job], threads=settings.threads)[0]
-            entry[name] = summary(result)
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for _ in range(1 if settings.one_process else job.get("rounds", 1)):
+            for side, name in zip(present, names):
+                done = together[name][part] if settings.one_process else side.run_several([job], threads=settings.threads)[0]
+                rounds[name].append(done)
+        for name in names:
+            entry[name] = summary(merged(rounds[name]))
             say(f"{part:<11} {name:<26} {describe(entry[name])}")
         _check(part, entry, names)
         for name in names[:-1]:
@@ -114,18 +119,18 @@ def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, d
     features, metadata = write_scored_table(cells.folder, settings)
     jobs = {}
     for part in parts:
-        repeats = settings.slow_repeats if PARTS[part][1] else settings.repeats
-        job = {"part": part, **cells.job(), **settings.job(), "repeats": repeats}
+        slow = PARTS[part][1]
+        job = {"part": part, **cells.job(), **settings.job(), "repeats": 1 if slow else settings.repeats}
+        if slow:
+            job["rounds"] = settings.slow_repeats
         if part == "augment":
             job["minibatches"] = -1  # all of them
         if part.startswith("score"):
             job |= {"features_file": str(features), "metadata_file": str(metadata)}
         if part == "score with pictures":
-            job |= {"pictures": True, "warm_up": 0, "repeats": max(1, settings.slow_repeats - 1)}
-        if part == "epoch":
-            job["repeats"] = max(1, settings.slow_repeats - 1)
+            job |= {"pictures": True, "warm_up": 0, "rounds": max(1, settings.slow_repeats - 1)}
         if part == "end to end":
-            job["epochs"] = settings.epochs
+            job |= {"epochs": settings.epochs, "rounds": max(1, settings.slow_repeats - 1)}
         jobs[part] = job
     return jobs
 
@@ -162,12 +167,28 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of a side's rounds as one: all timings, the largest peak; a round that was stopped stands for all."""
+    stopped = next((result for result in results if "seconds" not in result), None)
+    if stopped is not None:
+        return stopped
+    worst = max(results, key=lambda result: result["peak_bytes"])
+    return {**worst, "seconds": [value for result in results for value in result["seconds"]]}
+
+
 def ratios(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """How many times as fast cellfast is, and its memory (whole process; growth) as a share of the other's."""
+    """How many times as fast cellfast is, and its memory (whole process; growth) as a share of the other's.
+
+    Timings of as many rounds are compared round by round, and the median of these ratios is given.
+    """
     if "median_seconds" not in ours or "median_seconds" not in other:
         return {}
     # Per cell, so that dropped last minibatches do not count for either.
-    out = {"times_faster": ours["cells_per_second"] / other["cells_per_second"]}
+    here, there = ([value / side["cells"] for value in side["seconds"]] for side in (ours, other))
+    if len(here) == len(there):
+        out = {"times_faster": statistics.median(theirs / mine for mine, theirs in zip(here, there))}
+    else:
+        out = {"times_faster": statistics.median(there) / statistics.median(here)}
     out["memory_ratio"] = ours["peak_bytes"] / other["peak_bytes"]
     out["growth_ratio"] = ours["growth_bytes"] / max(1, other["growth_bytes"])
     return out
