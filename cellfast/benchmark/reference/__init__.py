@@ -141,7 +141,7 @@ def measured_sides(other: Side) -> list[Side]:
     sides = [cellfast_side("perakis2021"), cellfast_side("default")]
     if bfloat16_is_native():
         sides += [cellfast_side("perakis2021", amp=True), cellfast_side("default", amp=True)]
-    pieces = cellfast_side("perakis2021", parts=("step", "epoch", "end to end"), chunk_size=PIECE_CELLS)
+    pieces = cellfast_side("perakis2021", parts=("step",), chunk_size=PIECE_CELLS)
     return [*sides, pieces, other]
 
 

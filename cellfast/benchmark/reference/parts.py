@@ -25,7 +25,8 @@ class Settings:
         encoder, batch_size, size, dim: a ResNet's name, cells per minibatch, side in px, columns of the projection.
         threads: CPU threads of each side; the reference's loader gets as many worker processes.
         repeats: timings of each part, in one process.
-        slow_repeats: rounds of a slow part: in each, every side is timed once, so that a drift of the machine meets all of them.
+        slow_repeats: rounds of a slow part: in each, every side is timed once, so that a drift of the machine meets all of them. One
+            fewer for what takes longest: an epoch, the whole way, pictures.
         score_cells, score_features: the table of features that is scored.
         epochs: passes over the cells in the part from crops to accuracy.
         one_process: all parts of a side in one process, which is quicker and less exact about memory.
@@ -129,6 +130,8 @@ def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, d
             job |= {"features_file": str(features), "metadata_file": str(metadata)}
         if part == "score with pictures":
             job |= {"pictures": True, "warm_up": 0, "rounds": max(1, settings.slow_repeats - 1)}
+        if part == "epoch":
+            job["rounds"] = max(1, settings.slow_repeats - 1)
         if part == "end to end":
             job |= {"epochs": settings.epochs, "rounds": max(1, settings.slow_repeats - 1)}
         jobs[part] = job
