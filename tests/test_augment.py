@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import kornia
 import numpy as np
 import pytest
 import torch
 
 from cellfast.augment import PRESETS, AugmentConfig, TwoViews, center_crop, rotation_margin_px
+from cellfast.augment.parameters import anchor_affine
 from cellfast.errors import CellfastError
 
 SIZE, OUT = 40, 32
@@ -310,3 +313,27 @@ def test_a_gpu_gives_the_views_a_cpu_gives_and_keeps_its_generator():
     got = two_views(crops.cuda(), low, high, seed=5)
     assert torch.equal(state, torch.cuda.get_rng_state())
     torch.testing.assert_close(got.cpu(), expected, atol=2e-3, rtol=0)
+
+
+def test_anchors_move_by_at_most_what_was_asked_for():
+    torch.manual_seed(3)
+    size, most = 40, 12.0
+    linear, shift = anchor_affine(4000, size, 0.5, most)
+    identity = (linear == torch.eye(2, dtype=torch.float64)).all(2).all(1) & (shift == 0).all(1)
+    assert 0.45 < identity.double().mean() < 0.55
+    # The map goes from the view back: where the anchors went to is found with its inverse, in pixels from the view's centre.
+    anchors = torch.tensor([[33.0, 33.0], [33.0, 7.0], [7.0, 7.0]], dtype=torch.float64) - 19.5
+    went = torch.linalg.solve(linear[~identity][:, None], (anchors - shift[~identity][:, None])[..., None])[..., 0] - anchors
+    assert went.abs().max() <= most + 1e-6
+    assert went.abs().max() > 0.99 * most
+    torch.testing.assert_close(went.std(0), torch.full((3, 2), most / 3**0.5, dtype=torch.float64), rtol=0.05, atol=0)
+
+
+def test_an_affine_by_anchors_moves_the_picture():
+    crops, (low, high) = cells(4, 2), bounds(2)
+    still = AugmentConfig.preset("none")
+    moved = TwoViews(dataclasses.replace(still, anchors_p=1.0, anchors_px=6.0), 2, SIZE, OUT)(crops, low, high, seed=1)
+    unmoved = TwoViews(still, 2, SIZE, OUT)(crops, low, high, seed=1)
+    tiny = TwoViews(dataclasses.replace(still, anchors_p=1.0, anchors_px=1e-5), 2, SIZE, OUT)(crops, low, high, seed=1)
+    assert (moved - unmoved).abs().mean() > 0.01
+    torch.testing.assert_close(tiny, unmoved, atol=1e-3, rtol=0)

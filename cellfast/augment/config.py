@@ -4,16 +4,15 @@
 
 ``perakis2021``: the augmentation of the paper's public implementation at its last commit, which is a random resized crop of the
 96 px crop (area 0.08 to 1, ratio 3/4 to 4/3), horizontal flip, elastic transform (p 0.5), brightness and contrast jitter of 0.2
-(p 0.8) and Gaussian blur of 9 px with sigma 0.1 to 2 (p 0.5). Deviations, all of them:
+(p 0.8) and Gaussian blur of 9 px with sigma 0.1 to 2 (p 0.5). Its elastic transform runs with its library's defaults (albumentations before
+1.4), and what acts there is a random affine: three anchors around the centre, each moved by up to 50 px along each axis. Deviations, all of them:
 
 * saturation and hue jitter are left out: they mix channels as if they were RGB and have no meaning for stains;
 * contrast turns about each channel's mean, not about the grey level of an RGB image, and brightness and contrast need no order:
   values are clamped once, at the end, not after every step;
-* its elastic transform runs with its library's default alpha 1 and sigma 50, which moves pixels by hundredths of a pixel; what
-  acts there is the random affine (three anchors moved by up to 50 px) that older versions of that library add. Here the
-  displacement is a visible one, 1.5 px rms over 10 px, and that affine is not made;
-* crop, flip and displacement are one bilinear interpolation, not three; the crop is taken from the central output window of the
-  stored crop, so that a displacement across the window's edge meets real pixels first and reflected ones after;
+* the displacement of its elastic transform (alpha 1, sigma 50) moves pixels by hundredths of a pixel and is left out;
+* crop, flip and affine are one bilinear interpolation, not three; the crop is taken from the central output window of the stored
+  crop, so that an affine that reaches across the crop's edge meets real pixels first and reflected ones after;
 * its crops are inverted (a pixel conversion wraps around) and normalised with constants for that: ``inverted`` lets the operations
   act on the inverted image as they do there, and the model's ``input_transform`` does the rest; ``--recipe perakis2021`` sets both.
 """
@@ -49,6 +48,9 @@ class AugmentConfig:
         flip_horizontal, flip_vertical: probabilities.
         padding: where a warp reaches outside the stored crop: ``reflection``, ``border`` or ``zeros``. See
             :func:`rotation_margin_px`.
+        anchors_p: probability of a random affine: three points, at a third of the view's edge from its centre along both axes, are moved
+            independently, and the view with them.
+        anchors_px: each coordinate of a point moves by a uniform draw in [−anchors_px, anchors_px].
         elastic_p: probability of an elastic displacement (Gaussian-smoothed white noise, Simard et al. 2003).
         elastic_rms_px: root-mean-square displacement along each axis.
         elastic_sigma_px: standard deviation of the smoothing Gaussian (the length over which displacements agree).
@@ -78,6 +80,8 @@ class AugmentConfig:
     flip_horizontal: float = 0.5
     flip_vertical: float = 0.5
     padding: str = "reflection"
+    anchors_p: float = 0.0
+    anchors_px: float = 10.0
     elastic_p: float = 0.0
     elastic_rms_px: float = 1.5
     elastic_sigma_px: float = 10.0
@@ -114,9 +118,9 @@ class AugmentConfig:
             "noise_std": 1.0,
         }
         limits |= dict.fromkeys(
-            ("flip_horizontal", "flip_vertical", "elastic_p", "jitter_p", "channel_p", "noise_p", "blur_p"), 1.0
+            ("flip_horizontal", "flip_vertical", "anchors_p", "elastic_p", "jitter_p", "channel_p", "noise_p", "blur_p"), 1.0
         )
-        limits |= dict.fromkeys(("translation_px", "elastic_rms_px", "elastic_sigma_px"), math.inf)
+        limits |= dict.fromkeys(("translation_px", "anchors_px", "elastic_rms_px", "elastic_sigma_px"), math.inf)
         for name, upper in limits.items():
             (value,) = _numbers(name, (getattr(self, name),))
             if not 0 <= value <= upper or math.isinf(value):
@@ -153,12 +157,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "perakis2021": dict(
         crop_area=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), zoom=(1.0, 1.0), rotation_deg=0.0, translation_px=0.0,
-        flip_horizontal=0.5, flip_vertical=0.0, elastic_p=0.5, elastic_rms_px=1.5, elastic_sigma_px=10.0, jitter_p=0.8,
+        flip_horizontal=0.5, flip_vertical=0.0, anchors_p=0.5, anchors_px=50.0, elastic_p=0.0, jitter_p=0.8,
         brightness=0.2, contrast=0.2, channel_p=0.0, noise_p=0.0, blur_p=0.5, blur_sigma_px=(0.1, 2.0), blur_kernel_px=9,
     ),
     "none": dict(
         crop_area=None, zoom=(1.0, 1.0), rotation_deg=0.0, translation_px=0.0, flip_horizontal=0.0, flip_vertical=0.0,
-        elastic_p=0.0, jitter_p=0.0, channel_p=0.0, noise_p=0.0, blur_p=0.0,
+        anchors_p=0.0, elastic_p=0.0, jitter_p=0.0, channel_p=0.0, noise_p=0.0, blur_p=0.0,
     ),
 }  # fmt: skip
 

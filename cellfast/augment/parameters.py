@@ -123,6 +123,9 @@ class ParameterDraws:
         cos, sin = torch.cos(angle), torch.sin(angle)
         rotation = torch.stack((torch.stack((cos, -sin), 1), torch.stack((sin, cos), 1)), 1)
         linear = rotation * (span * mirror)[:, None, :]
+        if c.anchors_p > 0 and c.anchors_px > 0:
+            moved, shift = anchor_affine(n, s, c.anchors_p, c.anchors_px)
+            linear, centre = linear @ moved, centre + (linear @ shift[:, :, None])[:, :, 0]
         return torch.cat((linear, centre[:, :, None]), 2).float()
 
     def _photometrics(self, p: ViewParameters, n: int) -> None:
@@ -153,6 +156,26 @@ class ParameterDraws:
             std = _uniform((0.0, c.noise_std), n)
             p.noise_std = torch.where(torch.rand(n) < c.noise_p, std, 0.0)
             p.noise_start = torch.randint(NOISE_STARTS, (n, self.num_channels))
+
+
+def anchor_affine(n: int, size: int, p: float, most_px: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear parts [n, 2, 2] and shifts [n, 2], float64, that map a view's pixels, counted from its centre, to those before three anchors moved.
+
+    With probability 1 − ``p`` the identity. Equivalent to the inverse of ``cv2.getAffineTransform(anchors, anchors + uniform(±most_px))`` with
+    the anchors (c + k, c + k), (c + k, c − k), (c − k, c − k), c = size // 2, k = size // 3.
+
+    Source: the affine in albumentations' ElasticTransform before version 1.4, which the implementation of Perakis et al. uses.
+    """
+    centre, reach = size // 2 - (size - 1) / 2, size // 3
+    high, low = centre + reach, centre - reach
+    anchors = torch.tensor([[high, high], [high, low], [low, low]], dtype=torch.float64)
+    moved = anchors + _uniform((-most_px, most_px), (n, 3, 2)).double()
+    # Anchors that fall on one line have no inverse: such a view stays as it is.
+    back, failed = torch.linalg.solve_ex(torch.cat((moved, torch.ones(n, 3, 1, dtype=torch.float64)), 2), anchors.expand(n, 3, 2))
+    on = (torch.rand(n) < p) & (failed == 0)
+    identity = torch.eye(3, 2, dtype=torch.float64)
+    back = torch.where(on[:, None, None], back, identity)  # rows: x, y, 1
+    return back[:, :2].transpose(1, 2), back[:, 2]
 
 
 def smoothing_basis(size: int, sigma: float) -> torch.Tensor:

@@ -79,7 +79,8 @@ def _kornia_perakis2021(size: int) -> torch.nn.Module:
         K.CenterCrop((size, size)),
         K.RandomResizedCrop((size, size), scale=(0.08, 1.0), cropping_mode="resample", p=1.0),
         K.RandomHorizontalFlip(p=0.5),
-        K.RandomElasticTransform(kernel_size=(61, 61), sigma=(10.0, 10.0), padding_mode="reflection", p=0.5),
+        # Kornia has no affine by anchors: one of its own in its place.
+        K.RandomAffine(180.0, translate=(0.3, 0.3), scale=(0.5, 2.0), shear=(-30.0, 30.0), padding_mode="reflection", p=0.5),
         K.RandomBrightness((0.8, 1.2), p=0.8),
         K.RandomContrast((0.8, 1.2), p=0.8),
         K.RandomGaussianBlur((9, 9), (0.1, 2.0), p=0.5),
