@@ -109,10 +109,12 @@ def _earlier(out: Path | None) -> dict | None:
 
 
 def _document(result: dict, *, quick: bool, earlier: dict | None) -> dict:
-    """The result with its environment; sections and parts of ``earlier`` that were not measured now are kept."""
+    """The result with its environment; sections and parts of ``earlier`` that were not measured now are kept, each with its commit."""
     from cellfast.benchmark import environment
     from cellfast.errors import CellfastError
 
+    where = environment()
+    _stamp(result, where["commit"])
     if earlier is not None:
         before = earlier["result"]
         for key in ("settings", "other"):
@@ -121,12 +123,19 @@ def _document(result: dict, *, quick: bool, earlier: dict | None) -> dict:
                 now, then = (now["name"], now["commit"]), (then["name"], then["commit"])
             if now != then:
                 raise CellfastError(f"--update: the earlier file's {key} differ ({then} then, {now} now): measure all of it anew")
+        _stamp(before, earlier["environment"]["commit"])
         merged = {**before, **result}
         if "parts" in before and "parts" in result:
             merged["parts"] = {**before["parts"], **result["parts"]}
         merged["other"] = {**before["other"], **{k: v for k, v in result["other"].items() if v}}
         result = merged
-    return {"subject": "reference", "quick": quick, "environment": environment(), "result": result}
+    return {"subject": "reference", "quick": quick, "environment": where, "result": result}
+
+
+def _stamp(result: dict, commit: str) -> None:
+    """Give every section and part the commit it was measured at, where it has none yet."""
+    for entry in (*result.get("parts", {}).values(), *(result[key] for key in _SECTIONS if key != "parts" and key in result)):
+        entry.setdefault("commit", commit)
 
 
 def write_report(document: dict, out: Path) -> list[Path]:
