@@ -159,6 +159,11 @@ def _scaling(s: dict[str, Any]) -> Iterator[str]:
                 by_size.setdefault(row["cells"], {})[name] = text
         for n, cells in sorted(by_size.items()):
             yield f"| {n:,} | " + " | ".join(cells.get(name, "") for name in sides) + " |"
+        if part == "load":
+            yield from (
+                "",
+                "cellfast's memory while loading is pages of the mapped crop store, which the system may drop; the other's is its own.",
+            )
     for part, sides in s["minibatch"].items():
         yield from ("", f"{part} by minibatch", "", "| minibatch | " + " | ".join(sides) + " |", "|---|" + "---|" * len(sides))
         sizes = sorted({row["minibatch"] for rows in sides.values() for row in rows})
