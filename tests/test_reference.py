@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from cellfast.benchmark.reference.report import markdown, targets
 from cellfast.benchmark.reference.scaling import line_through, repeated_cells
 from cellfast.benchmark.reference.sides import cellfast_side, other_side
 from cellfast.cli import cellfast
+from cellfast.embedding.encoder import CropEncoder
 from cellfast.errors import CellfastError
 from cellfast.model_file import load_model
 from cellfast.models import INPUT_TRANSFORMS, ModelConfig, build_model
@@ -129,6 +131,19 @@ def test_the_recipe_trains_on_raw_8_bit_pixels_and_its_model_file_embeds_them_in
     crops = torch.from_numpy(np.array(Screen.open(screen).plates[0].crops()[:4]))
     seen = model.model.input_transform(center_crop(crops, model.low, model.high, 24))
     np.testing.assert_allclose(seen.numpy(), reference_input(crops.numpy()[:, :, 5:29, 5:29]), atol=2e-5)
+
+
+@pytest.mark.parametrize("features", ["h", "z"])
+@pytest.mark.parametrize("transform", ["none", "perakis2021"])
+def test_embedding_is_the_models_own_function_with_its_input_transform(features, transform):
+    model = build_model(ModelConfig("resnet18", input_transform=transform), seed=0).eval()
+    low, high = torch.zeros(3), torch.full((3,), 255.0)
+    loaded = SimpleNamespace(model=model, scaling="screen", low=low, high=high, output_size=24)
+    crops = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(center_crop(crops, low, high, 24))[features == "z"]
+    got = CropEncoder(loaded, features=features, device=torch.device("cpu"))(crops, low, high)
+    torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
 # Number by number

@@ -127,7 +127,7 @@ class CropEncoder:
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            h = self.folded(x)
+            h = self.folded(self.network.input_transform(x))
             return h if self.features == "h" else self.network.projection(h)
 
 
