@@ -54,13 +54,16 @@ def make_screen(folder: Path, dtype: type = np.uint16, channels: list[str] = CHA
     return folder
 
 
-def make_model(path: Path, *, bits: int = 16, scaling: str = "screen", channels: list[str] = CHANNELS) -> Path:
+def make_model(
+    path: Path, *, bits: int = 16, scaling: str = "screen", channels: list[str] = CHANNELS, transform: str = "none"
+) -> Path:
     top = 2.0**bits - 1
     metadata = ModelMetadata(
         channel_names=channels, crop_size=SIZE, output_size=OUTPUT, bits=bits, scaling=scaling,
         low=[0.05 * top, 0.1 * top, 0.0], high=[0.9 * top, 0.5 * top, 0.8 * top], training_data="ab" * 32, step=7,
     )  # fmt: skip
-    save_model(path, build_model(ModelConfig(encoder="cnn4", num_channels=len(channels), projection_dim=5), 3), metadata)
+    config = ModelConfig(encoder="cnn4", num_channels=len(channels), projection_dim=5, input_transform=transform)
+    save_model(path, build_model(config, 3), metadata)
     return path
 
 
@@ -106,6 +109,18 @@ def test_an_exported_model_gives_the_models_features(name, screen, model, tmp_pa
             assert found.dtype == torch.float32
             np.testing.assert_allclose(found.numpy(), expected[:count], rtol=1e-4, atol=1e-5)
     assert not [p.name for p in tmp_path.iterdir() if p != out]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_models_input_transform_is_part_of_what_is_exported(name, screen, tmp_path):
+    model = make_model(tmp_path / "model.pt", transform="perakis2021")
+    out = tmp_path / f"m.{SUFFIX[name]}"
+    result = export(model, "-o", out, "--format", name, "--check", screen)
+    assert result.exit_code == 0, result.exception
+    exported, loaded = load_exported(out), load_model(model)
+    crops = np.array(Screen.open(screen).plates[0].crops())
+    expected = oracle(model, crops, loaded.low, loaded.high)
+    np.testing.assert_allclose(exported(torch.from_numpy(crops)).numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -32,11 +32,11 @@ class _Network(nn.Module):
 
     def __init__(self, model: SimCLR, features: str) -> None:
         super().__init__()
-        self.encoder = model.encoder
+        self.transform, self.encoder = model.input_transform, model.encoder
         self.head = model.projection if features == "z" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x))
+        return self.head(self.encoder(self.transform(x)))
 
 
 class _Program(nn.Module):
