@@ -111,11 +111,11 @@ class WrappedInverse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inverse = torch.where(x < 0.5 / 255, torch.zeros((), dtype=x.dtype, device=x.device), 256 / 255 - x)
-        return (inverse - self.mean) / self.std
+        return inverse.sub_(self.mean).div_(self.std)
 
 
 class CNN4(nn.Module):
-    """Four times 3×3 convolution, ReLU and 2×2 max pooling, then the mean over positions: [B, C, s, s] → [B, 64].
+    """Four times 3×3 convolution, 2×2 max pooling and ReLU, then the mean over positions: [B, C, s, s] → [B, 64].
 
     Source: the 4-layer CNN baseline of Perakis et al. (arXiv 2103.16670). The paper gives no widths; 16, 32, 64 and 64 without
         BatchNorm are ours.
@@ -130,7 +130,8 @@ class CNN4(nn.Module):
             convolution = nn.Conv2d(previous, width, kernel_size=3, padding=1)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(convolution.bias)
-            layers += [convolution, nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+            # ReLU after pooling: the same values and gradients from a quarter of the pixels.
+            layers += [convolution, nn.MaxPool2d(2), nn.ReLU(inplace=True)]
             previous = width
         self.features = nn.Sequential(*layers)
         self.num_features = previous
@@ -146,7 +147,11 @@ def _resnet(config: ModelConfig) -> tuple[nn.Module, int]:
     if (config.num_channels, kernel, stride) != (3, 7, 2):
         network.conv1 = nn.Conv2d(config.num_channels, 64, kernel, stride=stride, padding=kernel // 2, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if not pooled:
+    if pooled:
+        # ReLU after pooling: the same values and gradients (a maximum below zero becomes zero either way) from a quarter of the pixels.
+        network.maxpool = nn.Sequential(network.maxpool, network.relu)
+        network.relu = nn.Identity()
+    else:
         network.maxpool = nn.Identity()
     num_features = network.fc.in_features
     network.fc = nn.Identity()

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from cellfast.augment import AugmentConfig, TwoViews, center_crop
 from cellfast.benchmark.reference import check_reference_size
 from cellfast.benchmark.reference.baseline import Implementation as Baseline
-from cellfast.benchmark.reference.baseline import nt_xent, plain_scores
-from cellfast.benchmark.reference.cells import prepare_cells, simulated_features
+from cellfast.benchmark.reference.baseline import nt_xent, plain_accuracies, plain_scores
+from cellfast.benchmark.reference.cells import prepare_cells, simulated_features, simulated_treatments
 from cellfast.benchmark.reference.ours import Implementation as Ours
 from cellfast.benchmark.reference.parts import Settings, measure_agreement, ratios, summary
 from cellfast.benchmark.reference.quality import score_features
@@ -266,6 +266,15 @@ def test_retrieval_counts_neighbours_of_other_wells_only():
     assert found["retrieval_queries"] == 8
     assert found["retrieval"] == pytest.approx(6 / 8)  # A04's cells are nearer to A02 than to A03
     assert found["retrieval_chance"] == pytest.approx(2 / 6)
+
+
+def test_evaluations_of_treatments_agree():
+    profiles, metadata = simulated_treatments(64)
+    assert len(profiles) == len(metadata) == 103
+    metadata["moa"] = np.roll(metadata["moa"], 1)  # so that neither score is 1
+    theirs = plain_accuracies(profiles, *(metadata[name].to_numpy() for name in ("compound", "moa", "batch")))
+    assert Ours({}).evaluate(profiles, metadata)() == pytest.approx(theirs, abs=1e-12)
+    assert 0 < min(theirs) < max(theirs) < 1
 
 
 def test_features_of_both_sides_are_scored_alike():

@@ -126,9 +126,11 @@ def _reference(r: dict[str, Any]) -> Iterator[Row]:
         ours, theirs = entry[names[0]], entry[names[-1]]
         if "times_faster" not in entry:
             continue
-        unit = "tables" if part.startswith("score") else f"{s['size']} px"
+        where = f"{s['size']} px, minibatch {s['batch_size']}, {s['encoder']}, {s['threads']} threads"
+        if part.startswith(("score", "evaluate")):
+            where = f"{s['score_features']} features, {s['threads']} threads"
         yield Row(
-            f"{part}: {entry['what']} ({unit}, minibatch {s['batch_size']}, {s['encoder']}, {s['threads']} threads), cells/s",
+            f"{part}: {entry['what']} ({where}), {'treatments' if part == 'evaluate' else 'cells'}/s",
             f"{number(ours['cells_per_second'])}, peak {ours['peak_bytes'] / 2**30:.2f} GiB",
             f"{named} {number(theirs['cells_per_second'])}, {theirs['peak_bytes'] / 2**30:.2f} GiB: {entry['times_faster']:.3g} ×",
         )

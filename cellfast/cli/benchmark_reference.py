@@ -8,7 +8,7 @@ import click
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _SECTIONS = ("parts", "agreement", "quality", "scaling")
-_PARTS = ("load", "augment", "loss", "step", "epoch", "embed", "score", "score with pictures", "end to end")
+_PARTS = ("load", "augment", "loss", "step", "epoch", "embed", "score", "score with pictures", "evaluate", "end to end")
 
 
 @click.command()

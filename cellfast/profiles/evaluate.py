@@ -125,7 +125,8 @@ def evaluate_profiles(
     weights = bootstrap_weights(compound, options.num_resamples, options.seed)
     result: dict[str, Any] = {"nsc": {}, "nscb": {}, "drop": None}
     labels = _labels(metadata)
-    table = _identity(metadata)
+    called_names = [str(name) for name in moas]
+    columns: dict[str, Any] = {}
     resampled = []
     for rule, neighbours in zip(("nsc", "nscb"), found):
         evaluated = neighbours.index[:, 0] >= 0
@@ -147,13 +148,17 @@ def evaluate_profiles(
         pool = neighbours.pool_size
         score["candidate_pool_size"] = {"min": int(pool.min()), "median": float(np.median(pool)), "max": int(pool.max())}
         result[rule] = score
-        table[f"{rule}_evaluated"] = evaluated
-        table[f"{rule}_correct"] = correct
-        table[f"{rule}_called_moa"] = [moas[c] if e else "" for c, e in zip(called, evaluated)]
-        table[f"{rule}_neighbour"] = [labels[i] if i >= 0 else "" for i in neighbours.index[:, 0]]
-        table[f"{rule}_neighbour_moa"] = [moas[moa[i]] if i >= 0 else "" for i in neighbours.index[:, 0]]
-        table[f"{rule}_distance"] = neighbours.distance[:, 0]
-        table[f"{rule}_pool_size"] = pool
+        nearest = neighbours.index[:, 0].tolist()
+        columns |= {
+            f"{rule}_evaluated": evaluated,
+            f"{rule}_correct": correct,
+            f"{rule}_called_moa": [called_names[c] if e else "" for c, e in zip(called.tolist(), evaluated.tolist())],
+            f"{rule}_neighbour": [labels[i] if i >= 0 else "" for i in nearest],
+            f"{rule}_neighbour_moa": [called_names[moa[i]] if i >= 0 else "" for i in nearest],
+            f"{rule}_distance": neighbours.distance[:, 0],
+            f"{rule}_pool_size": pool,
+        }
+    table = pd.concat([_identity(metadata), pd.DataFrame(columns)], axis=1)
     if result["nsc"]["accuracy"] is not None and result["nscb"]["accuracy"] is not None:
         result["drop"] = result["nsc"]["accuracy"] - result["nscb"]["accuracy"]
     result["drop_interval_95"] = percentile_interval(resampled[0] - resampled[1])

@@ -71,7 +71,8 @@ def times_power(x: np.ndarray, rows: np.ndarray, power: float, added: float) -> 
     f(s) = ((s + added)^power − added^power) / s: nothing is divided by a small singular value.
     """
     n, d = rows.shape
-    if 2 * n >= d or added <= 0:
+    # At 330 rows of 512 the short way takes half the time; the two meet at about three quarters.
+    if 4 * n >= 3 * d or added <= 0:
         return x @ symmetric_power(second_moment(rows), power, added)
     s, u = np.linalg.eigh(rows @ rows.T / n)
     s = np.maximum(s, 0.0)

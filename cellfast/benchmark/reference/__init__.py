@@ -5,6 +5,7 @@ The reference's code is neither copied nor shipped: `adapter` drives a checkout 
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ MOST_CELLS, QUICK_CELLS = 1_000, 120
 PIECE_CELLS = 32
 # Not in a quick run, unless asked for by name.
 LONG_PARTS = ("score with pictures",)
-QUICK = Settings(batch_size=32, size=56, repeats=2, slow_repeats=1, score_cells=2_000, score_features=128, one_process=True)
+QUICK = Settings(batch_size=32, size=56, repeats=1, slow_repeats=1, score_cells=1_000, score_features=64, one_process=True)
 QUICK_SCALING: dict[str, Any] = {
     "loaded": (), "scored": (), "minibatches": (32, 128), "step_minibatches": (), "cores": (),
 }  # fmt: skip
@@ -68,7 +69,7 @@ def measure_reference(
     """
     settings = settings or (QUICK if quick else Settings())
     quality_settings = quality_settings or (QUICK if quick else replace(settings, batch_size=128, size=56))
-    quality_steps = quality_steps or (3 if quick else 40)
+    quality_steps = quality_steps or (2 if quick else 40)
     scaling = scaling or (QUICK_SCALING if quick else {})
     unknown = [s for s in sections if s not in SECTIONS]
     if unknown:
@@ -85,8 +86,11 @@ def measure_reference(
         "other": {"name": other.name, "commit": checkout_commit(reference_dir)},
         "settings": asdict(settings),
     }
-    with tempfile.TemporaryDirectory(prefix="cellfast-bench-", dir=folder) as temporary:
-        work = Path(temporary)
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cellfast-bench-", dir=folder)))
+        if settings.one_process:
+            for side in sides:
+                stack.enter_context(side.one_process(settings.threads))
         most = num_cells or (QUICK_CELLS if quick else MOST_CELLS)
         source = Path(screen) if screen else simulated_screen(work, most, settings.size)
         if num_cells is None and screen:
@@ -107,7 +111,8 @@ def measure_reference(
 
         if "agreement" in sections:
             # Small crops: it is about numbers, not about time.
-            result["agreement"] = measure_agreement(sides[0], other, cells_of(quality_settings.size), quality_settings)
+            few = cells_of(quality_settings.size)
+            result["agreement"] = measure_agreement(sides[0], other, few, quality_settings, batch_size=8 if quick else 16)
             first = result["agreement"]["float32"]["first_loss_difference"]
             rest = result["agreement"]["float64"]["largest_loss_difference"]
             say(f"agreement: first loss to {first:.1e} in float32, {result['agreement']['steps']} steps to {rest:.1e} in float64")

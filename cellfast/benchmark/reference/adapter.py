@@ -252,6 +252,36 @@ class Implementation:
             metrics.plt.close("all")
         return float(nsc), float(nscb)
 
+    def evaluate(self, profiles: np.ndarray, metadata: Any) -> Callable[[], tuple[float, float]]:
+        """Its functions ``nsc`` and ``nscb`` on treatments; they stand inside the one that does all and are taken out of it."""
+        import pandas as pd
+
+        columns = list(range(profiles.shape[1]))
+        frame = pd.DataFrame({
+            "Compound": metadata["compound"], "Concentration": metadata["concentration"], "MOA": metadata["moa"],
+            "Batch": metadata["batch"], "MOA_class": pd.factorize(metadata["moa"])[0],
+        })  # fmt: skip
+        frame = pd.concat([frame, pd.DataFrame(profiles.astype(np.float64), columns=columns)], axis=1)
+        inner = {
+            code.co_name: types.FunctionType(
+                code,
+                vars(self.metrics),
+                code.co_name,
+                None,
+                tuple({"feature_ids": types.CellType(columns)}[n] for n in code.co_freevars),
+            )
+            for code in self.metrics.calculate_nsc_and_nscb.__code__.co_consts
+            if isinstance(code, types.CodeType) and code.co_name in ("nsc", "nscb")
+        }
+
+        def run() -> tuple[float, float]:
+            with _silent():
+                treatments, nsc = inner["nsc"](frame.copy())
+                _, nscb = inner["nscb"](treatments)
+            return float(nsc), float(nscb)
+
+        return run
+
     def agree(self) -> dict[str, Any]:
         """Losses of a few steps on fixed views, for a comparison number by number.
 

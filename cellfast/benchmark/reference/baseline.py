@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -199,6 +200,11 @@ class Implementation:
         """NSC and NSCB of means per well, TVN and medians per treatment."""
         return plain_scores(features, metadata)
 
+    def evaluate(self, profiles: np.ndarray, metadata: pd.DataFrame) -> Callable[[], tuple[float, float]]:
+        """NSC and NSCB of treatments."""
+        columns = (metadata[name].to_numpy() for name in ("compound", "moa", "batch"))
+        return partial(plain_accuracies, profiles.astype(np.float64), *columns)
+
     def agree(self) -> dict[str, Any]:
         """Losses of a few steps on fixed views (the crops and their mirror images), weights and inputs written: see the adapter."""
         job = self.job
@@ -222,7 +228,6 @@ class Implementation:
 def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: float = 1.0) -> tuple[float, float]:
     """(NSC, NSCB) step by step: group means with pandas, whitening and CORAL with SciPy, a classifier fitted anew per treatment."""
     import scipy.linalg
-    from sklearn.neighbors import KNeighborsClassifier
 
     names = list(range(features.shape[1]))
     key = ["Metadata_Plate", "Metadata_Well", "compound", "concentration", "moa"]
@@ -247,15 +252,20 @@ def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: f
     by = ["compound", "concentration", "moa"]
     table = treated.groupby(by)[names].median().reset_index()
     batches = treated.groupby(by)["batch"].agg(lambda b: ",".join(sorted(set(b)))).to_numpy()
-    in_batches = table.assign(b=batches).groupby("moa")["b"].nunique()
+    return plain_accuracies(table[names].to_numpy(), table["compound"].to_numpy(), table["moa"].to_numpy(), batches)
+
+
+def plain_accuracies(profiles: np.ndarray, compounds: np.ndarray, moas: np.ndarray, batches: np.ndarray) -> tuple[float, float]:
+    """(NSC, NSCB) of treatments: a classifier fitted anew for each; under NSCB without the MoAs of one batch."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    in_batches = pd.Series(batches).groupby(moas).nunique()
     scores = []
     for not_same_batch in (False, True):
-        keep = np.ones(len(table), bool)
+        keep = np.ones(len(profiles), bool)
         if not_same_batch:
-            keep = ~table["moa"].isin(in_batches[in_batches == 1].index).to_numpy()
-        x, compound, moa, batch = (
-            v[keep] for v in (table[names].to_numpy(), table["compound"].to_numpy(), table["moa"].to_numpy(), batches)
-        )
+            keep = ~np.isin(moas, in_batches[in_batches == 1].index)
+        x, compound, moa, batch = (v[keep] for v in (profiles, compounds, moas, batches))
         correct = 0
         for i in range(len(x)):
             allowed = compound != compound[i]

@@ -182,3 +182,14 @@ def simulated_features(num_cells: int, num_features: int, seed: int = 0) -> tupl
     centres, weeks = rng.standard_normal((13, num_features)), rng.standard_normal((10, num_features))
     features = rng.standard_normal((num_cells, num_features)) + 0.15 * centres[moa] + 0.1 * weeks[frame["week"]]
     return features.astype(np.float32), frame.drop(columns="week").assign(Replicate=1)
+
+
+def simulated_treatments(num_features: int, seed: int = 0) -> tuple[np.ndarray, pd.DataFrame]:
+    """Profiles and metadata of the treatments of `simulated_features`: medians of 5,000 cells, without controls."""
+    features, frame = simulated_features(5_000, num_features, seed)
+    frame["batch"] = frame["Metadata_Plate"].str.partition("_")[0]
+    key = ["compound", "concentration", "moa", "batch"]
+    treated = (frame["compound"] != "DMSO").to_numpy()
+    groups = frame[treated].groupby(key)
+    profiles = pd.DataFrame(features[treated]).groupby(groups.ngroup().to_numpy()).median().to_numpy()
+    return profiles, pd.DataFrame(list(groups.groups), columns=key)

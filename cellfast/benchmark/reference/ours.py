@@ -198,26 +198,31 @@ class Implementation:
 
     def score(self, features: np.ndarray, metadata: Any) -> tuple[float, float]:
         """NSC and NSCB of wells (mean), TVN with λ 1 as the reference's, treatments (median)."""
-        from cellfast.profiles.build import ProfileTable, collapse
-        from cellfast.profiles.columns import find_metadata_columns
-        from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
+        from cellfast.profiles.build import collapse
+        from cellfast.profiles.evaluate import evaluate_profiles
         from cellfast.profiles.normalize import normalize_profiles, parse_steps
-        from cellfast.profiles.table import add_batch, canonical_metadata
 
-        frame = metadata.drop(columns="Replicate")
-        known, _ = add_batch(canonical_metadata(frame, find_metadata_columns(list(frame.columns))))
-        cells = ProfileTable(known, np.ascontiguousarray(features), [f"h{i:03d}" for i in range(features.shape[1])])
-        wells = collapse(cells, ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
+        wells = collapse(profile_table(features, metadata), ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
         wells, _ = normalize_profiles(wells, parse_steps(["tvn:lambda=1"]))
-        # The reference prints two numbers; intervals and average precision are left out on both sides.
-        options = EvaluationOptions(num_resamples=0, num_permutations=0, average_precision=False)
-        evaluation = evaluate_profiles(wells, options)
+        evaluation = evaluate_profiles(wells, two_numbers())
         if self.job.get("pictures"):
             from cellfast.profiles.plots import write_pictures
 
             write_pictures(evaluation, os.path.join(self.job["folder"], "evaluation"))
         result = evaluation.result
         return result["nsc"]["accuracy"], result["nscb"]["accuracy"]
+
+    def evaluate(self, profiles: np.ndarray, metadata: Any) -> Callable[[], tuple[float, float]]:
+        """NSC and NSCB of treatments."""
+        from cellfast.profiles.evaluate import evaluate_profiles
+
+        table = profile_table(profiles, metadata)
+
+        def run() -> tuple[float, float]:
+            result = evaluate_profiles(table, two_numbers()).result
+            return result["nsc"]["accuracy"], result["nscb"]["accuracy"]
+
+        return run
 
     def agree(self) -> dict[str, Any]:
         """The same steps from the reference's initial weights on the same crops: see the adapter."""
@@ -245,6 +250,23 @@ class Implementation:
         with torch.no_grad():
             h = model.encode(first)
         return {"losses": losses, "features": h.flatten()[:64].tolist(), "largest_input_difference": difference}
+
+
+def profile_table(features: np.ndarray, metadata: Any) -> Any:
+    """``features`` and the metadata a user's file would hold as a table of profiles."""
+    from cellfast.profiles.columns import find_metadata_columns
+    from cellfast.profiles.table import ProfileTable, add_batch, canonical_metadata
+
+    frame = metadata.drop(columns="Replicate", errors="ignore")
+    known, _ = add_batch(canonical_metadata(frame, find_metadata_columns(list(frame.columns))))
+    return ProfileTable(known, np.ascontiguousarray(features), [f"h{i:03d}" for i in range(features.shape[1])])
+
+
+def two_numbers() -> Any:
+    """Options that leave out what the reference does not give: intervals and average precision."""
+    from cellfast.profiles.evaluate import EvaluationOptions
+
+    return EvaluationOptions(num_resamples=0, num_permutations=0, average_precision=False)
 
 
 def as_loaded(values: SimpleNamespace) -> LoadedModel:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from cellfast.benchmark.reference.cells import Cells, simulated_features
+from cellfast.benchmark.reference.cells import Cells, simulated_features, simulated_treatments
 from cellfast.benchmark.reference.sides import Side
 from cellfast.errors import CellfastError
 
@@ -29,7 +30,7 @@ class Settings:
             fewer for what takes longest: an epoch, the whole way, pictures.
         score_cells, score_features: the table of features that is scored.
         epochs: passes over the cells in the part from crops to accuracy.
-        one_process: all parts of a side in one process, which is quicker and less exact about memory.
+        one_process: all that is measured of a side in one process, which is quicker and less exact about memory.
     """
 
     encoder: str = "resnet18"
@@ -59,6 +60,7 @@ PARTS: dict[str, tuple[str, bool]] = {
     "embed": ("features of every cell", True),
     "score": ("cells' features to NSC and NSCB: well means, TVN, treatment medians, neighbours", False),
     "score with pictures": ("the same and a t-SNE, its pictures by MoA and the confusion between MoAs", True),
+    "evaluate": ("treatments' profiles to NSC and NSCB: neighbours of another compound, and batch", False),
     "end to end": ("crops on disk to NSC and NSCB: load, train, embed, score", True),
 }
 
@@ -87,21 +89,15 @@ def measure_parts(
     # The baseline draws nothing.
     parts = [part for part in parts if part != "score with pictures" or sides[-1].name == "reference"]
     jobs = _jobs(cells, settings, parts)
-    together: dict[str, dict[str, Any]] = {}
-    if settings.one_process:
-        for side in sides:
-            mine = {part: job for part, job in jobs.items() if _takes_part(side, part)}
-            together[label(side)] = dict(zip(mine, side.run_several(list(mine.values()), threads=settings.threads)))
     found: dict[str, Any] = {}
     for part, job in jobs.items():
         entry: dict[str, Any] = {"what": PARTS[part][0]}
         present = [side for side in sides if _takes_part(side, part)]
         names = [label(side) for side in present]
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        for _ in range(1 if settings.one_process else job.get("rounds", 1)):
+        for _ in range(job.get("rounds", 1)):
             for side, name in zip(present, names):
-                done = together[name][part] if settings.one_process else side.run_several([job], threads=settings.threads)[0]
-                rounds[name].append(done)
+                rounds[name] += side.run_several([job], threads=settings.threads)
         for name in names:
             entry[name] = summary(merged(rounds[name]))
             say(f"{part:<11} {name:<26} {describe(entry[name])}")
@@ -118,6 +114,7 @@ def measure_parts(
 def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Part → what both sides are asked to do."""
     features, metadata = write_scored_table(cells.folder, settings)
+    treatments = _write_table(cells.folder, "treatments", *simulated_treatments(settings.score_features))
     jobs = {}
     for part in parts:
         slow = PARTS[part][1]
@@ -126,6 +123,8 @@ def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, d
             job["rounds"] = settings.slow_repeats
         if part == "augment":
             job["minibatches"] = -1  # all of them
+        if part == "evaluate":
+            job |= {"features_file": str(treatments[0]), "metadata_file": str(treatments[1])}
         if part.startswith("score"):
             job |= {"features_file": str(features), "metadata_file": str(metadata)}
         if part == "score with pictures":
@@ -209,8 +208,11 @@ def describe(entry: dict[str, Any]) -> str:
 
 def write_scored_table(folder: Path, settings: Settings) -> tuple[Path, Path]:
     """Write the table of simulated features that is scored; returns its two files."""
-    features, metadata = folder / "features.npy", folder / "features.csv"
-    values, frame = simulated_features(settings.score_cells, settings.score_features)
+    return _write_table(folder, "features", *simulated_features(settings.score_cells, settings.score_features))
+
+
+def _write_table(folder: Path, name: str, values: np.ndarray, frame: pd.DataFrame) -> tuple[Path, Path]:
+    features, metadata = folder / f"{name}.npy", folder / f"{name}.csv"
     np.save(features, values, allow_pickle=False)
     frame.to_csv(metadata, index=False)
     return features, metadata
@@ -218,7 +220,7 @@ def write_scored_table(folder: Path, settings: Settings) -> tuple[Path, Path]:
 
 def _check(part: str, entry: dict[str, Any], labels: Sequence[str]) -> None:
     done = [entry[name] for name in labels if "seconds" in entry[name]]
-    keys = {"loss": ("loss", "gradient_norm")}.get(part, ("nsc", "nscb") if part.startswith("score") else ())
+    keys = {"loss": ("loss", "gradient_norm")}.get(part, ("nsc", "nscb") if part.startswith(("score", "evaluate")) else ())
     for key in keys:
         tolerance = LOSS_TOLERANCE if part == "loss" else SCORE_TOLERANCE
         values = [d[key] for d in done]

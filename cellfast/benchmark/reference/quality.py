@@ -61,10 +61,7 @@ def _train(
         {"part": "train", **cells.job(), **settings.job(), "seed": seed, "features_file": str(file), **until}
         for file, until in zip(files, limits.values())
     ]
-    if settings.one_process:
-        results = side.run_several(jobs, threads=settings.threads)
-    else:
-        results = [side.run_several([job], threads=settings.threads)[0] for job in jobs]
+    results = [side.run_several([job], threads=settings.threads)[0] for job in jobs]
     runs = []
     for limit, file, result in zip(limits, files, results):
         if "seconds" not in result:

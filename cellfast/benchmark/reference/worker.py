@@ -1,7 +1,8 @@
-"""One measurement in a process of its own, so that its peak memory is its own: ``python worker.py JOB.json``.
+"""Measurements in a process of their own, so that peak memory is their own: ``python worker.py``, with names of job files on standard input.
 
-JOB.json may hold several jobs; the peak of each then begins at what the one before left. The same code times every implementation. It imports the standard library, NumPy and PyTorch only, because it also runs in the
-environment of a reference checkout, where cellfast is not installed. A job names the implementation's file and what to measure.
+The peak of every job after the first begins at what the one before left. The same code times every implementation. It imports the
+standard library, NumPy and PyTorch only, because it also runs in the environment of a reference checkout, where cellfast is not
+installed. A job names the implementation's file and what to measure.
 
 An implementation is a class ``Implementation(job)`` with ``name`` and ``description``, and of these the methods a job asks for:
 
@@ -13,6 +14,7 @@ An implementation is a class ``Implementation(job)`` with ``name`` and ``descrip
 ``epoch()``        one pass over minibatches: draw, augment, train; returns the number of cells
 ``embed()``        features h float32 [cells, F] of all cells, in the index's order
 ``score(f, m)``    features and metadata table → (NSC, NSCB), the part that is timed
+``evaluate(f, m)`` treatments' profiles and metadata table → a callable that returns (NSC, NSCB)
 ``train(limit)``   training until ``limit(step)`` is true; returns (steps, last loss)
 ``agree(views)``   number-by-number comparison, see the methods
 =================  ==========================================================================================================
@@ -106,6 +108,16 @@ def _score(side: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "cells": len(features), "nsc": scores[0], "nscb": scores[1]}
 
 
+def _evaluate(side: Any, job: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+    import pandas as pd
+
+    profiles = np.load(job["features_file"], allow_pickle=False)
+    run = side.evaluate(profiles, pd.read_csv(job["metadata_file"]))
+    seconds, scores = timed(run, repeats=job["repeats"], warm_up=1)
+    return {"seconds": seconds, "cells": len(profiles), "nsc": scores[0], "nscb": scores[1]}
+
+
 def _end_to_end(side: Any, job: dict[str, Any]) -> dict[str, Any]:
     import pandas as pd
 
@@ -153,7 +165,7 @@ def _agree(side: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 PARTS = {
     "load": _load, "augment": _augment, "loss": _loss, "step": _step, "epoch": _epoch, "embed": _embed, "score": _score, "score with pictures": _score,
-    "end to end": _end_to_end, "train": _train, "agree": _agree,
+    "evaluate": _evaluate, "end to end": _end_to_end, "train": _train, "agree": _agree,
 }  # fmt: skip
 
 
@@ -173,9 +185,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     side = implementation(job)
     imported = memory_bytes("VmRSS")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
     if job.get("allowed_bytes"):
         # Beyond this an allocation fails in this process, instead of the operating system choosing another one to end.
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes("VmSize") + job["allowed_bytes"],) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes("VmSize") + job["allowed_bytes"], limits[1]))
     try:
         result = PARTS[job["part"]](side, job)
     except (MemoryError, RuntimeError) as error:
@@ -183,6 +196,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(error, MemoryError) and "memory" not in text.lower():
             raise
         result = {"out_of_memory": " ".join(text.split())[:200] or "MemoryError"}
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     result["peak_bytes"] = memory_bytes("VmHWM")
     result["imported_bytes"] = imported
     result["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__, **side.versions()}
@@ -199,19 +214,22 @@ def start_peak_anew() -> bool:
 
 
 def main() -> None:
-    """Read the file named on the command line, ``{"result", "jobs": [job, …]}``, and write the list of results where it says."""
+    """For each line of standard input, a file ``{"result", "jobs": [job, …]}``: carry out its jobs, write the list of results where it says."""
     # This file's folder would otherwise come before everything else and lend its module names to the reference.
     sys.path[:] = [entry for entry in sys.path if entry and os.path.abspath(entry) != os.path.dirname(os.path.abspath(__file__))]
-    with open(sys.argv[1], encoding="utf-8") as handle:
-        work = json.load(handle)
-    results = []
-    for number, job in enumerate(work["jobs"]):
-        if number:
-            gc.collect()
-            start_peak_anew()
-        results.append(run(job))
-    with open(work["result"], "w", encoding="utf-8") as handle:
-        json.dump(results, handle)
+    fresh = True
+    while line := sys.stdin.readline():
+        work = json.loads(Path(line.rstrip("\n")).read_text(encoding="utf-8"))
+        results = []
+        for job in work["jobs"]:
+            if not fresh:
+                gc.collect()
+                start_peak_anew()
+            fresh = False
+            results.append(run(job))
+        unfinished = Path(work["result"] + ".part")
+        unfinished.write_text(json.dumps(results), encoding="utf-8")
+        unfinished.replace(work["result"])
 
 
 if __name__ == "__main__":
