@@ -111,6 +111,7 @@ def evaluate_profiles(
     metadata = profiles.metadata
     compound, compounds = pd.factorize(metadata[names.COMPOUND], sort=True)
     moa, moas = pd.factorize(metadata[names.MOA], sort=True)
+    moa_names = [str(name) for name in moas]
     if len(compounds) < 2:
         raise CellfastError(
             f"NSC needs profiles of at least two compounds with a MoA; found {len(compounds)} ({', '.join(compounds)})."
@@ -125,7 +126,6 @@ def evaluate_profiles(
     weights = bootstrap_weights(compound, options.num_resamples, options.seed)
     result: dict[str, Any] = {"nsc": {}, "nscb": {}, "drop": None}
     labels = _labels(metadata)
-    called_names = [str(name) for name in moas]
     columns: dict[str, Any] = {}
     resampled = []
     for rule, neighbours in zip(("nsc", "nscb"), found):
@@ -134,7 +134,7 @@ def evaluate_profiles(
             evaluated &= ~excluded
         called = majority_vote(moa, neighbours.index)
         correct = evaluated & (called == moa)
-        score = _score(correct, evaluated, compound, moa, moas, called)
+        score = _score(correct, evaluated, compound, moa, moa_names, called)
         resampled.append(bootstrap_accuracies(correct, evaluated, compound, weights))
         score["interval_95"] = percentile_interval(resampled[-1])
         score["p_value"] = permutation_p_value(
@@ -152,9 +152,9 @@ def evaluate_profiles(
         columns |= {
             f"{rule}_evaluated": evaluated,
             f"{rule}_correct": correct,
-            f"{rule}_called_moa": [called_names[c] if e else "" for c, e in zip(called.tolist(), evaluated.tolist())],
+            f"{rule}_called_moa": [moa_names[c] if e else "" for c, e in zip(called.tolist(), evaluated.tolist())],
             f"{rule}_neighbour": [labels[i] if i >= 0 else "" for i in nearest],
-            f"{rule}_neighbour_moa": [called_names[moa[i]] if i >= 0 else "" for i in nearest],
+            f"{rule}_neighbour_moa": [moa_names[moa[i]] if i >= 0 else "" for i in nearest],
             f"{rule}_distance": neighbours.distance[:, 0],
             f"{rule}_pool_size": pool,
         }
@@ -163,8 +163,8 @@ def evaluate_profiles(
         result["drop"] = result["nsc"]["accuracy"] - result["nscb"]["accuracy"]
     result["drop_interval_95"] = percentile_interval(resampled[0] - resampled[1])
     per_moa = [np.unique(compound[moa == m]).size for m in range(len(moas))]
-    result["one_batch_moas"] = [str(moas[m]) for m in one_batch]
-    result["one_compound_moas"] = [str(moas[m]) for m in range(len(moas)) if per_moa[m] == 1]
+    result["one_batch_moas"] = [moa_names[m] for m in one_batch]
+    result["one_compound_moas"] = [moa_names[m] for m in range(len(moas)) if per_moa[m] == 1]
     result["counts"] = {**counts, "profiles": len(profiles), "compounds": len(compounds), "moas": len(moas),
                         "batches": len({b for s in batches for b in s}), "features": len(profiles.feature_names)}  # fmt: skip
     result["replicate_reproducibility"] = None
@@ -258,32 +258,39 @@ def _one_batch_moas(moa: np.ndarray, num: int, batches: list[tuple[str, ...]]) -
 
 
 def _score(
-    correct: np.ndarray, evaluated: np.ndarray, compound: np.ndarray, moa: np.ndarray, moas: pd.Index, called: np.ndarray
+    correct: np.ndarray, evaluated: np.ndarray, compound: np.ndarray, moa: np.ndarray, moas: list[str], called: np.ndarray
 ) -> dict[str, Any]:
     total = int(evaluated.sum())
-    present = [m for m in range(len(moas)) if (moa[evaluated] == m).any() or (called[evaluated] == m).any()]
-    confusion = [[int((evaluated & (moa == t) & (called == c)).sum()) for c in present] for t in present]
-    by_compound = [correct[rows].mean() for c in np.unique(compound[evaluated]) if (rows := evaluated & (compound == c)).any()]
-    most = np.bincount(moa[evaluated], minlength=len(moas)) if total else np.zeros(len(moas))
+    counts = np.bincount(moa[evaluated] * len(moas) + called[evaluated], minlength=len(moas) ** 2).reshape(len(moas), len(moas))
+    present = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
+    of_moa, correct_of_moa = counts.sum(axis=1), np.bincount(moa[correct], minlength=len(moas)).tolist()
+    of_compound = np.bincount(compound[evaluated])
+    by_compound = (np.bincount(compound[correct], minlength=len(of_compound)) / np.maximum(of_compound, 1))[of_compound > 0]
+    most = int(of_moa.argmax())
     return {
         "accuracy": int(correct.sum()) / total if total else None,
         "num_correct": int(correct.sum()),
         "num_evaluated": total,
         "num_excluded": int((~evaluated).sum()),
-        "compound_macro_accuracy": float(np.mean(by_compound)) if by_compound else None,
-        "majority_baseline": {"moa": str(moas[most.argmax()]), "accuracy": float(most.max() / total)} if total else None,
+        "compound_macro_accuracy": float(np.mean(by_compound)) if len(by_compound) else None,
+        "majority_baseline": {"moa": moas[most], "accuracy": float(of_moa[most] / total)} if total else None,
         "per_moa": {
-            str(moas[m]): {"num_correct": int(correct[moa == m].sum()), "num_evaluated": int(evaluated[moa == m].sum())}
-            for m in range(len(moas))
+            name: {"num_correct": right, "num_evaluated": number}
+            for name, right, number in zip(moas, correct_of_moa, of_moa.tolist())
         },
-        "confusion": {"moas": [str(moas[m]) for m in present], "counts": confusion},
+        "confusion": {"moas": [moas[m] for m in present], "counts": counts[np.ix_(present, present)].tolist()},
     }
 
 
 def _labels(metadata: pd.DataFrame) -> list[str]:
     parts = [c for c in (names.COMPOUND, names.CONCENTRATION) if c in metadata]
-    if metadata[parts].duplicated().any():
-        parts += [c for c in (names.PLATE, names.WELL) if c in metadata]
+    labels = _joined_values(metadata, parts)
+    if len(set(labels)) < len(labels):
+        labels = _joined_values(metadata, [*parts, *(c for c in (names.PLATE, names.WELL) if c in metadata)])
+    return labels
+
+
+def _joined_values(metadata: pd.DataFrame, parts: list[str]) -> list[str]:
     rows = zip(*[metadata[c].tolist() for c in parts])
     return [" ".join(("" if v != v else f"{v:g}") if isinstance(v, float) else str(v) for v in row).strip() for row in rows]
 
