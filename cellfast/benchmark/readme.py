@@ -6,6 +6,7 @@ A subject's rows come from its function in `FIGURES`; a result of another subjec
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -136,14 +137,14 @@ def _reference(r: dict[str, Any]) -> Iterator[Row]:
         )
     if "quality" in r:
         q = r["quality"]
-        for limit in ("same steps", "same time"):
-            here = [run for run in q["runs"] if run["limit"] == limit and run["side"] == "cellfast"]
-            there = [run for run in q["runs"] if run["limit"] == "same steps" and run["side"] == other]
+        runs = {(run["limit"], run["side"], run["seed"]): run for run in q["runs"]}
+        for limit, seed in itertools.product(("same steps", "same time"), q["seeds"]):
+            here, there = runs.get((limit, "cellfast", seed)), runs.get(("same steps", other, seed))
             if here and there:
                 yield Row(
-                    f"quality at the {limit}: NSC and NSCB, {q['cells']} cells of {q['size']} px, {q['encoder']}, seed {here[0]['seed']}",
-                    _scores(here[0]),
-                    f"{named} {_scores(there[0])}",
+                    f"quality at the {limit}: NSC and NSCB, {q['cells']} cells of {q['size']} px, {q['encoder']}, seed {seed}",
+                    _scores(here),
+                    f"{named} {_scores(there)}",
                 )
 
 
