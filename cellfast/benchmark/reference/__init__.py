@@ -20,13 +20,13 @@ from cellfast.benchmark.reference.sides import Side, cellfast_side, checkout_com
 from cellfast.errors import CellfastError
 
 SECTIONS = ("parts", "agreement", "quality", "scaling")
-MOST_CELLS, QUICK_CELLS = 1_000, 120
+MOST_CELLS, QUICK_CELLS = 1_000, 72
 PIECE_CELLS = 32
 # Not in a quick run, unless asked for by name.
 LONG_PARTS = ("score with pictures",)
-QUICK = Settings(batch_size=32, size=56, repeats=1, slow_repeats=1, score_cells=1_000, score_features=64, one_process=True)
+QUICK = Settings(batch_size=24, size=56, repeats=1, slow_repeats=1, score_cells=1_000, score_features=64, one_process=True)
 QUICK_SCALING: dict[str, Any] = {
-    "loaded": (), "scored": (), "minibatches": (32, 128), "step_minibatches": (), "cores": (),
+    "loaded": (), "scored": (), "minibatches": (24, 96), "step_minibatches": (), "cores": (),
 }  # fmt: skip
 
 

@@ -50,14 +50,15 @@ class Cells:
 def simulated_screen(folder: Path, num_cells: int, size: int, seed: int = 0) -> Path:
     """A simulated screen of at least ``num_cells`` cells with crops of ``size`` px, made by cellfast's own commands."""
     images, screen = folder / "simulated", folder / "simulated-screen"
-    # 26 wells in all; a field of 640 px holds 30 cells.
+    # 26 wells in all; a field of 640 px holds 30 cells. Starting worker processes takes longer than a small screen does.
     per_field = 30 if num_cells > 600 else max(6, num_cells // 15)
+    side, workers = ("640", []) if num_cells > 200 else ("320", ["--workers", "1"])
     sites = max(1, -(-num_cells // 700))
     commands = [
         ["simulate", str(images), "--preset", "small", "--sites", str(sites), "--cells-per-field", str(per_field),
-         "--field-size", "640", "640", "--seed", str(seed), "--force"],
+         "--field-size", side, side, "--seed", str(seed), "--force", *workers],
         ["ingest", "fields", str(images / "image.csv"), "--image-root", str(images / "images"), "--locations",
-         str(images / "locations"), "--moa", str(images / "moa.csv"), "--crop-size", str(size), "-o", str(screen), "--force"],
+         str(images / "locations"), "--moa", str(images / "moa.csv"), "--crop-size", str(size), "-o", str(screen), "--force", *workers],
     ]  # fmt: skip
     for command in commands:
         done = subprocess.run([sys.executable, "-m", "cellfast", *command], capture_output=True, text=True)

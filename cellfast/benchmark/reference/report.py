@@ -232,7 +232,8 @@ def plot(document: dict[str, Any], path: str | Path) -> bool:
         axis = next(places)
         for name, rows in losses.items():
             done = [row for row in rows if "median_seconds" in row]
-            axis.loglog([r["minibatch"] for r in done], [r["growth_bytes"] / 2**30 for r in done], "o-", label=name)
+            # Less than 1 MiB is less than what is measured.
+            axis.loglog([r["minibatch"] for r in done], [max(r["growth_bytes"], 2**20) / 2**30 for r in done], "o-", label=name)
             stopped = [row for row in rows if "out_of_memory" in row]
             if stopped:
                 axis.plot([r["minibatch"] for r in stopped], [r["allowed_bytes"] / 2**30 for r in stopped], "x", color="black")

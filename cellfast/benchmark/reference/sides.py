@@ -60,6 +60,7 @@ class Side:
     def one_process(self, threads: int) -> Iterator[None]:
         """All that is measured inside happens in one process: libraries are imported once, memory is less exact."""
         with WorkerProcess(self, threads) as worker:
+            worker.begin()
             self.kept.append(worker)
             try:
                 yield
@@ -106,6 +107,7 @@ class WorkerProcess:
         self._side, self._threads = side, threads
         self._temporary = tempfile.TemporaryDirectory(prefix="cellfast-bench-")
         self._folder = Path(self._temporary.name)
+        self._said = self._folder / "said.txt"
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> WorkerProcess:
@@ -119,11 +121,11 @@ class WorkerProcess:
         """Carry out ``jobs``; the time limit counts from here, a start included."""
         if threads != self._threads:
             raise ValueError(f"this process has {self._threads} threads, not {threads}: the libraries' pools are made once")
-        result, said = self._folder / "result.json", self._folder / "said.txt"
+        result = self._folder / "result.json"
         common = {"threads": threads, "folder": str(self._folder), **self._side.values, "implementation": str(self._side.file)}
         work = {"result": str(result), "jobs": [{**common, **job} for job in jobs]}
         (self._folder / "jobs.json").write_text(json.dumps(work), encoding="utf-8")
-        process = self._process or self._begin(said)
+        process = self._process or self.begin()
         assert process.stdin is not None
         # What the process says can end up in a full pipe or be held open by a child: files are waited for instead.
         until = None if timeout is None else time.monotonic() + timeout
@@ -142,9 +144,10 @@ class WorkerProcess:
             return Outcome(values)
         status = process.returncode
         self._end()
-        return Outcome(None, status, said.read_text(encoding="utf-8", errors="replace"))
+        return Outcome(None, status, self._said.read_text(encoding="utf-8", errors="replace"))
 
-    def _begin(self, said: Path) -> subprocess.Popen[str]:
+    def begin(self) -> subprocess.Popen[str]:
+        """Start the process, which then imports its libraries and waits for jobs."""
         environment = {
             **os.environ,
             **{f"{name}_NUM_THREADS": str(self._threads) for name in ("OMP", "MKL", "OPENBLAS", "NUMBA")},
@@ -156,7 +159,7 @@ class WorkerProcess:
             paths = [str(HERE.parents[2]), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         try:
-            with open(said, "wb") as out:
+            with open(self._said, "wb") as out:
                 self._process = subprocess.Popen(
                     [self._side.python, str(HERE / "worker.py")],
                     env=environment, cwd=self._folder, stdin=subprocess.PIPE, stdout=out, stderr=out, text=True,

@@ -78,7 +78,7 @@ def _loss(side: Any, job: dict[str, Any]) -> dict[str, Any]:
         "cells": job["batch_size"],
         "loss": loss,
         "gradient_norm": norm,
-        "growth_bytes": memory_bytes("VmHWM") - before,
+        "growth_bytes": max(0, memory_bytes("VmHWM") - before),
     }
 
 
@@ -217,6 +217,9 @@ def main() -> None:
     """For each line of standard input, a file ``{"result", "jobs": [job, …]}``: carry out its jobs, write the list of results where it says."""
     # This file's folder would otherwise come before everything else and lend its module names to the reference.
     sys.path[:] = [entry for entry in sys.path if entry and os.path.abspath(entry) != os.path.dirname(os.path.abspath(__file__))]
+    # While the other side may be at work: libraries take seconds.
+    import torch  # noqa: F401
+
     fresh = True
     while line := sys.stdin.readline():
         work = json.loads(Path(line.rstrip("\n")).read_text(encoding="utf-8"))
