@@ -344,6 +344,27 @@ def test_a_side_that_runs_out_of_memory_is_a_result_and_one_that_fails_an_error(
         baseline.run("load", threads=1, batch_size=8, **{**job, "index": "/nowhere/index.csv"})
 
 
+def test_one_process_does_all_jobs_and_begins_anew_after_a_failure(cells):
+    baseline = other_side(None, None)
+    job = {**cells.job(), "repeats": 1, "dim": 4, "workers": 0, "batch_size": 8}
+    with baseline.one_process(1):
+        (worker,) = baseline.kept
+        first = worker._process
+        assert baseline.run("loss", threads=1, **job)["cells"] == 8
+        out_of_memory = baseline.run("loss", threads=1, **{**job, "batch_size": 20_000}, allowed_bytes=2**31)
+        assert "out_of_memory" in out_of_memory
+        assert worker._process is first
+        assert "seconds" in baseline.run("loss", threads=1, **job)  # the limit was that job's alone
+        with pytest.raises(CellfastError, match=r"(?s)baseline: 'load' failed with status 1.*index\.csv"):
+            baseline.run("load", threads=1, **{**job, "index": "/nowhere/index.csv"})
+        assert baseline.run("loss", threads=1, timeout=0.0, **job) == {"timed_out": 0.0}
+        assert "seconds" in baseline.run("loss", threads=1, **job)
+        assert worker._process is not first
+        second = worker._process
+    assert not baseline.kept
+    assert second.returncode == 0
+
+
 def test_mistakes_are_told_before_anything_runs(tmp_path):
     with pytest.raises(CellfastError, match=r"expected a checkout of .*found none"):
         other_side(tmp_path, None)

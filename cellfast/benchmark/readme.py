@@ -140,10 +140,11 @@ def _reference(r: dict[str, Any]) -> Iterator[Row]:
         runs = {(run["limit"], run["side"], run["seed"]): run for run in q["runs"]}
         for limit, seed in itertools.product(("same steps", "same time"), q["seeds"]):
             here, there = runs.get((limit, "cellfast", seed)), runs.get(("same steps", other, seed))
+            default = runs.get((limit, "cellfast, default recipe", seed))
             if here and there:
                 yield Row(
                     f"quality at the {limit}: NSC and NSCB, {q['cells']} cells of {q['size']} px, {q['encoder']}, seed {seed}",
-                    _scores(here),
+                    f"perakis2021 {_scores(here)}" + (f"; default recipe {_scores(default)}" if default else ""),
                     f"{named} {_scores(there)}",
                 )
 
