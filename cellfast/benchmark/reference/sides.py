@@ -176,7 +176,7 @@ class WorkerProcess:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         try:
-            process.wait(timeout=10.0)
+            process.wait(timeout=30.0)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
