@@ -182,7 +182,7 @@ def test_two_controls_cannot_choose_the_regularisation():
 
 def test_a_matrix_power_through_few_rows_equals_the_one_by_eigenvalues():
     rng = np.random.default_rng(0)
-    for n, scale in ((3, 1.0), (20, 1e-6), (20, 30.0), (40, 1.0)):
+    for n, scale in ((3, 1.0), (20, 1e-6), (20, 30.0), (40, 1.0), (50, 1.0)):
         rows, x = rng.standard_normal((n, 60)) * scale, rng.standard_normal((7, 60))
         for power, added in ((-0.5, 1.0), (0.5, 1.0), (0.5, 0.0)):
             expected = x @ whitening.symmetric_power(whitening.second_moment(rows), power, added)

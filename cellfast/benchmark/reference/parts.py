@@ -16,6 +16,8 @@ from cellfast.benchmark.reference.sides import Side
 from cellfast.errors import CellfastError
 
 LOSS_TOLERANCE, SCORE_TOLERANCE = 1e-5, 1e-9
+# Features on which the scores of the sides must agree: fewer than the 330 control wells, so that sphering is determined.
+AGREED_FEATURES = 256
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def _jobs(cells: Cells, settings: Settings, parts: Sequence[str]) -> dict[str, d
             job |= {"features_file": str(treatments[0]), "metadata_file": str(treatments[1])}
         if part.startswith("score"):
             job |= {"features_file": str(features), "metadata_file": str(metadata)}
+            job["agreed_features"] = min(AGREED_FEATURES, settings.score_features)
         if part == "score with pictures":
             job |= {"pictures": True, "warm_up": 0, "rounds": max(1, settings.slow_repeats - 1)}
         if part == "epoch":
