@@ -140,10 +140,15 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("ledger.json", "few/ledger.json", ("few", "run"), _embed("few"), _rows, text=True)
     yield Kind("model.pt", "run/model.pt", ("few", "run"), _embed("few"), _rows, checksum=True)
     yield Kind(
-        "last.pt", "half/checkpoints/last.pt", ("few", "half"), _train("--resume", out="half"), _weights("half"), checksum=True
+        "last.pt",
+        "half/checkpoints/last.pt",
+        ("few", "half"),
+        _train("--resume", "--epochs", 3, out="half"),
+        _weights("half"),
+        checksum=True,
     )
     yield Kind("config.yaml, new", "half/config.yaml", ("few", "half"), _train("--config", "half/config.yaml"), _weights("out"), text=True)  # fmt: skip
-    yield Kind("config.yaml, resumed", "half/config.yaml", ("few", "half"), _train("--resume", out="half"), _weights("half"), text=True)  # fmt: skip
+    yield Kind("config.yaml, resumed", "half/config.yaml", ("few", "half"), _train("--resume", "--epochs", 3, out="half"), _weights("half"), text=True)  # fmt: skip
     yield Kind("pt2", "model.pt2", ("model.pt2",), lambda case: ["info", case / "model.pt2"], _text)
     yield Kind("part", "parts", ("few", "run", "parts"), _embed_on, _rows, checksum=True)
     yield Kind(

@@ -101,8 +101,8 @@ def make(folder: Path, plates: Sequence[str] = ("Week1_P1", "Week2_P2"), sites: 
     cut = ["--crop-size", CROP, "--workers", 1]
     run("ingest", "fields", *fields_of(folder), *cut, "--moa", folder / "moa.csv", "-o", store)
     run("ingest", "fields", *fields_of(folder, "few.csv"), *cut, "-o", folder / "few", "--keep-fields", folder / "FIELDS.h5")
-    for out in ("half", "run"):
-        run("train", folder / "few", "-o", folder / out, *TRAIN, 3)
+    for out, epochs in (("half", 2), ("run", 3)):
+        run("train", folder / "few", "-o", folder / out, *TRAIN, epochs)
     run("embed", store, "--model", model, "-o", folder / "embeddings", "--threads", 1)
     run("profile", folder / "embeddings", "-o", folder / "profiles.parquet")
     run("evaluate", folder / "profiles.parquet", "-o", folder / "result.json", "--no-pictures", "--resamples", 20, "--permutations", 20)  # fmt: skip
