@@ -53,6 +53,9 @@ const TileKernels<float>* pair_kernels();
 // or "" (no change): what is in use then. Null where this processor does not run what is asked for.
 const char* choose_kernels(const char* instruction_set);
 
+// The sets of kernels by name, separated by commas, slowest first: all there are, or those this processor runs.
+std::string kernel_names(bool supported_only);
+
 namespace avx512 {
 extern const TileKernels<float> kFloat;
 extern const TileKernels<double> kDouble;
