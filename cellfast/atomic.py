@@ -56,7 +56,7 @@ def partial_path(target: str | os.PathLike[str]) -> Path:
     # The random part keeps two writers apart whose host and process id are alike; the suffix is kept because libraries choose formats by it.
     owner = f".{_host_in_a_name()}.{os.getpid()}.{secrets.token_hex(6)}.partial{target.suffix}"
     # Room for `PlateWriter`'s second file, whose name is longer by ".exact".
-    stem = target.stem.encode()[: _NAME_BYTES - len(owner.encode()) - 8].decode(errors="ignore")
+    stem = target.stem.encode()[: _NAME_BYTES - len(owner.encode()) - 9].decode(errors="ignore")
     return target.with_name(f".{stem}{owner}")
 
 

@@ -95,7 +95,8 @@ class FolderLock:
         if not owner or (owner.get("host") == host_name() and not process_lives(int(owner["pid"]))):
             return True
         raise self._refusal(
-            owner, f"wait for it, stop it, or choose another -o; if it runs no longer, remove {self._path} (this file system has no locks)"
+            owner,
+            f"wait for it, stop it, or choose another -o; if it runs no longer, remove {self._path} (this file system has no locks)",
         )
 
     def _refusal(self, owner: dict[str, Any], advice: str) -> CellfastError:

@@ -70,8 +70,8 @@ def load_tensors(path: Path) -> Any:
         if "weights_only" in first:
             # torch's text recommends to run the code in the file.
             first = "it is not a file of tensors, or it holds objects that only running code can make"
-        elif "central directory" in first or not path.stat().st_size:
-            first = f"its end is missing ({path.stat().st_size:,} bytes are there), as after an interrupted copy"
+        elif _is_cut_short(path):
+            first = f"its end is missing ({path.stat().st_size:,} bytes are there), as after an interrupted copy or a crash"
         raise CellfastError(
             f"{path} cannot be read as a weights file: {first[:200]}. Expected a file of tensors written by torch.save "
             "(files that need to run code to be read are refused)"
@@ -79,6 +79,15 @@ def load_tensors(path: Path) -> Any:
     if isinstance(content, dict) and content.pop(_SEALED, False) and not sealed:
         raise CellfastError(f"{path} is damaged: its end, with the digest of its content, is missing or was changed")
     return content
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether this is an empty file or the beginning of a ZIP archive, which torch.save writes, without the directory at its end."""
+    with open(path, "rb") as handle:
+        begins = handle.read(4)
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - (1 << 16)))
+        return not size or (begins == b"PK\3\4" and b"PK\5\6" not in handle.read())
 
 
 def _check_seal(path: Path) -> bool:

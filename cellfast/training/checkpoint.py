@@ -87,8 +87,12 @@ def find_checkpoint(path: Path) -> tuple[Path | None, str]:
         try:
             load_checkpoint(earlier)
         except CellfastError as other:
-            also = f"; the one before it cannot be used either: {other}" if earlier.exists() else f", and there is no {earlier.name}"
-            raise CellfastError(f"{error}{also}. Copy the checkpoint back from where it was whole, or start anew with --force") from error
+            also = (
+                f"; the one before it cannot be used either: {other}" if earlier.exists() else f", and there is no {earlier.name}"
+            )
+            raise CellfastError(
+                f"{error}{also}. Copy the checkpoint back from where it was whole, or start anew with --force"
+            ) from error
         kept = path.with_name("damaged.pt")
         os.replace(path, kept)
         return earlier, f"{error}. Kept as {kept}; going on from the checkpoint before it, {earlier}"
