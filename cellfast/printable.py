@@ -23,12 +23,14 @@ _SECRET_NAME = re.compile(rf"(?i)(?:{_SECRET}|authorization|^x-(?:amz|goog)-|^(?
 _USER = re.compile(r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]+:/{1,3}[^\s/:@'\"]{0,256}):(?P<secret>[^\s]{0,2048})@")
 _TOKEN_USER = re.compile(r"(?P<before>\b(?:https?|ftps?|webdavs?|git\+https?):/{1,3})(?P<secret>[^\s/:@?'\"]{8,2048})@")
 _URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]+:/{1,3}[^\s'\"<>]*")
-_PAIR = re.compile(r"(?P<before>[?&;#,/:!](?P<name>[\w.%-]+)=)(?P<value>[^&;#\s'\"<>]*)")
+_PAIR = re.compile(r"(?P<before>[?&;#,/:!](?P<name>[\w.%-]+)=)(?P<value>[^&;#,\s'\"<>]*)")
 _ORDINARY = re.compile(r"\d{1,9}|[\w.%-]{1,60}\.(?:tiff?|png|npy|csv|gz|h5|hdf5|parquet|pt|zip)", re.IGNORECASE)
 _NAMED = re.compile(
     rf"(?i)(?P<before>\b[\w-]{{0,64}}(?:{_SECRET})[\w-]{{0,64}}[\"']?\s?[=:]\s?[\"']?)(?P<value>[^\s\"'&,;<>)}}\]]{{4,}})"
 )
-_BEARER = re.compile(r"(?i)(?P<before>\b(?:authorization[\"']?\s?[=:]\s?[\"']?(?:basic |bearer )?|bearer ))[\w.~+/=:-]{6,}")
+_BEARER = re.compile(
+    r"(?i)(?P<before>\b(?:authorization[\"']?\s?[=:]\s?[\"']?(?:basic |bearer )?|bearer ))(?!basic |bearer )[\w.~+/=:-]{6,}"
+)
 _ELEMENT = re.compile(
     r"<(?P<tag>AWSAccessKeyId|SignatureProvided|StringToSign|StringToSignBytes|CanonicalRequest|CanonicalRequestBytes)>.*?</(?P=tag)>",
     re.DOTALL,
@@ -36,43 +38,46 @@ _ELEMENT = re.compile(
 _KEY_ID = re.compile(r"\b(?P<before>AKIA|ASIA)[A-Z0-9]{12,}\b")
 
 # Secrets of URLs that were opened: a file system's error may repeat them without the URL around them.
-_known: set[str] = set()
+_known: dict[str, str] = {}
 
 
 def remember_secrets(url: str) -> None:
     """Mask, from now on, the user, password and secret values of ``url`` wherever they turn up."""
     for match in (*_USER.finditer(url), *_TOKEN_USER.finditer(url)):
-        user = match["before"].split("/")[-1]
-        _known.add(f"{user}:{match['secret']}@" if ":" in match[0][len(match["before"]) :] else f"{match['secret']}@")
-        _known.update(one for one in (match["secret"], unquote(match["secret"])) if len(one) >= 6)
+        user = match["before"].rpartition("/")[2]
+        between = match[0][len(match["before"]) : match.start("secret") - match.start()]
+        # With what stands around it even a short one is no other word.
+        _known[f"{user}{between}{match['secret']}@"] = f"{user}{between}{MASK}@"
+        _known.update((one, MASK) for one in (match["secret"], unquote(match["secret"])) if len(one) >= 6)
     for pair in _PAIR.finditer(url):
         if _SECRET_NAME.search(pair["name"]) and len(pair["value"]) >= 6:
-            _known.update((pair["value"], unquote(pair["value"])))
+            _known.update({pair["value"]: MASK, unquote(pair["value"]): MASK})
 
 
-def masked(text: str) -> str:
+def masked(text: str, *, opaque: bool = True) -> str:
     """``text`` with passwords, keys, tokens and signatures as ``***``; masking twice changes nothing more.
 
     Masked are ``user:PASSWORD@`` of a URL, values of its query unless they look like a number or a file's name, values that
     are called secret, token, password, signature or the like, access keys, and the secrets of URLs that were opened.
+    ``opaque=False`` leaves query values of unsuspicious names: what tells two files apart stays.
     """
     # Most texts have none of it, and every line that is printed comes through here.
     if not any(sign in text for sign in ("=", ":", "<", "AKIA", "ASIA", "@")) and not _known:
         return text
     for secret in sorted(_known, key=len, reverse=True):
         if secret in text:
-            text = text.replace(secret, f"{MASK}@" if secret.endswith("@") else MASK)
+            text = text.replace(secret, _known[secret])
     text = _USER.sub(rf"\g<before>:{MASK}@", text)
     text = _TOKEN_USER.sub(rf"\g<before>{MASK}@", text)
-    text = _URL.sub(_masked_url, text)
+    text = _URL.sub(lambda url: _masked_url(url, opaque), text)
     text = _BEARER.sub(rf"\g<before>{MASK}", text)
     text = _NAMED.sub(rf"\g<before>{MASK}", text)
     text = _ELEMENT.sub(rf"<\g<tag>>{MASK}</\g<tag>>", text)
     return _KEY_ID.sub(rf"\g<before>{MASK}", text)
 
 
-def _masked_url(url: re.Match[str]) -> str:
-    query = url[0].find("?")
+def _masked_url(url: re.Match[str], opaque: bool) -> str:
+    query = url[0].find("?") if opaque else -1
 
     def value(pair: re.Match[str]) -> str:
         secret = bool(_SECRET_NAME.search(pair["name"]))

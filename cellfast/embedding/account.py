@@ -43,7 +43,9 @@ class Account:
         if t["fields_listed"]:
             lines.append(f"{'fields':<34}{t['fields_listed']:>14,}")
             lines.append(f"{'  used':<34}{t['fields_written']:>14,}")
-            lines += [f"{'  quarantined or refused: ' + printable(r):<34}{n:>14,}" for r, n in sorted(t["fields_refused"].items())]
+            lines += [
+                f"{'  quarantined or refused: ' + printable(r):<34}{n:>14,}" for r, n in sorted(t["fields_refused"].items())
+            ]
         lines.append(f"{'locations':<34}{t['locations']:>14,}")
         lines.append(
             f"{'  cells embedded':<34}{t['cells']:>14,}" + (f" in {t['rows']:,} wells" if t["rows"] != t["cells"] else "")
@@ -160,7 +162,9 @@ def write_account(
         place.write_bytes(QUARANTINE_FILE, text.getvalue().encode())
     else:
         place.remove(QUARANTINE_FILE)
-    place.write_bytes(ACCOUNT_FILE, (json.dumps(masked_values(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    place.write_bytes(
+        ACCOUNT_FILE, (json.dumps(masked_values(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
     if source.kind == "fields" and not totals["fields_written"]:
         raise CellfastError(
             f"no field could be used; the first was refused because: {quarantined[0]['message']} "

@@ -27,7 +27,7 @@ def file_name(kind: str, name: str) -> str:
     wrong = _what_is_wrong(name)
     if wrong:
         raise CellfastError(
-            f"{kind} name {name!r} cannot name a file: {wrong}; expected 1 to {MOST_BYTES} bytes without / \\ < > : \" | ? * or "
+            f'{kind} name {name!r} cannot name a file: {wrong}; expected 1 to {MOST_BYTES} bytes without / \\ < > : " | ? * or '
             "control characters, no '-', '.' or blank first, no '.' or blank last. Rename it in the table it comes from"
         )
     return name

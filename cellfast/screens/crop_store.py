@@ -156,7 +156,11 @@ class PlateStore:
             for well in self._wells["name"]:
                 if normalise_well(well) != well:
                     raise CellfastError(f"well {well!r}: expected {normalise_well(well)!r}")
-            for kind, names in (("channel", self.channel_names), ("compound", self._wells["compound"]), ("MoA", self._wells["moa"])):
+            for kind, names in (
+                ("channel", self.channel_names),
+                ("compound", self._wells["compound"]),
+                ("MoA", self._wells["moa"]),
+            ):
                 for name in names:
                     check_text(kind, name)
         except CellfastError as error:

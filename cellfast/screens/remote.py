@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cellfast.errors import CellfastError
-from cellfast.printable import printable, remember_secrets
+from cellfast.printable import masked, printable, remember_secrets
 
 _URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _PACKAGE = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "http": "aiohttp", "https": "aiohttp"}
@@ -24,8 +24,8 @@ class _Guarded:
     Secrets of the URL come back in the errors of object stores (an invalid bucket name, the request that was signed).
     """
 
-    def __init__(self, fs: Any) -> None:
-        self._fs = fs
+    def __init__(self, fs: Any, url: str) -> None:
+        self._fs, self._url = fs, masked(url)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._fs, name)
@@ -39,9 +39,9 @@ class _Guarded:
                 # Not the local path of an error: the disk that a file is copied to or from may be what is full.
                 if error.errno is not None:
                     raise _same_kind(error)(error.errno, printable(error.strerror), *_file_of(error)) from None
-                raise _same_kind(error)(printable(error)) from None
+                raise _same_kind(error)(f"{self._url}: {printable(error)}") from None
             except Exception as error:  # each package has its own kinds
-                raise OSError(f"{type(error).__name__}: {printable(error)}") from None
+                raise OSError(f"{self._url}: {type(error).__name__}: {printable(error)}") from None
 
         return call
 
@@ -73,7 +73,7 @@ def file_system(url: str) -> tuple[Any, str]:
     remember_secrets(url)
     try:
         fs, path = fsspec.core.url_to_fs(url)
-        return _Guarded(fs), path
+        return _Guarded(fs, url), path
     except ImportError as error:
         raise CellfastError(
             f"{url}: {protocol}:// needs the package {_PACKAGE.get(protocol, 'for it')}: pip install 'cellfast[remote]'"
