@@ -18,16 +18,16 @@ _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 # Names of values that are secret wherever they stand; in a URL the shorter ones are as well.
 _SECRET = r"secret|passw(?:or)?d|passwd|passphrase|pwd|token|signature|credentials?|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|connection[_-]?string"
+# One of these is in every text that the patterns below find something in.
+_SECRET_WORDS = ("secret", "pass", "pwd", "token", "signature", "credential", "key", "connection", "bearer", "authorization")
 _SECRET_NAME = re.compile(rf"(?i)(?:{_SECRET}|authorization|^x-(?:amz|goog)-|^(?:key|sig|sas|auth|pass|user|username|code)$)")
 # One slash is what is left of two where a URL was taken for a path.
-_USER = re.compile(r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]+:/{1,3}[^\s/:@'\"]{0,256}):(?P<secret>[^\s]{0,2048})@")
+_USER = re.compile(r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]{1,20}:/{1,3}[^\s/:@'\"]{0,256}):(?P<secret>[^\s]{0,2048})@")
 _TOKEN_USER = re.compile(r"(?P<before>\b(?:https?|ftps?|webdavs?|git\+https?):/{1,3})(?P<secret>[^\s/:@?'\"]{8,2048})@")
-_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]+:/{1,3}[^\s'\"<>]*")
+_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]{1,20}:/{1,3}[^\s'\"<>]*")
 _PAIR = re.compile(r"(?P<before>[?&;#,/:!](?P<name>[\w.%-]+)=)(?P<value>[^&;#,\s'\"<>]*)")
 _ORDINARY = re.compile(r"\d{1,9}|[\w.%-]{1,60}\.(?:tiff?|png|npy|csv|gz|h5|hdf5|parquet|pt|zip)", re.IGNORECASE)
-_NAMED = re.compile(
-    rf"(?i)(?P<before>\b[\w-]{{0,64}}(?:{_SECRET})[\w-]{{0,64}}[\"']?\s?[=:]\s?[\"']?)(?P<value>[^\s\"'&,;<>)}}\]]{{4,}})"
-)
+_NAMED = re.compile(rf"(?i)(?P<before>(?:{_SECRET})[\w-]{{0,64}}[\"']?\s?[=:]\s?[\"']?)(?P<value>[^\s\"'&,;<>)}}\]]{{4,}})")
 _BEARER = re.compile(
     r"(?i)(?P<before>\b(?:authorization[\"']?\s?[=:]\s?[\"']?(?:basic |bearer )?|bearer ))(?!basic |bearer )[\w.~+/=:-]{6,}"
 )
@@ -61,18 +61,20 @@ def masked(text: str, *, opaque: bool = True) -> str:
     are called secret, token, password, signature or the like, access keys, and the secrets of URLs that were opened.
     ``opaque=False`` leaves query values of unsuspicious names: what tells two files apart stays.
     """
-    # Most texts have none of it, and every line that is printed comes through here.
-    if not any(sign in text for sign in ("=", ":", "<", "AKIA", "ASIA", "@")) and not _known:
-        return text
     for secret in sorted(_known, key=len, reverse=True):
         if secret in text:
             text = text.replace(secret, _known[secret])
-    text = _USER.sub(rf"\g<before>:{MASK}@", text)
-    text = _TOKEN_USER.sub(rf"\g<before>{MASK}@", text)
-    text = _URL.sub(lambda url: _masked_url(url, opaque), text)
-    text = _BEARER.sub(rf"\g<before>{MASK}", text)
-    text = _NAMED.sub(rf"\g<before>{MASK}", text)
-    text = _ELEMENT.sub(rf"<\g<tag>>{MASK}</\g<tag>>", text)
+    # Most texts have none of it, and every line that is printed comes through here.
+    if ":/" in text:
+        text = _USER.sub(rf"\g<before>:{MASK}@", text)
+        text = _TOKEN_USER.sub(rf"\g<before>{MASK}@", text)
+        text = _URL.sub(lambda url: _masked_url(url, opaque), text)
+    lower = text.lower()
+    if any(word in lower for word in _SECRET_WORDS):
+        text = _BEARER.sub(rf"\g<before>{MASK}", text)
+        text = _NAMED.sub(rf"\g<before>{MASK}", text)
+    if "</" in text:
+        text = _ELEMENT.sub(rf"<\g<tag>>{MASK}</\g<tag>>", text)
     return _KEY_ID.sub(rf"\g<before>{MASK}", text)
 
 
