@@ -19,6 +19,7 @@ from cellfast.progress import Progress
 from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.ledger import PlateLedger
+from cellfast.screens import unfinished
 
 # Set in each worker process by `_begin_worker`: how many fields or files are done, over all workers.
 _counter: Any = None
@@ -120,6 +121,8 @@ def run_plates(
             todo.append(task)
         else:
             ledgers[task.plate] = ledger
+    if todo:
+        unfinished.begin(todo[0].path.parent.parent, [task.plate for task in tasks])
     total = sum(task.units * task.passes for task in todo)
     unit = unit if total == sum(task.units for task in todo) else "steps"
     with Progress("ingest", total, unit, enabled=show_progress) as progress:

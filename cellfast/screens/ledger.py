@@ -10,8 +10,9 @@ from typing import Any
 from cellfast import __version__
 from cellfast.atomic import write_json
 from cellfast.errors import CellfastError
+from cellfast.screens import unfinished
+from cellfast.screens.unfinished import LEDGER_FILE
 
-LEDGER_FILE = "ledger.json"
 LEDGER_VERSION = 1
 
 
@@ -99,6 +100,7 @@ class Ledger:
         path = screen / LEDGER_FILE
         body = {"ledger_version": LEDGER_VERSION, "cellfast_version": __version__, "totals": self.totals(), **asdict(self)}
         write_json(path, body)
+        unfinished.end(screen, [plate.plate for plate in self.plates])
         return path
 
     def table(self, limit: int = 12) -> str:

@@ -59,6 +59,7 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
+    allow_unfinished: bool = False,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Train an encoder on a screen and write the run folder.
@@ -71,6 +72,7 @@ def train(
         config: every value of the run.
         resume: go on from the run's last checkpoint; on a CPU bit-identically to a run that had not stopped.
         force: discard a run that is in the folder.
+        allow_unfinished: take the plates that are there of a screen whose ingest has not ended.
         say: prints a line.
 
     Raises:
@@ -84,7 +86,7 @@ def train(
         torch.set_num_threads(config.threads)
     processes = start_processes(device)
     try:
-        return _Training(Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, say).run()
+        return _Training(Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, allow_unfinished, say).run()
     except torch.OutOfMemoryError as error:
         raise CellfastError(
             f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
@@ -111,11 +113,14 @@ class _Training:
         processes: Processes,
         resume: bool,
         force: bool,
+        allow_unfinished: bool,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.device, self.processes, self.folder = config, device, processes, folder
         self.say = say if processes.is_first else (lambda text: None)
-        self.screen = screen = Screen.open(screen_path)
+        self.screen = screen = Screen.open(screen_path, allow_unfinished=allow_unfinished)
+        if screen.unfinished:
+            self.say(f"{screen_path}: {screen.unfinished}")
         world = processes.world_size
         if config.batch_size % world:
             raise CellfastError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
