@@ -36,15 +36,11 @@ class DamagedFile(CellfastError):
 
 
 def seal(path: str | os.PathLike[str], bulk: str) -> None:
-    """Seal a closed HDF5 file with a user block of `USER_BLOCK` bytes; a seal it has already is replaced.
+    """Seal a closed HDF5 file with a user block of `USER_BLOCK` bytes.
 
     Args:
         bulk: the dataset whose bytes are left out: they have checksums of their own.
     """
-    with open(path, "r+b") as file:
-        block = file.read(USER_BLOCK)
-        if block.startswith(_MAGIC):
-            file.truncate(_parse(block, Path(path))["hdf5"])
     with h5py.File(path, "r", locking=False) as handle:
         assert handle.userblock_size == USER_BLOCK, path
         ranges = _bulk_ranges(handle[bulk])
@@ -165,6 +161,8 @@ def check_sizes(dataset: h5py.Dataset, path: Path) -> None:
         )
 
 
+# A process may take so long to open a file without a seal, and a second more for each GB of it.
+OPENING_S = 20.0
 # Files without a seal that a process of its own has opened, by path, size and time of change.
 _tried: set[tuple[str, int, int]] = set()
 _in_trial = False
@@ -181,7 +179,7 @@ def try_unsealed(paths: Iterable[Path], opener: type) -> None:
     What the opener refuses there it refuses here too, when it is called; nothing is said of that. Each file is tried once.
 
     Raises:
-        DamagedFile: naming the file that did not open in time (20 s and a second per GB), or with which the process ended.
+        DamagedFile: naming the file that did not open in time, or with which the process ended.
     """
     todo = [path for path in paths if _begins(path, _HDF5) and _key(path) not in _tried]
     if _in_trial or not todo:
@@ -191,7 +189,7 @@ def try_unsealed(paths: Iterable[Path], opener: type) -> None:
     command = [sys.executable, "-c", code, opener.__module__, opener.__qualname__, *map(str, todo)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        for path, ended in zip(todo, _answers(process, [20 + path.stat().st_size / 1e9 for path in todo])):
+        for path, ended in zip(todo, _answers(process, [OPENING_S + path.stat().st_size / 1e9 for path in todo])):
             if ended is not None:
                 raise DamagedFile(f"{path}: damaged: HDF5 {ended}")
             _tried.add(_key(path))

@@ -57,7 +57,7 @@ def what_is_missing(screen: Path, there: set[str]) -> str:
     if ledger.is_file():
         listed = {str(plate["plate"]) for plate in _plates(ledger)}
         if absent := listed - there:
-            reasons.append(f"{LEDGER_FILE} lists {_some(absent)}")
+            reasons.append(f"of the plates in {LEDGER_FILE} {_some(absent)}")
     else:
         reasons.append(f"there is no {LEDGER_FILE}")
     for mark in sorted(screen.glob(_MARKS)):
