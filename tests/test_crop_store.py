@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from cellfast.errors import CellfastError
-from cellfast.screens import PlateStore, PlateWriter, Screen
-from cellfast.screens import crop_store, sealed, unfinished
+from cellfast.screens import PlateStore, PlateWriter, Screen, crop_store, sealed, unfinished
 from cellfast.screens.crop_writer import plate_file_name, scale_from_histogram
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.schema import METADATA_COLUMNS, batch_of_plate
@@ -230,7 +229,7 @@ def remove_seal(path):
     ("damage", "says"),
     [
         (damage_truncate, "damaged|truncated"),
-        (damage_garbage, "damaged, or not an HDF5 file: it begins with b'not hdf5'"),
+        (damage_garbage, "cannot be read as HDF5: .* begins with b'not hdf5'"),
         (damage_newer, "schema 2.*update cellfast"),
         (damage_unfinished, "never finished"),
         (damage_foreign, "expected format"),
@@ -270,10 +269,16 @@ def test_every_damaged_byte_outside_the_pixels_is_an_error(tmp_path):
     store = PlateStore(path)
     end = store.offset + 8 * 2 * SIZE * SIZE * 2
     size = path.stat().st_size
-    places = [*range(0, 300, 7), sealed.USER_BLOCK - 1, *range(sealed.USER_BLOCK, store.offset, 97), *range(end, size, 97), size - 1]
+    places = [
+        *range(0, 300, 7),
+        sealed.USER_BLOCK - 1,
+        *range(sealed.USER_BLOCK, store.offset, 97),
+        *range(end, size, 97),
+        size - 1,
+    ]
     for place in places:
         flip(path, place)
-        with pytest.raises(CellfastError, match="Week1_22123.h5: damaged"):
+        with pytest.raises(CellfastError, match=r"Week1_22123\.h5.* damaged"):
             PlateStore(path)
         flip(path, place)
     PlateStore(path)
@@ -376,7 +381,9 @@ def test_an_unfinished_ingest_is_refused_with_what_finishes_it(tmp_path, monkeyp
     command = r"run again: cellfast ingest fields 'a table\.csv' --image-root s3://…@host/x"
     monkeypatch.setattr(Ledger, "write", lambda self, screen: None)
     write_plate(tmp_path, "A")
-    with pytest.raises(CellfastError, match=rf"no ledger\.json; of 3 plates .*B, C are not there\); to finish it, {command}.*--allow-unf"):
+    with pytest.raises(
+        CellfastError, match=rf"no ledger\.json; of 3 plates .*B, C are not there\); to finish it, {command}.*--allow-unf"
+    ):
         Screen.open(tmp_path)
     assert "B, C are not there" in Screen.open(tmp_path, allow_unfinished=True).unfinished
     monkeypatch.undo()

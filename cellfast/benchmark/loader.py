@@ -48,7 +48,9 @@ def random_screen(folder: Path, cells_per_plate: int, num_plates: int, num_chann
         crops = np.memmap(path, np.uint16, "r", 0, shape)
         sums = np.array([zlib.crc32(crop) for crop in crops], np.uint32)
         check = partial(_check, sums)
-        plates.append(SimpleNamespace(path=path, offset=0, crops=lambda crops=crops: crops, check=check, num_cells=cells_per_plate))
+        plates.append(
+            SimpleNamespace(path=path, offset=0, crops=lambda crops=crops: crops, check=check, num_cells=cells_per_plate)
+        )
     return SimpleNamespace(
         plates=plates, channel_names=[f"channel{i}" for i in range(num_channels)], crop_size=crop_size, dtype=np.dtype(np.uint16),
         num_cells=cells_per_plate * num_plates, offsets=np.arange(num_plates + 1, dtype=np.int64) * cells_per_plate,

@@ -13,7 +13,9 @@ import click
 @click.option("--verify", is_flag=True, help="Read all pixels and compare them with their checksums.")
 @click.option("--montage", type=click.Path(path_type=Path, dir_okay=False), help="Write a PNG of cells drawn at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which cells the montage shows.")
-@click.option("--allow-unfinished", is_flag=True, help="Describe the plates that are there of a SCREEN whose ingest has not ended.")
+@click.option(
+    "--allow-unfinished", is_flag=True, help="Describe the plates that are there of a SCREEN whose ingest has not ended."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(
     screen: Path | None, system: bool, verify: bool, montage: Path | None, seed: int, allow_unfinished: bool, as_json: bool
@@ -57,7 +59,11 @@ def info(
         click.echo(format_summary(summary))
         click.echo(
             "integrity    "
-            + ("every crop equals its checksum" if verify else "files and tables are whole; --verify compares every crop with its checksum")
+            + (
+                "every crop equals its checksum"
+                if verify
+                else "files and tables are whole; --verify compares every crop with its checksum"
+            )
         )
     if montage:
         write_montage(opened, montage, seed=seed)

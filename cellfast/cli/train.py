@@ -48,7 +48,9 @@ def _configuration_options(command: click.Command) -> click.Command:
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any value, also augment.NAME; repeatable.")
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
 @click.option("--force", is_flag=True, help="Discard a run that is in the folder.")
-@click.option("--allow-unfinished", is_flag=True, help="Train on the plates that are there of a SCREEN whose ingest has not ended.")
+@click.option(
+    "--allow-unfinished", is_flag=True, help="Train on the plates that are there of a SCREEN whose ingest has not ended."
+)
 def train(
     screen: Path,
     run: Path,

@@ -331,7 +331,6 @@ class Screen:
 
     unfinished = ""
 
-
     def __init__(self, path: str | os.PathLike[str], plates: list[PlateStore]) -> None:
         self.path = Path(path)
         self.plates = sorted(plates, key=lambda store: store.plate)

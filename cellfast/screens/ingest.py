@@ -16,10 +16,10 @@ from typing import Any
 
 from cellfast.errors import CellfastError
 from cellfast.progress import Progress
+from cellfast.screens import unfinished
 from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.ledger import PlateLedger
-from cellfast.screens import unfinished
 
 # Set in each worker process by `_begin_worker`: how many fields or files are done, over all workers.
 _counter: Any = None

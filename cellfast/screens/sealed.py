@@ -67,7 +67,9 @@ def is_sealed(path: Path) -> bool:
             if block.startswith(_HDF5):
                 return False
             if not block.startswith(_MAGIC):
-                raise DamagedFile(f"{path}: damaged, or not an HDF5 file: it begins with {block[:8]!r}")
+                raise DamagedFile(
+                    f"{path} cannot be read as HDF5: damaged, or another kind of file; it begins with {block[:8]!r}"
+                )
             content, size = _parse(block, path), file.seek(0, os.SEEK_END)
             if size != content["size"]:
                 raise DamagedFile(f"{path}: truncated or added to: {content['size']:,} bytes were written, there are {size:,}")
@@ -155,7 +157,8 @@ def check_sizes(dataset: h5py.Dataset, path: Path) -> None:
     stored = dataset.id.get_storage_size()
     # Deflate packs 1032 bytes into one at most; without a filter nothing is packed.
     most = stored * 1032 if dataset.chunks and dataset.id.get_create_plist().get_nfilters() else stored
-    if stored > size or dataset.size * dataset.dtype.itemsize > most:
+    ends = max((place + length for place, length in _chunks(dataset)), default=0) if dataset.chunks else 0
+    if max(stored, ends) > size or dataset.size * dataset.dtype.itemsize > most:
         raise DamagedFile(
             f"{path}: damaged: {dataset.name} claims shape {dataset.shape} of {dataset.dtype}, in {stored:,} bytes of a file of {size:,}"
         )
@@ -244,4 +247,4 @@ def open_hdf5(path: Path, opener: type) -> h5py.File:
     try:
         return h5py.File(path, "r", locking=False)
     except (OSError, RuntimeError, MemoryError) as error:
-        raise DamagedFile(f"{path}: damaged, or not an HDF5 file ({error})") from error
+        raise DamagedFile(f"{path} cannot be read as HDF5 ({error})") from error

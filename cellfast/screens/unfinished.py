@@ -96,5 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _plates(ledger: Path) -> list[dict[str, Any]]:
     plates = _read(ledger).get("plates", [])
     if not isinstance(plates, list) or not all(isinstance(plate, dict) and "plate" in plate for plate in plates):
-        raise CellfastError(f"{ledger}: damaged (no list of plates); run the `cellfast ingest` command again: finished plates are kept")
+        raise CellfastError(
+            f"{ledger}: damaged (no list of plates); run the `cellfast ingest` command again: finished plates are kept"
+        )
     return plates

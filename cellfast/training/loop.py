@@ -86,7 +86,9 @@ def train(
         torch.set_num_threads(config.threads)
     processes = start_processes(device)
     try:
-        return _Training(Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, allow_unfinished, say).run()
+        return _Training(
+            Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, allow_unfinished, say
+        ).run()
     except torch.OutOfMemoryError as error:
         raise CellfastError(
             f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
