@@ -334,7 +334,7 @@ def test_what_a_damaged_file_makes_of_memory_is_an_error(tmp_path, monkeypatch, 
     def failing(*_):
         raise error
 
-    monkeypatch.setattr(crop_store, "_datasets", failing)
+    monkeypatch.setattr(crop_store, "datasets_of", failing)
     with pytest.raises(CellfastError, match=r"22123\.h5: damaged or not a crop store"):
         PlateStore(path)
 
@@ -378,7 +378,7 @@ for work in (lambda: list(batches), lambda: store.read(30, 40), store.verify):
 def test_an_unfinished_ingest_is_refused_with_what_finishes_it(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/cellfast", "ingest", "fields", "a table.csv", "--image-root", "s3://me:secret@host/x"])
     unfinished.begin(tmp_path, ["A", "B", "C"])
-    command = r"run again: cellfast ingest fields 'a table\.csv' --image-root s3://…@host/x"
+    command = r"run again: cellfast ingest fields 'a table\.csv' --image-root 's3://me:\*\*\*@host/x'"
     monkeypatch.setattr(Ledger, "write", lambda self, screen: None)
     write_plate(tmp_path, "A")
     with pytest.raises(

@@ -13,58 +13,15 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-from h5py import h5d, h5g, h5l, h5o, h5s
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import check_batch, check_text, file_name
 from cellfast.screens import schema, sealed
+from cellfast.screens.hdf5_tables import datasets_of, values_of
 from cellfast.screens.unfinished import what_is_missing
+from cellfast.screens.wells import normalise_well
 
 AGAIN = "delete the file and ingest the plate again"
-
-
-# What a link that is not to an object of the same file is called.
-_LINKS = {h5l.TYPE_SOFT: "SoftLink", h5l.TYPE_EXTERNAL: "ExternalLink"}
-
-
-def _datasets(group: h5g.GroupID, path: Path, prefix: str = "") -> dict[str, h5d.DatasetID]:
-    """The datasets of a file and of its groups by name ("cells/field"); what would make HDF5 open another file or follow a path is refused.
-
-    A screen has hundreds of plates with twenty datasets each, so they are opened once and in h5py's low-level interface.
-    """
-    links: list[tuple[str, int]] = []
-    group.links.iterate(lambda name, info: links.append((name.decode(), info.type)), info=True)
-    found = {}
-    for name, kind in links:
-        if kind != h5l.TYPE_HARD:
-            raise CellfastError(
-                f"{path}: '{prefix}{name}' is a {_LINKS.get(kind, 'link of another kind')}; links are refused in a crop store, as they "
-                "can lead to other files"
-            )
-        item = h5o.open(group, name.encode())
-        if isinstance(item, h5d.DatasetID):
-            layout = item.get_create_plist()
-            if layout.get_layout() == h5d.VIRTUAL or layout.get_external_count() > 0:
-                raise CellfastError(f"{path}: '{prefix}{name}' keeps its data in other files; that is refused in a crop store")
-            found[prefix + name] = item
-        elif isinstance(item, h5g.GroupID) and not prefix:
-            found |= _datasets(item, path, f"{name}/")
-    return found
-
-
-def _values(dataset: h5d.DatasetID, path: Path, dtype: np.dtype | None) -> np.ndarray:
-    """All values of a dataset of this type; ``None``: text, as an array of ``str`` objects."""
-    is_text = h5py.check_string_dtype(dataset.dtype) is not None
-    if is_text != (dtype is None) or (dtype is not None and dataset.dtype != dtype):
-        raise sealed.DamagedFile(f"{path}: {dataset.name.decode()} is {dataset.dtype}, expected {dtype or 'text'}")
-    sealed.check_sizes(h5py.Dataset(dataset), path)
-    values = np.empty(dataset.shape, dtype=dataset.dtype)
-    dataset.read(h5s.ALL, h5s.ALL, values)
-    if not is_text:
-        return values
-    text = np.empty(values.shape, dtype=object)
-    for place, value in np.ndenumerate(values):
-        text[place] = value.decode()
-    return text
 
 
 class PlateStore:
@@ -109,7 +66,7 @@ class PlateStore:
             )
         if version < 1:
             raise CellfastError(f"{self.path}: crop store schema must be 1 or more, got {version}; {AGAIN}")
-        datasets = _datasets(handle.id, self.path)
+        datasets = datasets_of(handle.id, self.path)
         crops = h5py.Dataset(datasets[schema.CROPS])
         if (
             crops.ndim != 4
@@ -121,7 +78,7 @@ class PlateStore:
                 f"{self.path}: crops must be contiguous uint8 or uint16 [N, C, S, S], got {crops.dtype} {crops.shape}"
                 f"{' in chunks' if crops.chunks else ''}; {AGAIN}"
             )
-        self.plate, self.batch, self.border = str(attributes["plate"]), str(attributes["batch"]), str(attributes["border"])
+        self.plate, self.batch, self.border = (_text(attributes[name]) for name in ("plate", "batch", "border"))
         self.options: dict[str, Any] = json.loads(attributes["options"])
         self.cellfast_version, self.created = str(attributes["cellfast_version"]), str(attributes["created"])
         self.num_cells, self.num_channels, self.crop_size = (int(v) for v in crops.shape[:3])
@@ -140,7 +97,7 @@ class PlateStore:
                 )
 
         def table(group: str, columns: dict[str, np.dtype | None]) -> dict[str, np.ndarray]:
-            return {name: _values(datasets[f"{group}/{name}"], self.path, dtype) for name, dtype in columns.items()}
+            return {name: values_of(datasets[f"{group}/{name}"], self.path, dtype) for name, dtype in columns.items()}
 
         number = np.dtype(np.float64)
         channels = table(schema.CHANNELS, {"name": None, "scale_low": number, "scale_high": number})
@@ -149,11 +106,30 @@ class PlateStore:
         self._cells = table(schema.CELLS, schema.CELL_COLUMNS)
         self._fields = table(schema.FIELDS, schema.FIELD_COLUMNS)
         self._wells = table(schema.WELLS, {**dict.fromkeys(schema.WELL_TEXT), "concentration_um": number})
-        self.source_files = _values(datasets[f"{schema.FIELDS}/source_files"], self.path, None)
-        self.ledger: dict[str, Any] | None = json.loads(_values(datasets["ledger"], self.path, None)[()])
+        self.source_files = values_of(datasets[f"{schema.FIELDS}/source_files"], self.path, None)
+        self.ledger: dict[str, Any] | None = json.loads(values_of(datasets["ledger"], self.path, None)[()])
         if not isinstance(self.options, dict) or not isinstance(self.ledger, (dict, type(None))):
             raise CellfastError(f"{self.path}: its options and its ledger must be JSON objects; {AGAIN}")
+        self._check_names()
         self._check_tables()
+
+    def _check_names(self) -> None:
+        """The names of another program's file meet what the ingest asks of a table's: outputs are named after them."""
+        try:
+            file_name("plate", self.plate)
+            check_batch(self.batch)
+            for well in self._wells["name"]:
+                if normalise_well(well) != well:
+                    raise CellfastError(f"well {well!r}: expected {normalise_well(well)!r}")
+            for kind, names in (
+                ("channel", self.channel_names),
+                ("compound", self._wells["compound"]),
+                ("MoA", self._wells["moa"]),
+            ):
+                for name in names:
+                    check_text(kind, name)
+        except CellfastError as error:
+            raise CellfastError(f"{self.path}: {error}; {AGAIN}") from None
 
     def _check_tables(self) -> None:
         if int(self.num_channels) != len(self.channel_names):
@@ -335,6 +311,9 @@ class Screen:
         self.path = Path(path)
         self.plates = sorted(plates, key=lambda store: store.plate)
         first = self.plates[0]
+        for one, other in zip(self.plates, self.plates[1:]):
+            if one.plate == other.plate:
+                raise CellfastError(f"{one.path} and {other.path} are both of plate {one.plate}; remove one of them")
         for store in self.plates[1:]:
             for name in ("channel_names", "crop_size", "dtype"):
                 if getattr(store, name) != getattr(first, name):
@@ -380,6 +359,10 @@ class Screen:
         """(low, high), float64 [C]: the medians over the plates with cells of their ``scale_low`` and ``scale_high``."""
         stores = [store for store in self.plates if store.num_cells] or self.plates
         return np.median([s.scale_low for s in stores], axis=0), np.median([s.scale_high for s in stores], axis=0)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _show(value: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any
 
 from cellfast.atomic import write_json
 from cellfast.errors import CellfastError
+from cellfast.printable import masked
 
 LEDGER_FILE = "ledger.json"
 _MARKS = ".ingest-*.json"
@@ -39,11 +39,11 @@ def end(screen: Path, plates: Iterable[str]) -> None:
 
 
 def _command() -> str:
-    """The command line of this process where it is cellfast's, without passwords in URLs; else empty."""
+    """The command line of this process where it is cellfast's, secrets masked; else empty."""
     program = Path(sys.argv[0])
     if program.stem != "cellfast" and program.parts[-2:] != ("cellfast", "__main__.py"):
         return ""
-    return re.sub(r"://[^/\s@]*@", "://…@", shlex.join(["cellfast", *sys.argv[1:]]))
+    return shlex.join(["cellfast", *map(masked, sys.argv[1:])])
 
 
 def what_is_missing(screen: Path, there: set[str]) -> str:
