@@ -12,18 +12,18 @@ from types import TracebackType
 from typing import Any
 
 import h5py
-import numba
 import numpy as np
 
 from cellfast import __version__
 from cellfast.atomic import partial_path
+from cellfast.compiled import njit
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import check_batch, check_text, file_name
 from cellfast.printable import masked, masked_values
-from cellfast.screens import schema
+from cellfast.screens import schema, sealed
 
 
-@numba.njit(cache=True, nogil=True)
+@njit()
 def _add_histogram(crops, histogram, stride):  # pragma: no cover - compiled
     n, channels, height, width = crops.shape
     for i in range(n):
@@ -206,6 +206,7 @@ class PlateWriter:
             libver=("earliest", "v110"),
             alignment_threshold=threshold,
             alignment_interval=schema.PAGE_BYTES,
+            userblock_size=sealed.USER_BLOCK,
             locking=False,
         )
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -257,11 +258,7 @@ class PlateWriter:
         handle.flush()
         handle.close()
         self._file = None
-        descriptor = os.open(self._partial, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sealed.seal(self._partial, schema.CROPS)
         os.replace(self._partial, self.path)
 
     def _shrink(self) -> None:

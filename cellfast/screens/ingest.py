@@ -19,6 +19,7 @@ from cellfast.errors import CellfastError
 from cellfast.folder_lock import FolderLock
 from cellfast.printable import masked_values
 from cellfast.progress import Progress
+from cellfast.screens import unfinished
 from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.ledger import PlateLedger
@@ -123,6 +124,8 @@ def run_plates(
             todo.append(task)
         else:
             ledgers[task.plate] = ledger
+    if todo:
+        unfinished.begin(todo[0].path.parent.parent, [task.plate for task in tasks])
     total = sum(task.units * task.passes for task in todo)
     unit = unit if total == sum(task.units for task in todo) else "steps"
     with Progress("ingest", total, unit, enabled=show_progress) as progress:

@@ -59,6 +59,7 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
+    allow_unfinished: bool = False,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Train an encoder on a screen and write the run folder.
@@ -72,6 +73,7 @@ def train(
         resume: go on from the run's last whole checkpoint, on a CPU bit-identically to a run that had not stopped; from the beginning
             where there is none yet.
         force: discard a run that is in the folder.
+        allow_unfinished: take the plates that are there of a screen whose ingest has not ended.
         say: prints a line.
 
     Raises:
@@ -89,7 +91,7 @@ def train(
     try:
         # All read the checkpoint that one process has chosen.
         checkpoint, note = processes.first_does(lambda: folder.take(resume=resume, force=force))
-        return _Training(Path(screen_path), folder, config, device, processes, checkpoint, note, say).run()
+        return _Training(Path(screen_path), folder, config, device, processes, checkpoint, note, allow_unfinished, say).run()
     except torch.OutOfMemoryError as error:
         raise CellfastError(
             f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
@@ -120,11 +122,14 @@ class _Training:
         processes: Processes,
         checkpoint: Path | None,
         note: str,
+        allow_unfinished: bool,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.device, self.processes, self.folder = config, device, processes, folder
         self.say = say if processes.is_first else (lambda text: None)
-        self.screen = screen = Screen.open(screen_path)
+        self.screen = screen = Screen.open(screen_path, allow_unfinished=allow_unfinished)
+        if screen.unfinished:
+            self.say(f"{screen_path}: {screen.unfinished}")
         world = processes.world_size
         if config.batch_size % world:
             raise CellfastError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
