@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 
 import click
@@ -68,6 +69,17 @@ def main() -> None:
         cellfast(prog_name="cellfast")
     except CellfastError as error:
         click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        # torch has no kind of its own for memory of the host.
+        if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", str(error)):
+            raise
+        said = " ".join(str(error).split())[:200]
+        click.echo(
+            f"Error: this takes more memory than there is{f' ({said})' if said else ''}. Give fewer or smaller inputs, a smaller "
+            "minibatch or fewer workers, or a machine with more memory.",
+            err=True,
+        )
         sys.exit(1)
     except BrokenPipeError:
         # `cellfast … | head`: the reader left. Point stdout elsewhere so that the interpreter's last flush stays quiet.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
 
 MOST_LOADED = 32
@@ -34,7 +35,9 @@ class Illumination:
         content = hashlib.sha256()
         for file in files:
             content.update(file.name.encode())
-            content.update(file.read_bytes())
+            with open(file, "rb") as handle:
+                while block := handle.read(1 << 20):
+                    content.update(block)
         self.description = f"{len(files)} functions, sha256 {content.hexdigest()[:16]}"
 
     def function(self, plate: str, channel: str) -> np.ndarray:
@@ -51,10 +54,7 @@ class Illumination:
             )
         found = self._loaded.get(file.name)
         if found is None:
-            try:
-                values = np.load(file, allow_pickle=False)
-            except (ValueError, OSError, EOFError) as error:
-                raise CellfastError(f"{file}: not a readable .npy array ({error})") from error
+            values = load_npy(file)
             if values.ndim != 2 or not np.isfinite(values).all() or not (values > 0).all():
                 raise CellfastError(f"{file}: expected positive, finite values [H, W], got {values.dtype} {values.shape}")
             found = (values / values.mean()).astype(np.float32)
