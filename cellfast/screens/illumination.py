@@ -57,7 +57,10 @@ class Illumination:
             values = load_npy(file)
             if values.ndim != 2 or not np.isfinite(values).all() or not (values > 0).all():
                 raise CellfastError(f"{file}: expected positive, finite values [H, W], got {values.dtype} {values.shape}")
-            found = (values / values.mean()).astype(np.float32)
+            with np.errstate(all="ignore"):
+                found = (values / values.mean(dtype=np.float64)).astype(np.float32)
+            if not np.isfinite(found).all() or not (found > 0).all():
+                raise CellfastError(f"{file}: its values lie too far apart: {values.min():g} to {values.max():g}")
             # Functions of plates that are done would pile up over a screen of thousands.
             while len(self._loaded) >= MOST_LOADED:
                 self._loaded.pop(next(iter(self._loaded)), None)
@@ -71,4 +74,5 @@ class Illumination:
             raise CellfastError(
                 f"illumination function of plate {plate}, channel {channel}: expected shape {plane.shape}, got {function.shape}"
             )
-        return np.clip(np.rint(plane / function), 0, np.iinfo(plane.dtype).max).astype(plane.dtype)
+        with np.errstate(over="ignore"):  # what is beyond the type is clipped
+            return np.clip(np.rint(plane / function), 0, np.iinfo(plane.dtype).max).astype(plane.dtype)
