@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cellfast.printable import masked_values
+
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
@@ -31,8 +33,11 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(target: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NaN and infinity are refused (``ValueError``) as JSON has no such numbers."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    """Write ``value`` as indented JSON, atomically, with the secrets in its texts masked.
+
+    NaN and infinity are refused (``ValueError``) as JSON has no such numbers.
+    """
+    text = json.dumps(masked_values(value), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(target) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

@@ -17,7 +17,9 @@ from cellfast import __version__
 from cellfast.atomic import atomic_path
 from cellfast.bounded import check_claim, check_torch_file
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import check_text
 from cellfast.models import ModelConfig, SimCLR, adapt_input_channels
+from cellfast.printable import printable
 
 FORMAT = "cellfast-model"
 FORMAT_VERSION = 1
@@ -64,6 +66,8 @@ class ModelMetadata:
         channels = len(self.channel_names)
         if not channels or not all(isinstance(name, str) for name in self.channel_names):
             raise CellfastError(f"channel_names must be the names of one channel or more, got {self.channel_names!r}")
+        for name in self.channel_names:
+            check_text("channel", name)
         if self.bits not in (8, 16):
             raise CellfastError(f"bits must be 8 or 16, got {self.bits!r}")
         if len(self.low) != channels or len(self.high) != channels:
@@ -190,15 +194,13 @@ def format_description(description: Mapping[str, Any]) -> str:
         f"channel {i}    {c['name']}" + ("" if d["scaling"] == "plate" else f"  {c['low']:g} – {c['high']:g} → 0 – 1")
         for i, c in enumerate(d["channels"])
     ]
-    return "\n".join(
-        [
-            *lines,
-            f"digest       {d['digest']}",
-            f"trained on   {d['training_data'] or 'nothing, or unknown'}",
-            f"made by      cellfast {d['cellfast_version'] or 'of an unknown version'}"
-            + (f", commit {d['git_commit']}" if d["git_commit"] else ""),
-        ]
-    )
+    lines += [
+        f"digest       {d['digest']}",
+        f"trained on   {d['training_data'] or 'nothing, or unknown'}",
+        f"made by      cellfast {d['cellfast_version'] or 'of an unknown version'}"
+        + (f", commit {d['git_commit']}" if d["git_commit"] else ""),
+    ]
+    return "\n".join(map(printable, lines))
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import file_name
 from cellfast.screens import Screen
-from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.cutting import _cut
 from cellfast.screens.image_table import Field
 from cellfast.screens.ledger import PlateLedger
@@ -50,7 +50,7 @@ class PlatePlan:
     @property
     def file_stem(self) -> str:
         """The plate's name as a file name without suffix."""
-        return plate_file_name(self.plate).removesuffix(".h5")
+        return file_name("plate", self.plate)
 
 
 @dataclass

@@ -16,7 +16,9 @@ import pandas as pd
 from h5py import h5d, h5g, h5l, h5o, h5s
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import check_batch, check_text, file_name
 from cellfast.screens import schema
+from cellfast.screens.wells import normalise_well
 
 AGAIN = "delete the file and ingest the plate again"
 
@@ -114,7 +116,7 @@ class PlateStore:
                 f"{self.path}: crops must be contiguous uint8 or uint16 [N, C, S, S], got {crops.dtype} {crops.shape}"
                 f"{' in chunks' if crops.chunks else ''}; {AGAIN}"
             )
-        self.plate, self.batch, self.border = str(attributes["plate"]), str(attributes["batch"]), str(attributes["border"])
+        self.plate, self.batch, self.border = (_text(attributes[name]) for name in ("plate", "batch", "border"))
         self.options: dict[str, Any] = json.loads(attributes["options"])
         self.cellfast_version, self.created = str(attributes["cellfast_version"]), str(attributes["created"])
         self.num_cells, self.num_channels, self.crop_size = (int(v) for v in crops.shape[:3])
@@ -143,7 +145,26 @@ class PlateStore:
         self._wells = table(schema.WELLS, (*schema.WELL_TEXT, "concentration_um"))
         self.source_files = _values(datasets[f"{schema.FIELDS}/source_files"])
         self.ledger: dict[str, Any] | None = json.loads(_values(datasets["ledger"])[()])
+        self._check_names()
         self._check_tables()
+
+    def _check_names(self) -> None:
+        """The names of another program's file meet what the ingest asks of a table's: outputs are named after them."""
+        try:
+            file_name("plate", self.plate)
+            check_batch(self.batch)
+            for well in self._wells["name"]:
+                if normalise_well(well) != well:
+                    raise CellfastError(f"well {well!r}: expected {normalise_well(well)!r}")
+            for kind, names in (
+                ("channel", self.channel_names),
+                ("compound", self._wells["compound"]),
+                ("MoA", self._wells["moa"]),
+            ):
+                for name in names:
+                    check_text(kind, name)
+        except CellfastError as error:
+            raise CellfastError(f"{self.path}: {error}; {AGAIN}") from None
 
     def _check_tables(self) -> None:
         if int(self.num_channels) != len(self.channel_names):
@@ -259,6 +280,9 @@ class Screen:
         self.path = Path(path)
         self.plates = sorted(plates, key=lambda store: store.plate)
         first = self.plates[0]
+        for one, other in zip(self.plates, self.plates[1:]):
+            if one.plate == other.plate:
+                raise CellfastError(f"{one.path} and {other.path} are both of plate {one.plate}; remove one of them")
         for store in self.plates[1:]:
             for name in ("channel_names", "crop_size", "dtype"):
                 if getattr(store, name) != getattr(first, name):
@@ -296,6 +320,10 @@ class Screen:
         """(low, high), float64 [C]: the medians over the plates with cells of their ``scale_low`` and ``scale_high``."""
         stores = [store for store in self.plates if store.num_cells] or self.plates
         return np.median([s.scale_low for s in stores], axis=0), np.median([s.scale_high for s in stores], axis=0)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _show(value: Any) -> str:

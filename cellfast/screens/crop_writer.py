@@ -17,6 +17,8 @@ import numpy as np
 
 from cellfast import __version__
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import check_batch, check_text, file_name
+from cellfast.printable import masked, masked_values
 from cellfast.screens import schema
 
 
@@ -31,23 +33,8 @@ def _add_histogram(crops, histogram, stride):  # pragma: no cover - compiled
 
 
 def plate_file_name(plate: str) -> str:
-    """The file name of a plate's store: the plate's name + ``.h5``.
-
-    Raises:
-        CellfastError: the name is empty or cannot be a file name (separators, ``.``, NUL, over 200 bytes).
-    """
-    bad = (
-        not plate
-        or plate in (".", "..")
-        or plate.startswith(".")
-        or any(c in plate for c in "/\\\0")
-        or len(plate.encode()) > 200
-    )
-    if bad:
-        raise CellfastError(
-            f"plate name {plate!r} cannot name a file: expected 1 to 200 bytes without '/', '\\' or a leading '.'; rename it in the table"
-        )
-    return f"{plate}.h5"
+    """The file name of a plate's store: the plate's name + ``.h5``; raises `CellfastError` as `file_name` does."""
+    return f"{file_name('plate', plate)}.h5"
 
 
 class PlateWriter:
@@ -83,8 +70,8 @@ class PlateWriter:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        self.plate, self.batch = plate, batch
-        self.channel_names = tuple(channel_names)
+        self.plate, self.batch = file_name("plate", plate), check_batch(batch)
+        self.channel_names = tuple(check_text("channel", name) for name in channel_names)
         self.crop_size, self.dtype = int(crop_size), np.dtype(dtype)
         if self.dtype not in schema.PIXEL_DTYPES:
             raise CellfastError(f"{self.path.name}: pixels must be uint8 or uint16, got {self.dtype}")
@@ -177,7 +164,7 @@ class PlateWriter:
         self._fields["well"].append(well_row)
         self._fields["site"].append(int(site))
         self._fields["image_number"].append(int(image_number))
-        self._sources.append(tuple(source_files) or ("",) * len(self.channel_names))
+        self._sources.append(tuple(map(masked, source_files)) or ("",) * len(self.channel_names))
         self.num_cells += n
 
     @property
@@ -251,7 +238,7 @@ class PlateWriter:
         low, high = scale_from_histogram(self._histogram if self._histogram.any() else self._filled_histogram)
         channels.create_dataset("scale_low", data=low)
         channels.create_dataset("scale_high", data=high)
-        handle.create_dataset("ledger", data=json.dumps(self.ledger, ensure_ascii=False), dtype=text)
+        handle.create_dataset("ledger", data=json.dumps(masked_values(self.ledger), ensure_ascii=False), dtype=text)
         attributes = handle.attrs
         attributes["plate"], attributes["batch"], attributes["border"] = self.plate, self.batch, self.border
         attributes["crop_size"] = self.crop_size
@@ -259,7 +246,7 @@ class PlateWriter:
         attributes["pixel_size_um"] = float("nan") if self.pixel_size_um is None else float(self.pixel_size_um)
         attributes["cellfast_version"] = __version__
         attributes["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        attributes["options"] = json.dumps(self.options, sort_keys=True)
+        attributes["options"] = json.dumps(masked_values(self.options), sort_keys=True)
         attributes["schema_version"] = schema.SCHEMA_VERSION
         # Last: a file without it was never finished.
         attributes["format"] = schema.FORMAT

@@ -10,6 +10,7 @@ import numpy as np
 
 from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import file_name
 
 MOST_LOADED = 32
 
@@ -44,8 +45,9 @@ class Illumination:
         """The function of a plate's channel, divided by its mean, float32 [H, W].
 
         Raises:
-            CellfastError: none for this channel, not readable, or with values that are not positive and finite.
+            CellfastError: a name that cannot name a file, none for this channel, not readable, or with values that are not positive and finite.
         """
+        file_name("plate", plate), file_name("channel", channel)  # the folder is not left
         names = (f"{plate}_{channel}.npy", f"{plate}_Illum{channel}.npy", f"{channel}.npy", f"Illum{channel}.npy")
         file = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
         if file is None:

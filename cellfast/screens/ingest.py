@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cellfast.errors import CellfastError
+from cellfast.printable import masked_values
 from cellfast.progress import Progress
 from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
@@ -60,7 +61,7 @@ def finished_ledger(task: PlateTask) -> PlateLedger | None:
     store = PlateStore(task.path)
     if store.ledger is not None and not store.ledger.get("fields_written"):
         return None  # nothing of it could be used: that mistake may be mended by now, whatever it was
-    wanted = json.loads(json.dumps(task.options))
+    wanted = masked_values(json.loads(json.dumps(task.options)))
     for name in sorted(set(wanted) | set(store.options)):
         if wanted.get(name) != store.options.get(name):
             raise CellfastError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cellfast.errors import CellfastError
+from cellfast.printable import masked
 from cellfast.screens import schema
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import PlateWriter
@@ -21,6 +22,7 @@ from cellfast.screens.images import ImageError, image_info
 from cellfast.screens.ingest import PlateTask, count_unit, digest, other_plates, plate_path, remove_abandoned, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.locations import LocationSource
+from cellfast.screens.remote import is_url
 
 PROBED_FIELDS = 15
 
@@ -176,8 +178,12 @@ def ingest_fields(
 
 
 def field_table_digest(fields: Sequence[Field]) -> str:
-    """SHA-256 of where the fields were taken, their files and treatments."""
-    return digest([[f.well, f.site, f.image_number, f.files, f.compound, repr(f.concentration), f.moa] for f in fields])
+    """SHA-256 of where the fields were taken, their files (of URLs without secrets: a new signature is no new file) and treatments."""
+
+    def files(field: Field) -> list[str]:
+        return [masked(file, opaque=False) if is_url(file) else file for file in field.files]
+
+    return digest([[f.well, f.site, f.image_number, files(f), f.compound, repr(f.concentration), f.moa] for f in fields])
 
 
 def ingest_plate(task: PlateTask) -> PlateLedger:
