@@ -211,7 +211,7 @@ def bomb(kind, folder):
         return folder / "a.csv.gz", "from cellfast.profiles.sources import CsvFile as read"
     path = folder / "a.pt2"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a/extra/cellfast.json", json.dumps({"format": "pt2"}) + " " * (200 << 20))
+        archive.writestr("a/extra/cellfast.json", json.dumps({"format": "pt2"}) + " " * (100 << 20))
     return path, "from cellfast.embedding.export import read_export_metadata as read"
 
 

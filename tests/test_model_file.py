@@ -40,6 +40,7 @@ def path(tmp_path) -> Path:
 def change(path: Path, edit) -> None:
     content = torch.load(path, weights_only=True)
     edit(content)
+    content.pop("sealed", None)
     torch.save(content, path)
 
 

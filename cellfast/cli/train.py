@@ -46,7 +46,7 @@ def _configuration_options(command: click.Command) -> click.Command:
 )
 @click.option("--recipe", type=click.Choice(list(RECIPES)), help="Set of defaults to start from: perakis2021 is the reference's.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any value, also augment.NAME; repeatable.")
-@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint; from the beginning where there is none yet.")
 @click.option("--force", is_flag=True, help="Discard a run that is in the folder.")
 def train(
     screen: Path,
@@ -72,10 +72,8 @@ def train(
         )
     overrides = {key: value for key, value in options.items() if value is not None}
     overrides.update(parse_assignment(text) for text in assignments)
-    if resume and config_file is None:
+    if resume and config_file is None and (run / "config.yaml").exists():
         config_file = run / "config.yaml"
-        if not config_file.exists():
-            raise CellfastError(f"{run} holds no run to resume (no config.yaml): leave out --resume to start one")
     config = resolve_config(recipe, config_file, overrides)
     from cellfast.training.loop import train as run_training
 
