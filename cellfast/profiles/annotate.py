@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cellfast.bounded import open_table, read_parquet, told
 from cellfast.errors import CellfastError
 from cellfast.metadata.controls import select_rows
 from cellfast.profiles import columns as names
@@ -24,10 +25,12 @@ def _read_csv(path: str | os.PathLike[str], option: str) -> tuple[pd.DataFrame, 
     path = Path(path)
     if not path.is_file():
         raise CellfastError(f"{option}: no such file: {path}.")
-    try:
-        frame = pd.read_parquet(path) if path.suffix.lower() in (".parquet", ".pq") else pd.read_csv(path, low_memory=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, EOFError, OSError, ValueError) as error:
-        raise CellfastError(f"{option} {path}: not a readable table ({str(error).strip().splitlines()[0]}).") from None
+    with told(f"{option} {path}", "table"):
+        if path.suffix.lower() in (".parquet", ".pq"):
+            frame = read_parquet(path)
+        else:
+            with open_table(path) as handle:
+                frame = pd.read_csv(handle, low_memory=False)
     return frame, names.find_metadata_columns([str(c) for c in frame.columns], where=str(path))
 
 
