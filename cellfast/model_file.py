@@ -15,12 +15,17 @@ from torch import Tensor, nn
 
 from cellfast import __version__
 from cellfast.atomic import atomic_path
+from cellfast.bounded import check_claim
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import check_text
 from cellfast.models import ModelConfig, SimCLR, adapt_input_channels
+from cellfast.printable import printable
+from cellfast.tensor_file import load_tensors, write_tensors
 
 FORMAT = "cellfast-model"
 FORMAT_VERSION = 1
 SCALINGS = ("screen", "plate")
+MOST_CROP_PX = 1 << 14
 
 
 @dataclass
@@ -62,6 +67,8 @@ class ModelMetadata:
         channels = len(self.channel_names)
         if not channels or not all(isinstance(name, str) for name in self.channel_names):
             raise CellfastError(f"channel_names must be the names of one channel or more, got {self.channel_names!r}")
+        for name in self.channel_names:
+            check_text("channel", name)
         if self.bits not in (8, 16):
             raise CellfastError(f"bits must be 8 or 16, got {self.bits!r}")
         if len(self.low) != channels or len(self.high) != channels:
@@ -74,8 +81,14 @@ class ModelMetadata:
             raise CellfastError(
                 f"the intensity scaling needs finite low <= high for every channel, got low {self.low}, high {self.high}"
             )
-        if not 1 <= self.output_size <= self.crop_size:
-            raise CellfastError(f"output_size must be between 1 and the crop size {self.crop_size} px, got {self.output_size}")
+        whole = all(isinstance(value, int) for value in (self.output_size, self.crop_size, self.step))
+        if not whole or not 1 <= self.output_size <= self.crop_size <= MOST_CROP_PX:
+            raise CellfastError(
+                f"output_size must be between 1 and the crop size, that at most {MOST_CROP_PX} px, and step a whole number; got "
+                f"{self.output_size!r}, {self.crop_size!r} and {self.step!r}"
+            )
+        if not all(isinstance(text, str) for text in (self.training_data, self.cellfast_version, self.git_commit)):
+            raise CellfastError("training_data, cellfast_version and git_commit must be text")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelMetadata:
@@ -182,15 +195,13 @@ def format_description(description: Mapping[str, Any]) -> str:
         f"channel {i}    {c['name']}" + ("" if d["scaling"] == "plate" else f"  {c['low']:g} – {c['high']:g} → 0 – 1")
         for i, c in enumerate(d["channels"])
     ]
-    return "\n".join(
-        [
-            *lines,
-            f"digest       {d['digest']}",
-            f"trained on   {d['training_data'] or 'nothing, or unknown'}",
-            f"made by      cellfast {d['cellfast_version'] or 'of an unknown version'}"
-            + (f", commit {d['git_commit']}" if d["git_commit"] else ""),
-        ]
-    )
+    lines += [
+        f"digest       {d['digest']}",
+        f"trained on   {d['training_data'] or 'nothing, or unknown'}",
+        f"made by      cellfast {d['cellfast_version'] or 'of an unknown version'}"
+        + (f", commit {d['git_commit']}" if d["git_commit"] else ""),
+    ]
+    return "\n".join(map(printable, lines))
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -218,7 +229,7 @@ def save_model(path: str | os.PathLike[str], model: SimCLR, metadata: ModelMetad
         "state": state,
     }
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        write_tensors(temporary, content)
     return digest
 
 
@@ -229,7 +240,7 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
     keys.
 
     Raises:
-        CellfastError: no such file, not a model file, damaged (its digest does not match), or written by a newer version.
+        CellfastError: no such file, not a model file, damaged (any byte of it was changed), or written by a newer version.
     """
     path = Path(path_or_run)
     if path.is_dir():
@@ -241,7 +252,7 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
             )
     if not path.exists():
         raise CellfastError(f"the model {path} does not exist: give a run folder of cellfast train, or its model.pt")
-    content = load_weights_only(path)
+    content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CellfastError(
             f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go in with "
@@ -258,6 +269,7 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
         config = ModelConfig.from_dict(content["config"])
         metadata = ModelMetadata.from_dict(content["metadata"])
         _check_channels(config, metadata)
+        _check_size(config, content["state"], path)
         model = SimCLR(config)
         model.load_state_dict(content["state"])
         digest = _model_digest(content["state"], config, metadata)
@@ -269,6 +281,20 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
         raise CellfastError(f"the model {path} is damaged: its content does not match the digest it was written with")
     model = model.to(device=device, memory_format=torch.channels_last).eval()
     return LoadedModel(model, metadata, path, content["digest"])
+
+
+def _check_size(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> None:
+    """Before an encoder is made: the file must hold the tensors of so large a one."""
+    held = path.stat().st_size
+    if config.projection_layers > len(state) or not isinstance(state, Mapping):
+        raise ValueError(f"{config.projection_layers:,} layers in the projection head, and {len(state)} tensors")
+    with torch.device("meta"):
+        wanted = SimCLR(config).state_dict()
+    check_claim(path, "its model", sum(v.numel() * v.element_size() for v in wanted.values()), held)
+    for name, value in wanted.items():
+        found = state.get(name)
+        if not isinstance(found, Tensor) or found.shape != value.shape or found.layout != torch.strided:
+            raise ValueError(f"{name}: expected a tensor {list(value.shape)}, found {list(getattr(found, 'shape', ()))}")
 
 
 def _check_channels(config: ModelConfig, metadata: ModelMetadata) -> None:
@@ -284,26 +310,6 @@ def _model_digest(state: Mapping[str, Tensor], config: ModelConfig, metadata: Mo
     inputs = [metadata.channel_names, metadata.crop_size, metadata.output_size, metadata.bits, metadata.scaling]
     text = repr([sorted(config.to_dict().items()), inputs, list(map(float, metadata.low)), list(map(float, metadata.high))])
     return hashlib.sha256((state_digest(state) + text).encode()).hexdigest()
-
-
-def load_weights_only(path: Path) -> Any:
-    """``torch.load(path, map_location="cpu", weights_only=True)`` with a clear `CellfastError` for anything that cannot be
-    read that way."""
-    if not path.is_file():
-        raise CellfastError(f"the weights file {path} does not exist or is not a file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # torch raises a dozen kinds for a file that is not its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in first:
-            # torch's text recommends to run the code in the file.
-            first = "it is not a file of tensors, or it holds objects that only running code can make"
-        raise CellfastError(
-            f"{path} cannot be read as a weights file: {first[:200]}. Expected a file of tensors written by torch.save "
-            "(files that need to run code to be read are refused)"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -340,7 +346,7 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
         CellfastError: an encoder tensor missing or of another shape, all of them listed; the model is left unchanged.
     """
     path = Path(path)
-    content = load_weights_only(path)
+    content = load_tensors(path)
     for key in ("state", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -349,7 +355,9 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
         raise CellfastError(
             f"{path} holds no tensors by name: expected a state_dict of a torchvision ResNet, or a cellfast model"
         )
-    given = {_plain_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    given = {_plain_name(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, value in given.items():
+        check_claim(path, f"its tensor {name[:80]}", value.numel() * value.element_size(), path.stat().st_size)
     encoder = model.encoder.state_dict()
     problems, new, adapted = [], {}, ""
     for name, target in encoder.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from cellfast.bounded import check_parquet, load_npz, open_table, told
 from cellfast.errors import CellfastError
 from cellfast.profiles import columns as names
 from cellfast.profiles.table import _PROVENANCE_KEY, canonical_metadata
@@ -59,34 +59,41 @@ class ParquetFile:
         import pyarrow.parquet as pq
 
         self.path = path
-        try:
+        check_parquet(path)
+        with told(path, "parquet file"):
             self._parquet = pq.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=1 << 18)
             schema = self._parquet.schema_arrow
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-            raise CellfastError(
-                f"{path}: not a readable parquet file ({str(error).splitlines()[0]}). Write it again, or remove it."
-            ) from None
+            note = (schema.metadata or {}).get(_PROVENANCE_KEY)
+            self.provenance: dict[str, Any] = dict(json.loads(note)) if note else {}
         self.num_rows = self._parquet.metadata.num_rows
         self.all_columns = schema.names
         self.numeric_columns = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
         self._double = {f.name for f in schema if not (pa.types.is_float32(f.type) or pa.types.is_float16(f.type))}
-        note = (schema.metadata or {}).get(_PROVENANCE_KEY)
-        self.provenance: dict[str, Any] = json.loads(note) if note else {}
 
     def frame(self, columns: Sequence[str]) -> pd.DataFrame:
-        return self._parquet.read(columns=list(columns)).to_pandas()
+        with told(self.path, "parquet file"):
+            return self._parquet.read(columns=list(columns), use_threads=False).to_pandas(ignore_metadata=True)
 
     def dtype(self, columns: Sequence[str]) -> type:
         return np.float64 if any(c in self._double for c in columns) else np.float32
 
     def batches(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
         buffer = np.empty((ROWS_PER_BATCH, len(columns)), self.dtype(columns))
-        for batch in self._parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=list(columns), use_threads=False):
-            block = buffer[: batch.num_rows]
-            for j, name in enumerate(columns):
-                # By name: the reader returns columns in file order, whatever the order asked for. Missing values become NaN.
-                block[:, j] = batch.column(name).to_numpy(zero_copy_only=False)
+        read = self._parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=list(columns), use_threads=False)
+        rows = 0
+        while True:
+            with told(self.path, "parquet file"):
+                batch = next(read, None)
+                if batch is None:
+                    break
+                block = buffer[: batch.num_rows]
+                for j, name in enumerate(columns):
+                    # By name: the reader returns columns in file order, whatever the order asked for. Missing values become NaN.
+                    block[:, j] = batch.column(name).to_numpy(zero_copy_only=False)
+            rows += len(block)
             yield block
+        if rows != self.num_rows:
+            raise CellfastError(f"{self.path}: damaged: {self.num_rows:,} rows expected, {rows:,} found; write it again")
 
 
 class CsvFile:
@@ -95,10 +102,8 @@ class CsvFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.provenance: dict[str, Any] = {}
-        try:
-            head = pd.read_csv(path, nrows=2000)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, EOFError) as error:
-            raise CellfastError(f"{path}: not a readable CSV file ({str(error).strip().splitlines()[0]}).") from None
+        with told(path, "CSV file"), open_table(path) as handle:
+            head = pd.read_csv(handle, nrows=2000)
         self.all_columns = [str(c) for c in head.columns]
         self.numeric_columns = [str(c) for c in head.columns if pd.api.types.is_numeric_dtype(head[c].dtype)]
         self._frame: pd.DataFrame | None = None
@@ -106,7 +111,8 @@ class CsvFile:
 
     def _whole(self) -> pd.DataFrame:
         if self._frame is None:
-            self._frame = pd.read_csv(self.path, low_memory=False)
+            with told(self.path, "CSV file"), open_table(self.path) as handle:
+                self._frame = pd.read_csv(handle, low_memory=False)
         return self._frame
 
     def frame(self, columns: Sequence[str]) -> pd.DataFrame:
@@ -135,17 +141,7 @@ class NpzFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.provenance: dict[str, Any] = {}
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                if "features" not in archive.files:
-                    raise CellfastError(
-                        f"{path}: a DeepProfiler npz has an array 'features'; this one has {', '.join(archive.files) or 'none'}."
-                    )
-                self._features = archive["features"]
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
-            if isinstance(error, CellfastError):
-                raise
-            raise CellfastError(f"{path}: not a readable npz file ({error}).") from None
+        self._features = load_npz(path, "features")
         if self._features.ndim != 2:
             raise CellfastError(f"{path}: 'features' must have shape [cells, features], got {list(self._features.shape)}.")
         self.num_rows, num_features = self._features.shape

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
 from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
 from cellfast.screens.crop_writer import PlateWriter
-from cellfast.screens.ingest import PlateTask, count_unit, digest, other_plates, plate_path, remove_abandoned, run_plates
+from cellfast.screens.images import ImageError, read_stack
+from cellfast.screens.ingest import PlateTask, count_unit, digest, ingesting, other_plates, plate_path, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
 
 # Arrays with at most this many values along an axis are taken to have their channels there.
@@ -45,26 +47,13 @@ def read_crop(path: str | Path, *, layout: str = "auto", num_channels: int | Non
         raise CropError(f"{path}: no such file", "file missing")
     try:
         if path.suffix.lower() == ".npy":
-            pixels = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() in (".tif", ".tiff"):
-            import tifffile
-
-            pixels = tifffile.imread(path)
+            pixels = load_npy(path)
         else:
-            from PIL import Image
-
-            with Image.open(path) as image:
-                if image.mode not in ("L", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I", "1"):
-                    raise CropError(
-                        f"{path}: image mode {image.mode} is not supported; expected 8- or 16-bit grey or RGB", "wrong bit depth"
-                    )
-                pixels = np.asarray(image)
-                if image.mode == "I" and pixels.min() >= 0 and pixels.max() <= 65535:
-                    pixels = pixels.astype(np.uint16)
-    except CropError:
-        raise
-    except Exception as error:
-        raise CropError(f"{path}: not a readable crop ({type(error).__name__}: {error})", "not readable") from error
+            pixels = read_stack(path, colour=True)
+    except ImageError as error:
+        raise CropError(str(error), "wrong bit depth" if error.reason == "wrong bit depth" else "not readable") from error
+    except CellfastError as error:
+        raise CropError(str(error), "not readable") from error
     if pixels.dtype.newbyteorder("=") not in schema.PIXEL_DTYPES:
         raise CropError(f"{path}: expected uint8 or uint16 pixels, got {pixels.dtype}", "wrong bit depth")
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
@@ -152,7 +141,6 @@ def ingest_crops(
         raise CellfastError(
             f"--channels names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
         )
-    remove_abandoned(screen)
     tasks = []
     for plate, rows in index.table.groupby("plate", sort=True):
         options = {
@@ -167,18 +155,19 @@ def ingest_crops(
         rows = rows.sort_values(["well", "site", "cell", "file"], kind="stable")
         payload = {"rows": rows, "shape": shape, "dtype": dtype.name, "strict": strict, "layout": index.layout}
         tasks.append(PlateTask(str(plate), plate_path(screen, str(plate)), len(rows), options, payload))
-    plates = run_plates(tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress)
-    notes = list(index.notes) + [f"{count} rows of the index left out: {reason}" for reason, count in index.dropped.items()]
-    notes += other_plates(screen, tasks)
-    ledger = Ledger(
-        source=source,
-        locations=f"ready-made crops ({index.num_rows} rows)",
-        options={"layout": index.layout, "strict": strict, "batch_regex": batch_regex, "pixel_size_um": pixel_size_um},
-        plates=plates,
-        notes=notes,
-    )
-    assert index.num_rows == sum(p.cells_found for p in plates) + sum(index.dropped.values())
-    ledger.write(screen)
+    with ingesting(screen):
+        plates = run_plates(tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress)
+        notes = list(index.notes) + [f"{count} rows of the index left out: {reason}" for reason, count in index.dropped.items()]
+        notes += other_plates(screen, tasks)
+        ledger = Ledger(
+            source=source,
+            locations=f"ready-made crops ({index.num_rows} rows)",
+            options={"layout": index.layout, "strict": strict, "batch_regex": batch_regex, "pixel_size_um": pixel_size_um},
+            plates=plates,
+            notes=notes,
+        )
+        assert index.num_rows == sum(p.cells_found for p in plates) + sum(index.dropped.values())
+        ledger.write(screen)
     if not any(p.cells_written for p in plates):
         raise CellfastError(f"no crop could be used; all reasons are in {screen / 'ledger.json'}")
     return ledger

@@ -1,0 +1,1 @@
+"""What the names and values of a table mean: one home for every command that reads one."""
