@@ -7,12 +7,15 @@ import pandas as pd
 import pytest
 
 from cellfast.errors import CellfastError
-from cellfast.profiles.annotate import find_controls, join_moa, join_plate_map
+from cellfast.metadata.columns import find_columns, infer_features
+from cellfast.metadata.joins import join_moa, join_plate_map
+from cellfast.metadata.treatments import find_controls
+from cellfast.metadata.wells import well_name
 from cellfast.profiles.build import ProfileOptions, build_profiles
-from cellfast.profiles.columns import find_metadata_columns, infer_features, normalize_well
 from cellfast.profiles.normalize import parse_steps
 from cellfast.profiles.select import drop_missing, select_features
-from cellfast.profiles.table import ProfileTable, read_profiles, write_profiles
+from cellfast.profiles.feature_files import read_profiles
+from cellfast.profiles.table import ProfileTable, write_profiles
 
 
 @pytest.mark.parametrize(
@@ -27,7 +30,7 @@ from cellfast.profiles.table import ProfileTable, read_profiles, write_profiles
     ],
 )  # fmt: skip
 def test_metadata_columns_of_several_tools_are_found(columns, expected):
-    assert find_metadata_columns(columns) == expected
+    assert find_columns(columns) == expected
 
 
 def test_feature_inference():
@@ -43,7 +46,7 @@ def test_feature_inference():
 
 
 def test_wells_have_one_spelling():
-    assert [normalize_well(w) for w in ("a1", "A1", "A01", " b12 ", "AF48", "AA3", "odd-name")] == [
+    assert [well_name(w) for w in ("a1", "A1", "A01", " b12 ", "AF48", "AA3", "odd-name")] == [
         "A01",
         "A01",
         "A01",

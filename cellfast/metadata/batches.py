@@ -12,6 +12,9 @@ from cellfast.metadata.names import check_batch
 
 DEFAULT_BATCH_REGEX = r"^(Week\d+)_"
 
+#: Between the plates, or batches, of a treatment.
+SEPARATOR = ";"
+
 
 def batch_of_plate(plate: str, pattern: str | None = None) -> str | None:
     """Group 1 (or all) of ``pattern`` in the plate's name, ``Week1`` of ``Week1_22123`` by default; None where it does not match.
@@ -36,7 +39,9 @@ def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[di
     Raises:
         CellfastError: ``pattern`` matches none, or not all, of the plates; not a regular expression.
     """
-    found = {plate: batch_of_plate(plate, pattern) for plate in plates}
+    # Profiles of treatments list the plates they are made of: P1;P2.
+    single = dict.fromkeys(one for plate in plates for one in plate.split(SEPARATOR))
+    found = {plate: batch_of_plate(plate, pattern) for plate in single}
     missed = [plate for plate, batch in found.items() if batch is None]
     if pattern and missed:
         share = "none" if len(missed) == len(found) else f"not all, {len(missed)} of {len(found)} missed,"
@@ -47,7 +52,8 @@ def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[di
         source = "plate name (no batch column, and no Week prefix in the plate names)"
     else:
         source = f"plate name, pattern {pattern or '^(Week[0-9]+)_'}"
-    return {plate: batch or plate for plate, batch in found.items()}, source
+    batch = {plate: its or plate for plate, its in found.items()}
+    return {plate: SEPARATOR.join(dict.fromkeys(batch[one] for one in plate.split(SEPARATOR))) for plate in plates}, source
 
 
 def fill_batches(metadata: pd.DataFrame, pattern: str | None = None) -> tuple[pd.DataFrame, str]:

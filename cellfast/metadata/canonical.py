@@ -29,7 +29,15 @@ from cellfast.metadata.doses import concentrations_um
 from cellfast.metadata.values import numbers_if_all, text_column
 from cellfast.metadata.wells import well_name
 
-_UNIT_COLUMNS = ("concentration_unit", "concentration_units", "conc_unit", "dose_unit", "dose_units", "pert_dose_unit", "unit_dose")
+_UNIT_COLUMNS = (
+    "concentration_unit",
+    "concentration_units",
+    "conc_unit",
+    "dose_unit",
+    "dose_units",
+    "pert_dose_unit",
+    "unit_dose",
+)
 _SITE = re.compile(r"(?:site|field|fov|s|f)?[_\s]*0*(\d+)(?:\.0+)?", re.IGNORECASE)
 
 
@@ -106,7 +114,9 @@ def _sites(text: pd.Series) -> pd.Series:
     if any(found is None and t != "" for found, t in zip(numbers, unique)):
         return text
     return pd.Series(
-        np.array([*("" if f is None else str(int(f[1])) for f in numbers), ""], dtype=object)[codes], index=text.index, dtype="str"
+        np.array([*("" if f is None else str(int(f[1])) for f in numbers), ""], dtype=object)[codes],
+        index=text.index,
+        dtype="str",
     )
 
 
@@ -129,7 +139,9 @@ def _words_for_missing(result: Mapping[str, pd.Series], where: str) -> list[str]
         if name in result:
             count = int((result[name].str.lower() == "nan").sum())
             if count:
-                notes.append(f"{where}: {count:,} cells of {name} hold the word 'nan', which is taken as a name; leave missing cells empty")
+                notes.append(
+                    f"{where}: {count:,} cells of {name} hold the word 'nan', which is taken as a name; leave missing cells empty"
+                )
     return notes
 
 
@@ -139,9 +151,9 @@ def ordered(metadata: pd.DataFrame) -> pd.DataFrame:
     return metadata[[*first, *[c for c in metadata.columns if c not in first]]]
 
 
-def metadata_columns(all_columns: Sequence[str], numeric: Sequence[str], features: Sequence[str], found: Mapping[str, str]) -> list[str]:
+def metadata_columns(
+    all_columns: Sequence[str], numeric: Sequence[str], features: Sequence[str], found: Mapping[str, str]
+) -> list[str]:
     """The columns of a table of features that are metadata: recognised, named so, or holding no numbers."""
     left_out, recognised, measured = set(features), set(found.values()), set(numeric)
     return [c for c in all_columns if c in recognised or (c not in left_out and (is_metadata(c) or c not in measured))]
-
-

@@ -13,7 +13,18 @@ from cellfast.errors import CellfastError
 #: Relative difference up to which two concentrations are one dose: tables print 0.3 as 0.299999.
 RELATIVE_TOLERANCE = 1e-3
 
-_UM = {"m": 1e6, "mm": 1e3, "um": 1.0, "µm": 1.0, "μm": 1.0, "nm": 1e-3, "pm": 1e-6, "fm": 1e-9, "micromolar": 1.0, "nanomolar": 1e-3}
+_UM = {
+    "m": 1e6,
+    "mm": 1e3,
+    "um": 1.0,
+    "µm": 1.0,
+    "μm": 1.0,
+    "nm": 1e-3,
+    "pm": 1e-6,
+    "fm": 1e-9,
+    "micromolar": 1.0,
+    "nanomolar": 1e-3,
+}
 _UM |= {"millimolar": 1e3, "picomolar": 1e-6, "umol/l": 1.0, "µmol/l": 1.0, "μmol/l": 1.0, "nmol/l": 1e-3, "mmol/l": 1e3}
 _MISSING = {"", "na", "n/a", "nan", "none", "null", "-"}
 _DOSE = re.compile(r"([+-]?(?:\d+(?:[.,]\d*)*|[.,]\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s.,].*)?")
@@ -27,9 +38,20 @@ def same_dose(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-12)
 
 
-def dose_key(value: float) -> float:
-    """One value for all concentrations that print alike with four significant digits: 0.3, 0.30000001 and 0.29999 are one dose; −1 is unknown."""
-    return -1.0 if math.isnan(value) else float(f"{value:.4g}")
+def unify_doses(values: np.ndarray) -> np.ndarray:
+    """float64 [N]: the same concentrations with one value for those within `RELATIVE_TOLERANCE` (0.3, 0.30000001, 0.2999); NaN stays.
+
+    Of the values that are one dose the commonest is taken, of equally common ones the shortest.
+    """
+    found, codes, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
+    shown = found.copy()
+    start = 0
+    for stop in range(1, len(found) + 1):
+        if stop == len(found) or not same_dose(found[start], found[stop]):
+            group = range(start, stop)
+            shown[start:stop] = found[min(group, key=lambda i: (-counts[i], len(repr(float(found[i]))), found[i]))]
+            start = stop
+    return shown[codes.reshape(-1)]
 
 
 def concentrations_um(values: Iterable[object], where: str, unit: str | None = None) -> np.ndarray:

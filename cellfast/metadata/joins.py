@@ -45,14 +45,15 @@ def split_overrides(overrides: Mapping[str, str], columns: list[str]) -> tuple[d
     return here, {name: column for name, column in overrides.items() if name not in here}
 
 
-def _read(path: str | os.PathLike[str], option: str, overrides: Mapping[str, str], notes: list[str]) -> pd.DataFrame:
+def _read(
+    path: str | os.PathLike[str], option: str, overrides: Mapping[str, str], notes: list[str]
+) -> tuple[pd.DataFrame, set[str]]:
+    """(canonical metadata of a file, which of the overrides it has)."""
     frame = read_table(path, f"a table for {option}", notes)
     here, _ = split_overrides(overrides, list(frame.columns))
     where = f"{option} {path}"
     found = find_columns(list(frame.columns), here, where)
-    table = canonical_metadata(frame, found, where, notes)
-    table.attrs["found"] = found
-    return table
+    return canonical_metadata(frame, found, where, notes), set(here)
 
 
 def _key_values(frame: pd.DataFrame, key: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -83,7 +84,7 @@ def join_plate_map(
             nothing joins.
     """
     notes: list[str] = []
-    table = _read(path, "--metadata", overrides or {}, notes)
+    table, placed = _read(path, "--metadata", overrides or {}, notes)
     key = next((k for k in _KEYS if all(c in table and c in metadata and (table[c].astype(str) != "").any() for c in k)), None)
     if key is None or not set(table.columns) - set(key):
         raise CellfastError(
@@ -131,6 +132,7 @@ def join_plate_map(
     missing = dict.fromkeys(k for k, joined in zip(zip(*[metadata[c].astype(str) for c in key]), have) if not joined)
     return ordered(result), {
         "file": Path(str(path)).name,
+        "placed": sorted(placed),
         "key": list(key),
         "rows": len(result),
         "rows_joined": int(have.sum()),
@@ -212,8 +214,8 @@ class MoaTable:
     A row without a concentration holds for every concentration that no other row of its compound names.
     """
 
-    def __init__(self, path: object, rows: list[tuple[str, float, str]]) -> None:
-        self.rows = rows
+    def __init__(self, path: object, rows: list[tuple[str, float, str]], placed: tuple[str, ...] = ()) -> None:
+        self.rows, self.placed = rows, placed
         self._used: set[int] = set()
         self._of_compound: dict[str, list[int]] = {}
         for number, (compound, concentration, moa) in enumerate(rows):
@@ -265,7 +267,7 @@ class MoaTable:
         table = canonical_metadata(frame[list(dict.fromkeys(found.values()))], found, f"--moa {path}", notes)
         doses = table[CONCENTRATION] if CONCENTRATION in table and with_doses else np.full(len(table), math.nan)
         rows = list(zip(table[COMPOUND], map(float, doses), table[MOA]))
-        return cls(path, [row for row in rows if row[0]])
+        return cls(path, [row for row in rows if row[0]], tuple(here))
 
     def find(self, compound: str, concentration: float) -> str | None:
         """The MoA of a treatment; None where no row has it."""
@@ -328,6 +330,7 @@ def join_moa(
     unused = known.unused()
     return ordered(result), {
         "file": Path(str(path)).name,
+        "placed": sorted(known.placed),
         "treatments": len(treatments),
         "treatments_joined": len(treatments) - len(missing),
         "treatments_not_joined": len(missing),
@@ -339,12 +342,8 @@ def join_moa(
 
 
 def unplaced_overrides(overrides: Mapping[str, str], placed: set[str], where: str) -> None:
-    """Raise where ``--column`` named a column that neither the input nor a joined table has.
-
-    Raises:
-        CellfastError: names the choice and the tables looked at.
-    """
+    """Raise `CellfastError` where ``--column`` named a column that no table has; ``where`` says which were looked at."""
     short = {canonical: name for name, canonical in SHORT_NAMES.items()}
     for canonical, column in overrides.items():
         if canonical not in placed:
-            raise CellfastError(f"--column {short[canonical]}={column}: {where} has no column '{column}'.")
+            raise CellfastError(f"--column {short[canonical]}={column}: {where} has a column '{column}'.")

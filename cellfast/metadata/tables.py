@@ -231,7 +231,9 @@ def read_table(path: str | os.PathLike[str], what: str, notes: list[str] | None 
         files = sorted(p for p in local.rglob("*.parquet") if not p.name.startswith((".", "_")))
         if not files:
             raise CellfastError(f"{path}: no .parquet file in this folder; expected {what}")
-        return pd.concat([_as_text(ArrowTable(f, str(f), partition_values(f, local))) for f in files], ignore_index=True).fillna("")
+        return pd.concat([_as_text(ArrowTable(f, str(f), partition_values(f, local))) for f in files], ignore_index=True).fillna(
+            ""
+        )
     if not exists(path):
         raise CellfastError(f"{path}: no such file; expected {what}")
     if is_url(path):

@@ -266,7 +266,8 @@ class TextTable:
 
     def frame(self, columns: Sequence[str]) -> pd.DataFrame:
         """The named columns as text (numbers where every value is one)."""
-        assert self._texts is not None and self._numbers is not None
+        assert self._texts is not None
+        assert self._numbers is not None
         plain = [c for c in columns if c not in self._number_of]
         if len(plain) == len(columns):
             return self._texts[plain]

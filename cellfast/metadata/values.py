@@ -106,3 +106,13 @@ def unify_spellings(frame: pd.DataFrame, columns: tuple[str, ...]) -> tuple[pd.D
             changed[name] = spellings.apply(frame[name])
             merged[name] = found
     return changed, merged
+
+
+def spelling_notes(merged: dict[str, dict[str, list[str]]]) -> list[str]:
+    """What `unify_spellings` merged, a sentence for each column."""
+    return [
+        f"{column.removeprefix('Metadata_')}: spellings taken as one: "
+        + "; ".join(f"{shown} (also {', '.join(repr(o) for o in others)})" for shown, others in list(names.items())[:10])
+        + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
+        for column, names in merged.items()
+    ]
