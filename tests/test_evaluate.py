@@ -205,7 +205,9 @@ def ljosa(real_data, tmp_path, *options):
     folder = real_data / "bbbc021"
     cli(
         profile_command, folder / "ljosa_jbiomolscreen_2013_per_well_mean.csv.gz", "--metadata", folder / "BBBC021_v1_image.csv.gz",
-        "--moa", folder / "BBBC021_v1_moa.csv", "-o", tmp_path / "p.parquet", *options,
+        "--moa", folder / "BBBC021_v1_moa.csv", "-o", tmp_path / "p.parquet",
+        # The published scores count positions and numbers of objects as features.
+        "--features", "(Cells|Cytoplasm|Nuclei)_", *options,
     )  # fmt: skip
     return read_profiles(tmp_path / "p.parquet")
 

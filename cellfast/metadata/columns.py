@@ -292,6 +292,7 @@ def infer_features(
             compiled = [re.compile(pattern) for pattern in patterns]
         except re.error as error:
             raise CellfastError(f"--features: not a prefix or regular expression: {error}.") from None
+        # What was asked for is taken, whatever its name says.
         chosen = [c for c in candidates if any(p.match(c) for p in compiled)]
         if not chosen:
             raise CellfastError(

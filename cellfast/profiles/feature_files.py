@@ -193,7 +193,11 @@ class FeatureSource:
             self._found.append(names.find_columns(file.all_columns, here, str(file.path)))
         self.later = {name: column for name, column in overrides.items() if name in later}
         first = self.files[0]
-        self.feature_names = names.infer_features(first.numeric_columns, self._found[0].values(), patterns, str(first.path))
+        if PROVENANCE_KEY in first.schema_note and not patterns:
+            # Profiles of `cellfast profile` hold the features that were chosen then, whatever their names say.
+            self.feature_names = [c for c in first.numeric_columns if not names.is_metadata(c)]
+        else:
+            self.feature_names = names.infer_features(first.numeric_columns, self._found[0].values(), patterns, str(first.path))
         for file in self.files:
             missing = [c for c in self.feature_names if c not in set(file.all_columns)]
             if missing:
