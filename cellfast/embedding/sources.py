@@ -173,7 +173,7 @@ class StoreSource:
         return {"path": self._screen.path, "window": self.window}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(Screen.open(state["path"]), state["window"])
+        self.__init__(Screen.open(state["path"], allow_unfinished=True), state["window"])
 
     def units(self, part: Part) -> list[tuple[str, int, int]]:
         starts = range(part.start, part.stop, ROWS_PER_CHUNK)
@@ -185,7 +185,7 @@ class StoreSource:
         store = self._stores[plate]
         first = self.crop_size // 2 - self.window // 2
         window = slice(first, first + self.window)
-        pixels = np.array(store.crops()[start:stop, :, window, window])
+        pixels = np.ascontiguousarray(store.read(start, stop)[:, :, window, window])
         # One row before the chunk tells whether its first row begins a field.
         before = max(start - 1, 0)
         columns = store.metadata_columns(before, stop)

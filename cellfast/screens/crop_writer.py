@@ -12,17 +12,18 @@ from types import TracebackType
 from typing import Any
 
 import h5py
-import numba
 import numpy as np
 
 from cellfast import __version__
+from cellfast.atomic import partial_path
+from cellfast.compiled import njit
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import check_batch, check_text, file_name
 from cellfast.printable import masked, masked_values
-from cellfast.screens import schema
+from cellfast.screens import schema, sealed
 
 
-@numba.njit(cache=True, nogil=True)
+@njit()
 def _add_histogram(crops, histogram, stride):  # pragma: no cover - compiled
     n, channels, height, width = crops.shape
     for i in range(n):
@@ -90,7 +91,7 @@ class PlateWriter:
         self._treatments: list[tuple[str, float, str]] = []
         self._histogram = np.zeros((len(self.channel_names), np.iinfo(self.dtype).max + 1), dtype=np.int64)
         self._filled_histogram = np.zeros_like(self._histogram)
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.h5")
+        self._partial = partial_path(self.path)
         self._file: h5py.File | None = None
 
     def __enter__(self) -> PlateWriter:
@@ -103,10 +104,13 @@ class PlateWriter:
             if kind is None:
                 self._finish()
         finally:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
             self._partial.unlink(missing_ok=True)
+            if self._file is not None:
+                file, self._file = self._file, None
+                try:
+                    file.close()
+                except (OSError, RuntimeError):
+                    pass  # what could not be written was told already, and the file has no name any more
 
     def append_field(
         self,
@@ -202,6 +206,7 @@ class PlateWriter:
             libver=("earliest", "v110"),
             alignment_threshold=threshold,
             alignment_interval=schema.PAGE_BYTES,
+            userblock_size=sealed.USER_BLOCK,
             locking=False,
         )
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -253,11 +258,7 @@ class PlateWriter:
         handle.flush()
         handle.close()
         self._file = None
-        descriptor = os.open(self._partial, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sealed.seal(self._partial, schema.CROPS)
         os.replace(self._partial, self.path)
 
     def _shrink(self) -> None:

@@ -6,17 +6,20 @@ import hashlib
 import json
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cellfast.atomic import remove_abandoned, told_when_full
 from cellfast.errors import CellfastError
+from cellfast.folder_lock import FolderLock
 from cellfast.printable import masked_values
 from cellfast.progress import Progress
+from cellfast.screens import unfinished
 from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.ledger import PlateLedger
@@ -121,6 +124,8 @@ def run_plates(
             todo.append(task)
         else:
             ledgers[task.plate] = ledger
+    if todo:
+        unfinished.begin(todo[0].path.parent.parent, [task.plate for task in tasks])
     total = sum(task.units * task.passes for task in todo)
     unit = unit if total == sum(task.units for task in todo) else "steps"
     with Progress("ingest", total, unit, enabled=show_progress) as progress:
@@ -135,12 +140,17 @@ def run_plates(
             _counter = _Inline(shown)
             try:
                 for task in todo:
-                    ledgers[task.plate] = work(task)
+                    ledgers[task.plate] = _do(work, task)
             finally:
                 _counter = None
         elif todo:
             _run_parallel(todo, work, ledgers, workers, shown)
     return [ledgers[task.plate] for task in tasks]
+
+
+def _do(work: Callable[[PlateTask], PlateLedger], task: PlateTask) -> PlateLedger:
+    with told_when_full(task.path):
+        return work(task)
 
 
 class _Inline:
@@ -177,7 +187,7 @@ def _run_parallel(
     context = multiprocessing.get_context("spawn")
     counter = context.Array("q", 2)
     with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_begin_worker, initargs=(counter,)) as pool:
-        plate_of = {pool.submit(work, task): task.plate for task in todo}
+        plate_of = {pool.submit(_do, work, task): task.plate for task in todo}
         pending = set(plate_of)
         try:
             while pending:
@@ -200,11 +210,17 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def remove_abandoned(screen: Path, older_than_s: float = 24 * 3600.0) -> None:
-    """Remove partial files that a killed ingest left more than a day ago."""
-    for partial in (screen / "plates").glob(".*.partial.h5"):
-        if time.time() - partial.stat().st_mtime > older_than_s:
-            partial.unlink(missing_ok=True)
+@contextmanager
+def ingesting(screen: Path) -> Iterator[None]:
+    """Keep other ingests out of the screen folder inside the block, and remove what killed ones left half written.
+
+    Raises:
+        CellfastError: another ingest is writing there (names its process and host).
+    """
+    with FolderLock(screen, "cellfast ingest"):
+        remove_abandoned(screen)
+        remove_abandoned(screen / "plates")
+        yield
 
 
 def other_plates(screen: Path, tasks: Sequence[PlateTask]) -> list[str]:

@@ -13,7 +13,7 @@ from cellfast.errors import CellfastError
 from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
 from cellfast.screens.crop_writer import PlateWriter
-from cellfast.screens.ingest import PlateTask, count_unit, digest, other_plates, plate_path, remove_abandoned, run_plates
+from cellfast.screens.ingest import PlateTask, count_unit, digest, ingesting, other_plates, plate_path, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
 
 # Arrays with at most this many values along an axis are taken to have their channels there.
@@ -152,7 +152,6 @@ def ingest_crops(
         raise CellfastError(
             f"--channels names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
         )
-    remove_abandoned(screen)
     tasks = []
     for plate, rows in index.table.groupby("plate", sort=True):
         options = {
@@ -167,18 +166,19 @@ def ingest_crops(
         rows = rows.sort_values(["well", "site", "cell", "file"], kind="stable")
         payload = {"rows": rows, "shape": shape, "dtype": dtype.name, "strict": strict, "layout": index.layout}
         tasks.append(PlateTask(str(plate), plate_path(screen, str(plate)), len(rows), options, payload))
-    plates = run_plates(tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress)
-    notes = list(index.notes) + [f"{count} rows of the index left out: {reason}" for reason, count in index.dropped.items()]
-    notes += other_plates(screen, tasks)
-    ledger = Ledger(
-        source=source,
-        locations=f"ready-made crops ({index.num_rows} rows)",
-        options={"layout": index.layout, "strict": strict, "batch_regex": batch_regex, "pixel_size_um": pixel_size_um},
-        plates=plates,
-        notes=notes,
-    )
-    assert index.num_rows == sum(p.cells_found for p in plates) + sum(index.dropped.values())
-    ledger.write(screen)
+    with ingesting(screen):
+        plates = run_plates(tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress)
+        notes = list(index.notes) + [f"{count} rows of the index left out: {reason}" for reason, count in index.dropped.items()]
+        notes += other_plates(screen, tasks)
+        ledger = Ledger(
+            source=source,
+            locations=f"ready-made crops ({index.num_rows} rows)",
+            options={"layout": index.layout, "strict": strict, "batch_regex": batch_regex, "pixel_size_um": pixel_size_um},
+            plates=plates,
+            notes=notes,
+        )
+        assert index.num_rows == sum(p.cells_found for p in plates) + sum(index.dropped.values())
+        ledger.write(screen)
     if not any(p.cells_written for p in plates):
         raise CellfastError(f"no crop could be used; all reasons are in {screen / 'ledger.json'}")
     return ledger

@@ -19,7 +19,7 @@ from cellfast.screens.field_cells import FieldReader, count_refused, fields_by_p
 from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, image_info
-from cellfast.screens.ingest import PlateTask, count_unit, digest, other_plates, plate_path, remove_abandoned, run_plates
+from cellfast.screens.ingest import PlateTask, count_unit, digest, ingesting, other_plates, plate_path, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.locations import LocationSource
 from cellfast.screens.remote import is_url
@@ -140,7 +140,6 @@ def ingest_fields(
         raise CellfastError(f"{source or 'the image table'} lists no fields")
     check_channels(table)
     shape, dtype = probe_images(table)
-    remove_abandoned(screen)
     reader = FieldReader(table.channel_names, locations, illumination, options.crop_size, options.border, shape, dtype.name)
     tasks = []
     for plate, fields in fields_by_plate(table).items():
@@ -157,18 +156,19 @@ def ingest_fields(
         }
         work = _PlateWork(tuple(fields), reader, options)
         tasks.append(PlateTask(plate, plate_path(screen, plate), len(fields), described, work, 1 + locations.reads_images))
-    plates = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
-    elsewhere = locations.unused(table.fields)
-    ledger = Ledger(
-        source=source,
-        locations=locations.description,
-        options=asdict(options),
-        plates=plates,
-        notes=[*table.notes, *([elsewhere] if elsewhere else []), *other_plates(screen, tasks)],
-        unmatched_metadata=list(unmatched),
-        unused_metadata=list(unused),
-    )
-    ledger.write(screen)
+    with ingesting(screen):
+        plates = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
+        elsewhere = locations.unused(table.fields)
+        ledger = Ledger(
+            source=source,
+            locations=locations.description,
+            options=asdict(options),
+            plates=plates,
+            notes=[*table.notes, *([elsewhere] if elsewhere else []), *other_plates(screen, tasks)],
+            unmatched_metadata=list(unmatched),
+            unused_metadata=list(unused),
+        )
+        ledger.write(screen)
     if not any(p.fields_written for p in plates):
         first = plates[0].refusals[0]["message"] if plates[0].refusals else "no reason noted"
         raise CellfastError(

@@ -11,8 +11,9 @@ from cellfast import __version__
 from cellfast.atomic import write_json
 from cellfast.errors import CellfastError
 from cellfast.printable import printable
+from cellfast.screens import unfinished
+from cellfast.screens.unfinished import LEDGER_FILE
 
-LEDGER_FILE = "ledger.json"
 LEDGER_VERSION = 1
 
 
@@ -100,6 +101,7 @@ class Ledger:
         path = screen / LEDGER_FILE
         body = {"ledger_version": LEDGER_VERSION, "cellfast_version": __version__, "totals": self.totals(), **asdict(self)}
         write_json(path, body)
+        unfinished.end(screen, [plate.plate for plate in self.plates])
         return path
 
     def table(self, limit: int = 12) -> str:
