@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cellfast import __version__
 from cellfast.atomic import atomic_path
+from cellfast.bounded import check_claim
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import check_text
 from cellfast.models import ModelConfig, SimCLR, adapt_input_channels
@@ -24,6 +25,7 @@ from cellfast.tensor_file import load_tensors, write_tensors
 FORMAT = "cellfast-model"
 FORMAT_VERSION = 1
 SCALINGS = ("screen", "plate")
+MOST_CROP_PX = 1 << 14
 
 
 @dataclass
@@ -79,8 +81,14 @@ class ModelMetadata:
             raise CellfastError(
                 f"the intensity scaling needs finite low <= high for every channel, got low {self.low}, high {self.high}"
             )
-        if not 1 <= self.output_size <= self.crop_size:
-            raise CellfastError(f"output_size must be between 1 and the crop size {self.crop_size} px, got {self.output_size}")
+        whole = all(isinstance(value, int) for value in (self.output_size, self.crop_size, self.step))
+        if not whole or not 1 <= self.output_size <= self.crop_size <= MOST_CROP_PX:
+            raise CellfastError(
+                f"output_size must be between 1 and the crop size, that at most {MOST_CROP_PX} px, and step a whole number; got "
+                f"{self.output_size!r}, {self.crop_size!r} and {self.step!r}"
+            )
+        if not all(isinstance(text, str) for text in (self.training_data, self.cellfast_version, self.git_commit)):
+            raise CellfastError("training_data, cellfast_version and git_commit must be text")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelMetadata:
@@ -261,6 +269,7 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
         config = ModelConfig.from_dict(content["config"])
         metadata = ModelMetadata.from_dict(content["metadata"])
         _check_channels(config, metadata)
+        _check_size(config, content["state"], path)
         model = SimCLR(config)
         model.load_state_dict(content["state"])
         digest = _model_digest(content["state"], config, metadata)
@@ -272,6 +281,20 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
         raise CellfastError(f"the model {path} is damaged: its content does not match the digest it was written with")
     model = model.to(device=device, memory_format=torch.channels_last).eval()
     return LoadedModel(model, metadata, path, content["digest"])
+
+
+def _check_size(config: ModelConfig, state: Mapping[str, Tensor], path: Path) -> None:
+    """Before an encoder is made: the file must hold the tensors of so large a one."""
+    held = path.stat().st_size
+    if config.projection_layers > len(state) or not isinstance(state, Mapping):
+        raise ValueError(f"{config.projection_layers:,} layers in the projection head, and {len(state)} tensors")
+    with torch.device("meta"):
+        wanted = SimCLR(config).state_dict()
+    check_claim(path, "its model", sum(v.numel() * v.element_size() for v in wanted.values()), held)
+    for name, value in wanted.items():
+        found = state.get(name)
+        if not isinstance(found, Tensor) or found.shape != value.shape or found.layout != torch.strided:
+            raise ValueError(f"{name}: expected a tensor {list(value.shape)}, found {list(getattr(found, 'shape', ()))}")
 
 
 def _check_channels(config: ModelConfig, metadata: ModelMetadata) -> None:
@@ -332,7 +355,9 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
         raise CellfastError(
             f"{path} holds no tensors by name: expected a state_dict of a torchvision ResNet, or a cellfast model"
         )
-    given = {_plain_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    given = {_plain_name(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, value in given.items():
+        check_claim(path, f"its tensor {name[:80]}", value.numel() * value.element_size(), path.stat().st_size)
     encoder = model.encoder.state_dict()
     problems, new, adapted = [], {}, ""
     for name, target in encoder.items():

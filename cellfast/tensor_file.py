@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from cellfast.bounded import check_torch_file
 from cellfast.errors import CellfastError
 
 # A file ends in this mark and the SHA-256 of all bytes before it; torch.load takes no notice of them.
@@ -61,10 +62,10 @@ def load_tensors(path: Path) -> Any:
     if not path.is_file():
         raise CellfastError(f"the weights file {path} does not exist or is not a file")
     sealed = _check_seal(path)
+    if not _is_cut_short(path):
+        check_torch_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # torch raises a dozen kinds for a file that is not its own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "weights_only" in first:

@@ -12,9 +12,9 @@ from cellfast.metadata.joins import join_moa, join_plate_map
 from cellfast.metadata.treatments import find_controls
 from cellfast.metadata.wells import well_name
 from cellfast.profiles.build import ProfileOptions, build_profiles
+from cellfast.profiles.feature_files import read_profiles
 from cellfast.profiles.normalize import parse_steps
 from cellfast.profiles.select import drop_missing, select_features
-from cellfast.profiles.feature_files import read_profiles
 from cellfast.profiles.table import ProfileTable, write_profiles
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
 
@@ -91,6 +92,15 @@ def _run() -> None:
         text = printable(f"{error.strerror or error}{where}")
         click.echo(f"Error: {text}. Check the path, the permissions and the free space.", err=True)
         sys.exit(1)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        # torch has no kind of its own for memory of the host.
+        if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", str(error)):
+            traceback.print_exc()
+            sys.exit(1)
+        said = printable(" ".join(str(error).split())[:200])
+        click.echo(
+            f"Error: this takes more memory than there is{f' ({said})' if said else ''}. Give fewer or smaller inputs, a smaller "
+            "minibatch or fewer workers, or a machine with more memory.",
+            err=True,
+        )
         sys.exit(1)

@@ -19,12 +19,15 @@ from torch import Tensor
 from cellfast import __version__
 from cellfast.atomic import atomic_path
 from cellfast.augment import center_crop
+from cellfast.bounded import check_claim, check_torch_file
 from cellfast.embedding.export_formats import FORMATS, METADATA_NAME, Program, quiet, require_onnx
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.screens import Screen
 
 METADATA_VERSION = 1
+# Bytes of the metadata, most of them names of features.
+MOST_METADATA = 16 << 20
 # In the order of SimCLR.forward.
 FEATURES = ("h", "z")
 # Of the largest feature of a cell: float32 in another order of operations differs by about 1e-6.
@@ -185,10 +188,15 @@ def read_export_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             text = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}[METADATA_NAME]
         else:
             # Both are zip archives that keep extra files in a folder of their own; nothing but that text is read.
+            check_torch_file(path)
             with zipfile.ZipFile(path) as archive:
                 name = next(name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_NAME}"))
+                check_claim(path, METADATA_NAME, archive.getinfo(name).file_size, MOST_METADATA)
                 text = archive.read(name).decode()
-        return json.loads(text)
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict) or metadata.get("format") not in FORMATS:
+            raise CellfastError(f"{path} is damaged: its {METADATA_NAME} names none of the formats {', '.join(FORMATS)}")
+        return metadata
     except CellfastError:
         raise
     except Exception as error:  # torch and onnx raise many kinds for files that are not theirs
@@ -200,7 +208,7 @@ def is_exported(path: str | os.PathLike[str]) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(f"/extra/{METADATA_NAME}") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # a damaged archive raises many kinds; whoever reads it tells
         return False
 
 

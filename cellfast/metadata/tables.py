@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -13,6 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 
+from cellfast.bounded import check_parquet, told
 from cellfast.errors import CellfastError
 from cellfast.metadata.columns import check_doubled, is_measured
 from cellfast.metadata.text_tables import ROWS_PER_BLOCK, TextTable, not_a_number, read_text
@@ -63,19 +63,6 @@ class Table(Protocol):
         ...
 
 
-@contextmanager
-def _arrow_errors(path: object) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except CellfastError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CellfastError(f"{path}: not a readable table, or damaged ({text}). Make or copy it again.") from None
-
-
 class ArrowTable:
     """A parquet, Arrow or feather file; of parquet only the asked columns of one row group are decoded at a time.
 
@@ -90,7 +77,9 @@ class ArrowTable:
         self._constants = dict(constants or {})
         self._parquet: Any = None
         self._table: Any = None
-        with _arrow_errors(shown):
+        if file.name.lower().endswith(PARQUET):
+            check_parquet(file)
+        with told(shown, "table"):
             if file.name.lower().endswith(PARQUET):
                 import pyarrow.parquet as pq
 
@@ -109,11 +98,13 @@ class ArrowTable:
 
     def frame(self, columns: Sequence[str]) -> pd.DataFrame:
         own = [c for c in columns if c in self._types]
-        with _arrow_errors(self.path):
+        with told(self.path, "table"):
             if not own:
                 frame = pd.DataFrame(index=pd.RangeIndex(self.num_rows))
             else:
-                table = self._parquet.read(columns=own) if self._parquet is not None else self._table.select(own)
+                table = (
+                    self._parquet.read(columns=own, use_threads=False) if self._parquet is not None else self._table.select(own)
+                )
                 # Without pandas' own note in the schema an index that pandas stored is a column like any other.
                 frame = table.replace_schema_metadata().to_pandas(integer_object_nulls=True)
         for name, value in self._constants.items():
@@ -130,18 +121,23 @@ class ArrowTable:
     def blocks(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
         buffer = np.empty((ROWS_PER_BLOCK, len(columns)), self.dtype(columns))
         start = 0
-        with _arrow_errors(self.path):
+        with told(self.path, "table"):
             if self._parquet is not None:
                 batches = self._parquet.iter_batches(batch_size=ROWS_PER_BLOCK, columns=list(columns), use_threads=False)
             else:
-                batches = self._table.select(list(columns)).to_batches(max_chunksize=ROWS_PER_BLOCK)
-            for batch in batches:
+                batches = iter(self._table.select(list(columns)).to_batches(max_chunksize=ROWS_PER_BLOCK))
+        while True:
+            with told(self.path, "table"):
+                if (batch := next(batches, None)) is None:
+                    break
                 block = buffer[: batch.num_rows]
                 for j, name in enumerate(columns):
                     # By name: the reader returns columns in file order, whatever the order asked for. Missing values become NaN.
                     block[:, j] = self._floats(batch.column(name), name, start)
-                yield block
-                start += batch.num_rows
+            yield block
+            start += len(block)
+        if columns and start != self.num_rows:
+            raise CellfastError(f"{self.path}: damaged: {self.num_rows:,} rows expected, {start:,} found; write it again")
 
     def _floats(self, array: Any, name: str, start: int) -> np.ndarray:
         import pyarrow as pa

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
+import io
 import re
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any, TextIO
 import numpy as np
 import pandas as pd
 
+from cellfast import bounded
 from cellfast.errors import CellfastError
 from cellfast.metadata.columns import check_doubled, find_columns, is_measured, is_metadata
 
 ROWS_PER_BLOCK = 16384
+#: Characters of a header that are looked at: 100,000 names of 80.
+MOST_HEADER = 8 << 20
 #: Rows from which the kind of a column is told.
 HEAD_ROWS = 2000
 #: Numbers beyond this are kept in a temporary file.
@@ -46,9 +50,11 @@ class TextFormat:
         """
         encoding, notes = _encoding(file, shown)
         with open_text(file, encoding) as handle:
-            line = next((one for one in handle if one.strip()), "")
+            line = "\n"
+            while line and not line.strip():
+                line = handle.readline(MOST_HEADER)
             # A quoted name may hold a line end.
-            while line.count('"') % 2 and (more := handle.readline()):
+            while line.count('"') % 2 and len(line) < MOST_HEADER and (more := handle.readline(MOST_HEADER)):
                 line += more
         if not line.strip():
             raise CellfastError(f"{shown}: the file is empty; expected a header with the names of the columns")
@@ -65,35 +71,30 @@ class TextFormat:
 
 def open_text(file: Path, encoding: str) -> TextIO:
     """The text of a file, decompressed where its name ends in ``.gz``."""
-    if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rt", encoding=encoding, newline=None)
-    return open(file, encoding=encoding, newline=None)
+    return io.TextIOWrapper(bounded.open_table(file), encoding=encoding, newline=None)
 
 
 def _encoding(file: Path, shown: str) -> tuple[str, list[str]]:
-    with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else open(file, "rb") as handle:
-        try:
-            block = handle.read(1 << 20)
-            if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                return "utf-16", [f"{Path(shown).name} is UTF-16 text"]
-            decoder = codecs.getincrementaldecoder("utf-8")()
-            undefined = False
-            try:
-                while block:
+    with bounded.told(shown, "table"), bounded.open_table(file) as handle:
+        block = handle.read(1 << 20)
+        if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-16", [f"{Path(shown).name} is UTF-16 text"]
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        unicode, undefined = True, False
+        while block:
+            if unicode:
+                try:
                     decoder.decode(block)
-                    block = handle.read(1 << 20)
+                except UnicodeDecodeError:
+                    unicode = False
+            undefined |= any(byte in block for byte in b"\x81\x8d\x8f\x90\x9d")
+            block = handle.read(1 << 20)
+        if unicode:
+            try:
                 decoder.decode(b"", final=True)
                 return "utf-8-sig", []
             except UnicodeDecodeError:
-                handle.seek(0)
-                while block := handle.read(1 << 20):
-                    undefined |= any(byte in block for byte in b"\x81\x8d\x8f\x90\x9d")
-        except (EOFError, OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError | PermissionError):
-                raise CellfastError(f"{shown}: cannot be opened ({error.strerror})") from None
-            raise CellfastError(f"{shown}: damaged gzip file ({error}); make or copy it again") from None
-        except Exception as error:  # zlib.error is no OSError
-            raise CellfastError(f"{shown}: damaged gzip file ({error}); make or copy it again") from None
+                pass
     encoding = "latin-1" if undefined else "cp1252"
     return encoding, [f"{Path(shown).name} is not UTF-8 text and was read as {encoding}"]
 
@@ -110,12 +111,14 @@ def read_text(file: Path, shown: str, form: TextFormat | None = None, columns: S
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(handle, **_pandas_options(form), dtype=str, keep_default_na=False, na_filter=False)
             frame.columns = list(form.columns)
+    except CellfastError:
+        raise
     except (pd.errors.ParserWarning, pd.errors.ParserError, ValueError):
         # Trailing separators, or rows that are too long: told apart line by line.
         frame = _read_by_line(file, shown, form)
     except pd.errors.EmptyDataError:
         frame = pd.DataFrame({name: [] for name in form.columns}, dtype=str)
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise CellfastError(f"{shown}: cannot be read to its end ({error}); make or copy it again") from None
     frame = frame.loc[:, [bool(name) for name in frame.columns]].fillna("")
     for name in frame.columns:
@@ -151,9 +154,11 @@ def _read_by_line(file: Path, shown: str, form: TextFormat) -> pd.DataFrame:
                         "hold the separator, or name the columns"
                     )
                 rows.append([*row[:width], *[""] * (width - len(row))])
+    except CellfastError:
+        raise
     except csv.Error as error:
         raise CellfastError(f"{shown}: not a readable text table ({error})") from None
-    except (EOFError, OSError, UnicodeError) as error:
+    except (EOFError, OSError, UnicodeError, zlib.error) as error:
         raise CellfastError(f"{shown}: cannot be read to its end ({error}); make or copy it again") from None
     return pd.DataFrame(rows, columns=list(form.columns), dtype=str)
 
@@ -194,11 +199,13 @@ class TextTable:
                     yield chunk[self.all_columns]
         except pd.errors.EmptyDataError:
             return
+        except CellfastError:
+            raise
         except (pd.errors.ParserWarning, pd.errors.ParserError, OverflowError):
             # What only the slow reader understands (trailing separators) or can name (the line of a row that is too long).
             frame = _read_by_line(self._file, str(self.path), self._form)[self.all_columns]
             yield _as_asked(frame, options)
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise CellfastError(f"{self.path}: cannot be read to its end ({error}); make or copy it again") from None
 
     def _names(self) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cellfast.bounded import load_npz
 from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
 from cellfast.metadata.canonical import canonical_metadata, metadata_columns
@@ -34,17 +34,7 @@ class NpzFile:
         self.path = path
         self.schema_note: dict[bytes, bytes] = {}
         self.notes: list[str] = []
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                if "features" not in archive.files:
-                    raise CellfastError(
-                        f"{path}: a DeepProfiler npz has an array 'features'; this one has {', '.join(archive.files) or 'none'}."
-                    )
-                self._features = archive["features"]
-        except CellfastError:
-            raise
-        except (zipfile.BadZipFile, OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError) as error:
-            raise CellfastError(f"{path}: not a readable npz file ({error}).") from None
+        self._features = load_npz(path, "features")
         if self._features.ndim != 2 or self._features.dtype.kind not in "fiu":
             raise CellfastError(
                 f"{path}: 'features' must hold numbers of shape [cells, features], got {self._features.dtype} {list(self._features.shape)}."

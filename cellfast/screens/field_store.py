@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import threading
 import zlib
 from collections import Counter
@@ -29,6 +28,7 @@ from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
 from cellfast.screens import sealed
 from cellfast.screens.remote import is_url, read_bytes
+from cellfast.screens.tiff import check_page, open_tiff, read_alike
 
 FORMAT, VERSION = "cellfast-fields", 1
 AGAIN = "write it again with cellfast ingest fields --keep-fields"
@@ -40,18 +40,19 @@ def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tupl
     Raises:
         CellfastError: any other file: a decoder may return wrong or partial pixels of it without a word.
     """
-    import tifffile
-
     try:
-        with tifffile.TiffFile(source) as tiff:
+        with open_tiff(source, name) as (tiff, tags, size):
             page, pages = tiff.pages[0], len(tiff.pages)
-            shape, dtype, photometric, oriented = page.shape, page.dtype, page.photometric, page.tags.valueof(274, 1)
-    except (OSError, ValueError, IndexError, struct.error) as error:
+            shape, dtype = page.shape, page.dtype
+            check_page(page, name, size)
+            plain = pages == 1 and read_alike(page, tags, size)
+    except CellfastError:
+        raise
+    except Exception as error:  # tifffile has a dozen kinds for a damaged file
         raise CellfastError(f"{name} cannot be read as TIFF ({error})") from error
     if pages != 1 or len(shape) != 2 or dtype not in (np.dtype(np.uint16), np.dtype(np.uint8)):
         found = f"{pages} page(s) of {dtype} {shape}"
         raise CellfastError(f"{name} must be a single-page greyscale TIFF of 8 or 16 bits, got {found}")
-    plain = photometric == tifffile.PHOTOMETRIC.MINISBLACK and oriented == 1
     return np.dtype(dtype), (int(shape[0]), int(shape[1])), plain
 
 
@@ -66,8 +67,8 @@ def write_field_store(
 ) -> list[str]:
     """Keep the TIFF files of fields in one HDF5 file, byte for byte, and return what was not (one line each).
 
-    Greyscale files with a palette, an inverted scale or a turned orientation are stored anew as plain uncompressed TIFF, because
-    decoders would convert their values.
+    Greyscale files that decoders take differently (a palette, an inverted scale, a turned orientation, strips that do not fit the rows;
+    `cellfast.screens.tiff.read_alike`) are stored anew as plain uncompressed TIFF.
 
     Args:
         files: for each field its C paths or fsspec URLs, in channel order.
@@ -168,7 +169,9 @@ def _contents(
             except Exception as error:  # each compression has its own kinds
                 raise CellfastError(f"{name} cannot be read as TIFF ({error})") from error
             content = buffer.getvalue()
-            anew.append(f"{name} was stored anew: its values are not stored plainly (palette, inverted or turned)")
+            anew.append(
+                f"{name} was stored anew: decoders take its values differently (palette, inverted, turned, or odd strips)"
+            )
         contents.append(content)
     assert alike is not None
     return contents, alike, anew

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import file_name
 
@@ -35,7 +36,9 @@ class Illumination:
         content = hashlib.sha256()
         for file in files:
             content.update(file.name.encode())
-            content.update(file.read_bytes())
+            with open(file, "rb") as handle:
+                while block := handle.read(1 << 20):
+                    content.update(block)
         self.description = f"{len(files)} functions, sha256 {content.hexdigest()[:16]}"
 
     def function(self, plate: str, channel: str) -> np.ndarray:
@@ -53,13 +56,13 @@ class Illumination:
             )
         found = self._loaded.get(file.name)
         if found is None:
-            try:
-                values = np.load(file, allow_pickle=False)
-            except (ValueError, OSError, EOFError) as error:
-                raise CellfastError(f"{file}: not a readable .npy array ({error})") from error
+            values = load_npy(file)
             if values.ndim != 2 or not np.isfinite(values).all() or not (values > 0).all():
                 raise CellfastError(f"{file}: expected positive, finite values [H, W], got {values.dtype} {values.shape}")
-            found = (values / values.mean()).astype(np.float32)
+            with np.errstate(all="ignore"):
+                found = (values / values.mean(dtype=np.float64)).astype(np.float32)
+            if not np.isfinite(found).all() or not (found > 0).all():
+                raise CellfastError(f"{file}: its values lie too far apart: {values.min():g} to {values.max():g}")
             # Functions of plates that are done would pile up over a screen of thousands.
             while len(self._loaded) >= MOST_LOADED:
                 self._loaded.pop(next(iter(self._loaded)), None)
@@ -73,4 +76,5 @@ class Illumination:
             raise CellfastError(
                 f"illumination function of plate {plate}, channel {channel}: expected shape {plane.shape}, got {function.shape}"
             )
-        return np.clip(np.rint(plane / function), 0, np.iinfo(plane.dtype).max).astype(plane.dtype)
+        with np.errstate(over="ignore"):  # what is beyond the type is clipped
+            return np.clip(np.rint(plane / function), 0, np.iinfo(plane.dtype).max).astype(plane.dtype)

@@ -43,6 +43,9 @@ class ImageTable:
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 
+# Of image, site and object: what a float64 tells apart.
+MOST_NUMBER = 2**53
+
 PLATE = ("Metadata_Plate", "Image_Metadata_Plate", "Image_Metadata_Plate_DAPI", "Plate", "Metadata_PlateID", "Metadata_Barcode")
 WELL = ("Metadata_Well", "Image_Metadata_Well", "Image_Metadata_Well_DAPI", "Well", "Metadata_WellID")
 SITE = ("Metadata_Site", "Image_Metadata_Site", "Site", "Metadata_Field", "Metadata_FieldID", "Field")
@@ -113,7 +116,9 @@ def read_image_table(
                 plate=str(row[plate_column]).strip() if plate_column else str(plate),
                 well=_well_of(row, table, well_column, f"{path}, row {position + 2}"),
                 site=_site_of(row.get(site_column, "") if site_column else "", files),
-                image_number=_integer(row[number_column]) if number_column else -1,
+                image_number=_number_of(row[number_column], f"{path}, row {position + 2}, column {number_column}")
+                if number_column
+                else -1,
                 files=files,
                 compound=str(row[treatment[0]]).strip() if treatment[0] else "",
                 concentration=concentration_um(row[treatment[1]], f"{path}, row {position + 2}, column {treatment[1]}")
@@ -327,10 +332,10 @@ class _RemoteFinder:
 
 
 def _join_row_column(row: str, column: str) -> str:
-    if row.isdigit():
+    if re.fullmatch("[0-9]{1,2}", row):
         number = int(row) - 1
         row = chr(65 + number) if number < 26 else "A" + chr(65 + number - 26)
-    return f"{row}{int(column):02d}" if column.isdigit() else f"{row}{column}"
+    return f"{row}{int(column):02d}" if re.fullmatch("[0-9]{1,3}", column) else f"{row}{column}"
 
 
 def _well_of(row: dict, table: DataFrame, well_column: str | None, where: str) -> str:
@@ -347,8 +352,10 @@ def _well_of(row: dict, table: DataFrame, well_column: str | None, where: str) -
 
 def _site_of(text: object, files: tuple[str, ...]) -> int:
     """The site, or −1 where neither the column nor the file's name (``_s3_``) tells."""
-    digits = re.search(r"\d+", str(text))
+    digits = re.search(r"[0-9]+", str(text))
     if digits:
+        if len(digits.group()) > 15:
+            raise CellfastError(f"site {str(text)[:80]!r}: expected a number of at most 15 digits")
         return int(digits.group())
     for file in files:
         match = re.search(r"_[sf](\d+)[_.]", Path(file).name)
@@ -375,8 +382,15 @@ def _with_sites(fields: list[Field], notes: list[str], path: str) -> list[Field]
     return out
 
 
-def _integer(text: object) -> int:
-    try:
-        return int(float(str(text)))
-    except ValueError:
+def _number_of(text: object, where: str) -> int:
+    """A whole number; −1 where there is none."""
+    word = str(text).strip()
+    if word.lower() in ("", "na", "n/a", "nan", "none", "null"):
         return -1
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MOST_NUMBER or value != math.floor(value):
+        raise CellfastError(f"{where}: expected a whole number, got {word[:80]!r}")
+    return int(value)

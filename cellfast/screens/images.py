@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
 
+from cellfast.bounded import MOST_DEFLATED, check_claim
 from cellfast.errors import CellfastError
 from cellfast.screens.remote import is_url, read_bytes
+from cellfast.screens.tiff import check_page, damage_shows, open_tiff, read_alike
 
 # tifffile logs what it finds odd in a file; what makes a file unusable is raised below, by name.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -40,26 +45,36 @@ def read_plane(
         ImageError: missing, unreadable or truncated, planar or of several pages, colour, not 8 or 16 bit, or unlike the expected.
     """
     content = _content(path)
-    try:
+    with _refused(path):
         if _is_tiff(path):
-            with tifffile.TiffFile(content) as tiff:
+            with open_tiff(content, path) as (tiff, _, size):
                 page = _single_page(tiff, path)
+                # Before anything is decoded: what is not wanted takes no memory.
+                _check(path, page.shape, np.dtype(page.dtype).newbyteorder("="), expect_shape, expect_dtype)
+                check_page(page, path, size)
                 plane = page.asarray()
         else:
-            plane = _read_other(content, path)
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(
-            f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]})", "not a readable image"
-        ) from error
+            plane = read_picture(content, path, expect_shape)
     plane = plane.astype(plane.dtype.newbyteorder("="), copy=False)
     _check(path, plane.shape, plane.dtype, expect_shape, expect_dtype)
     return np.ascontiguousarray(plane)
 
 
-# Lossless, and the same pixels from every decoder: none, LZW, Deflate (two numbers), PackBits, Zstandard.
-_PLAIN_COMPRESSIONS = (1, 5, 8, 32946, 32773, 50000)
+@contextmanager
+def _refused(path: object) -> Iterator[None]:
+    """Whatever goes wrong inside is an `ImageError`."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError(f"{path}: reading it takes more memory than there is", "not a readable image") from error
+    except CellfastError as error:
+        raise ImageError(str(error), "not a readable image") from error
+    except Exception as error:
+        raise ImageError(
+            f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]})", "not a readable image"
+        ) from error
 
 
 def encoded_plane(
@@ -68,27 +83,20 @@ def encoded_plane(
     """The bytes of a TIFF, uint8 [n], whose pixels any decoder gives as `read_plane` does; None for every other file.
 
     None says nothing about the file but that `read_plane` must decide: it is no TIFF, missing, damaged, refused, unlike the expected, or
-    has a palette, an inverted scale, a turned orientation, or a rare compression.
+    stored in a way that decoders take differently (`cellfast.screens.tiff.read_alike`) or whose damage they do not tell.
     """
     if not _is_tiff(path):
         return None
     try:
         content = read_bytes(str(path)) if is_url(path) else Path(path).read_bytes()
-        with tifffile.TiffFile(io.BytesIO(content)) as tiff:
+        with open_tiff(io.BytesIO(content), path) as (tiff, tags, size):
             page = _single_page(tiff, path)
             _check(path, page.shape, np.dtype(page.dtype).newbyteorder("="), expect_shape, expect_dtype)
-            plain = (
-                page.photometric == tifffile.PHOTOMETRIC.MINISBLACK
-                and page.tags.valueof(274, 1) == 1
-                and page.fillorder == 1
-                and page.bitspersample in (8, 16)
-                and int(page.compression) in _PLAIN_COMPRESSIONS
-            )
-            ends = (a + n for a, n in zip(page.dataoffsets, page.databytecounts))
-            whole = len(page.dataoffsets) > 0 and min(page.databytecounts) > 0 and max(ends) <= len(content)
+            check_page(page, path, size)
+            alike = read_alike(page, tags, size) and damage_shows(page)
     except Exception:  # whatever is wrong with the file, `read_plane` says it
         return None
-    return np.frombuffer(content, np.uint8) if plain and whole else None
+    return np.frombuffer(content, np.uint8) if alike else None
 
 
 def image_info(path: str | os.PathLike[str]) -> tuple[tuple[int, int], np.dtype]:
@@ -96,19 +104,34 @@ def image_info(path: str | os.PathLike[str]) -> tuple[tuple[int, int], np.dtype]
     if not _is_tiff(path):
         plane = read_plane(path)
         return plane.shape, plane.dtype
-    content = _content(path)
-    try:
-        with tifffile.TiffFile(content) as tiff:
-            page = _single_page(tiff, path)
-            shape, dtype = page.shape, np.dtype(page.dtype).newbyteorder("=")
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(
-            f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]})", "not a readable image"
-        ) from error
-    _check(path, shape, dtype, None, None)
+    with _refused(path), open_tiff(_content(path), path) as (tiff, _, size):
+        page = _single_page(tiff, path)
+        shape, dtype = page.shape, np.dtype(page.dtype).newbyteorder("=")
+        _check(path, shape, dtype, None, None)
+        check_page(page, path, size)
     return (int(shape[0]), int(shape[1])), dtype
+
+
+def read_stack(path: str | os.PathLike[str], *, expect_shape: tuple[int, int] | None = None, colour: bool = False) -> np.ndarray:
+    """A picture of any type, and a TIFF of any number of axes (its first series, as ``tifffile.imread``): label masks, crops.
+
+    Raises:
+        ImageError: missing, damaged, larger than the file can hold, or of two axes unlike ``expect_shape``.
+    """
+    content = _content(path)
+    with _refused(path):
+        if not _is_tiff(path):
+            return read_picture(content, path, expect_shape, colour=colour)
+        with open_tiff(content, path) as (tiff, _, size):
+            for number in range(len(tiff.pages)):
+                page = tiff.pages[number]
+                check_page(page if isinstance(page, tifffile.TiffPage) else page.aspage(), path, size)
+            (first, *_) = tiff.series
+            if expect_shape is not None and len(first.shape) == 2:
+                _check(path, first.shape, np.dtype(np.uint8), expect_shape, None)
+            # Pages of one file may share their strips.
+            check_claim(path, f"its image {list(first.shape)}", first.nbytes, size, most=MOST_DEFLATED, slack=64 << 20)
+            return first.asarray()
 
 
 def _is_tiff(path: object) -> bool:
@@ -148,18 +171,37 @@ def _single_page(tiff: tifffile.TiffFile, path: object) -> tifffile.TiffPage:
     return page
 
 
-def _read_other(content: Any, path: object) -> np.ndarray:
+# What Pillow may take a file for: others run programs (EPS) or have no bound.
+_PICTURES = ("PNG", "JPEG", "BMP", "PPM")
+
+
+def read_picture(content: Any, path: object, expect_shape: tuple[int, int] | None = None, *, colour: bool = False) -> np.ndarray:
+    """Read a PNG, JPEG, BMP or PGM [H, W], or of several channels [H, W, C] with ``colour``.
+
+    Raises:
+        ImageError: several frames, colour, a mode that is not 8 or 16 bit, unlike ``expect_shape``, or larger than the file can hold.
+    """
     from PIL import Image
 
-    with Image.open(content) as image:
+    size = content.seek(0, os.SEEK_END) if hasattr(content, "seek") else os.path.getsize(content)
+    if hasattr(content, "seek"):
+        content.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of bombs, which are judged here
+        image = Image.open(content, formats=_PICTURES)
+    with image:
         if getattr(image, "n_frames", 1) > 1:
             raise ImageError(f"{path}: {image.n_frames} frames; expected one", "planar or multi-page")
-        if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr", "LA"):
+        if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr", "LA") and not colour:
             raise ImageError(f"{path}: a colour image ({image.mode}); expected one grey plane per channel", "colour image")
-        if image.mode not in ("L", "P", "I;16", "I;16B", "I;16L", "I"):
+        if image.mode not in ("L", "P", "I;16", "I;16B", "I;16L", "I", *(("RGB", "RGBA", "1") if colour else ())):
             raise ImageError(f"{path}: image mode {image.mode}; expected 8- or 16-bit grey", "wrong bit depth")
+        width, height = image.size
+        if expect_shape is not None:
+            _check(path, (height, width), np.dtype(np.uint8), expect_shape, None)
+        check_claim(path, f"its image [{height}, {width}]", width * height, size, most=MOST_DEFLATED, slack=4096)
         plane = np.asarray(image)
-        if image.mode == "I" and plane.min() >= 0 and plane.max() <= 65535:
+        if image.mode == "I" and plane.size and plane.min() >= 0 and plane.max() <= 65535:
             plane = plane.astype(np.uint16)  # Pillow hands out 16-bit PNGs as 32-bit integers
         return plane
 

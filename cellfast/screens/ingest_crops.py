@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
 from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
 from cellfast.screens.crop_writer import PlateWriter
+from cellfast.screens.images import ImageError, read_stack
 from cellfast.screens.ingest import PlateTask, count_unit, digest, ingesting, other_plates, plate_path, run_plates
 from cellfast.screens.ledger import Ledger, PlateLedger
 
@@ -45,26 +47,13 @@ def read_crop(path: str | Path, *, layout: str = "auto", num_channels: int | Non
         raise CropError(f"{path}: no such file", "file missing")
     try:
         if path.suffix.lower() == ".npy":
-            pixels = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() in (".tif", ".tiff"):
-            import tifffile
-
-            pixels = tifffile.imread(path)
+            pixels = load_npy(path)
         else:
-            from PIL import Image
-
-            with Image.open(path) as image:
-                if image.mode not in ("L", "RGB", "RGBA", "I;16", "I;16B", "I;16L", "I", "1"):
-                    raise CropError(
-                        f"{path}: image mode {image.mode} is not supported; expected 8- or 16-bit grey or RGB", "wrong bit depth"
-                    )
-                pixels = np.asarray(image)
-                if image.mode == "I" and pixels.min() >= 0 and pixels.max() <= 65535:
-                    pixels = pixels.astype(np.uint16)
-    except CropError:
-        raise
-    except Exception as error:
-        raise CropError(f"{path}: not a readable crop ({type(error).__name__}: {error})", "not readable") from error
+            pixels = read_stack(path, colour=True)
+    except ImageError as error:
+        raise CropError(str(error), "wrong bit depth" if error.reason == "wrong bit depth" else "not readable") from error
+    except CellfastError as error:
+        raise CropError(str(error), "not readable") from error
     if pixels.dtype.newbyteorder("=") not in schema.PIXEL_DTYPES:
         raise CropError(f"{path}: expected uint8 or uint16 pixels, got {pixels.dtype}", "wrong bit depth")
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)

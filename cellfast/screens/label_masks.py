@@ -12,6 +12,7 @@ import numpy as np
 from cellfast.screens.centroids import LocationError, Locations, files_version
 from cellfast.screens.detect import centroids_of_labels
 from cellfast.screens.image_table import Field
+from cellfast.screens.images import ImageError, read_stack
 
 
 @dataclass
@@ -87,34 +88,20 @@ class MaskLocations:
         return f"{len(left):,} images in the folder of masks are of no field of the image table, such as {Path(left[0]).name}"
 
     def _read(self, path: Path, planes: Callable[[int], np.ndarray]) -> Locations:
+        shape = planes(0).shape
         try:
-            if path.suffix.lower() == ".png":
-                from PIL import Image
-
-                with Image.open(path) as image:
-                    labels = np.asarray(image)
-            else:
-                import tifffile
-
-                labels = tifffile.imread(path)
-        except Exception as error:
-            raise LocationError(
-                f"{path}: cannot be read ({type(error).__name__}: {str(error)[:200]})", "mask not readable"
-            ) from error
+            labels = read_stack(path, expect_shape=shape)
+        except ImageError as error:
+            reasons = {"wrong size": "mask of another size", "colour image": "mask is not a label image"}
+            raise LocationError(f"label mask {error}", reasons.get(error.reason, "mask not readable")) from error
         if (
             labels.ndim != 2
             or (labels.dtype.kind == "f" and not (labels == np.floor(labels)).all())
-            or labels.dtype.kind not in "uif"
+            or labels.dtype.kind not in "uifb"
         ):
             raise LocationError(
                 f"{path}: expected a label image [H, W] of whole numbers, got {labels.dtype} {labels.shape}",
                 "mask is not a label image",
-            )
-        shape = planes(0).shape
-        if labels.shape != shape:
-            raise LocationError(
-                f"{path}: the mask is {labels.shape[0]} × {labels.shape[1]} px, the image {shape[0]} × {shape[1]}",
-                "mask of another size",
             )
         number, y, x, area = centroids_of_labels(labels.astype(np.int64))
         # An image's grey values taken for labels are thousands of specks strewn over the field.

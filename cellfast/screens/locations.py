@@ -15,7 +15,7 @@ from cellfast.errors import CellfastError
 from cellfast.printable import masked
 from cellfast.screens.centroids import LocationError, Locations, files_version
 from cellfast.screens.detect import DEFAULT_DIAMETER_PX, detect_nuclei
-from cellfast.screens.image_table import COLUMN, PLATE, ROW, SITE, WELL, Field, ImageTable
+from cellfast.screens.image_table import COLUMN, MOST_NUMBER, PLATE, ROW, SITE, WELL, Field, ImageTable
 from cellfast.screens.label_masks import MaskLocations
 from cellfast.screens.remote import exists, is_url, read_bytes
 from cellfast.screens.tables import find_column, read_table
@@ -49,6 +49,7 @@ OBJECT = (
     "ObjectID",
 )
 IMAGE = ("ImageNumber", "Metadata_ImageNumber", "Image_ImageNumber")
+FAR_PX = 1e9
 
 
 class LocationSource(Protocol):
@@ -114,22 +115,31 @@ def _locations_of(table: pd.DataFrame, what: str) -> Locations:
     if x_column is None or y_column is None:
         columns = ", ".join(list(table.columns)[:10])
         raise CellfastError(f"{what}: no centroid columns (looked for {', '.join(CENTER_X[:3])} and their Y; found {columns})")
-    x = pd.to_numeric(table[x_column], errors="coerce").to_numpy(np.float64)
-    y = pd.to_numeric(table[y_column], errors="coerce").to_numpy(np.float64)
+    x, y = (pd.to_numeric(table[column], errors="coerce").to_numpy(np.float64) for column in (x_column, y_column))
     object_column = find_column(table, OBJECT)
     if object_column is None:
         number = np.arange(1, len(table) + 1)
     else:
-        number = pd.to_numeric(table[object_column], errors="coerce").fillna(-1).to_numpy(np.int64)
+        found = pd.to_numeric(table[object_column], errors="coerce").to_numpy(np.float64)
+        number = np.where(np.abs(found) <= MOST_NUMBER, found, -1).astype(np.int64)  # NaN compares as False
     finite = np.isfinite(x) & np.isfinite(y)
     dropped = {"centroid is not a number": int((~finite).sum())} if not finite.all() else {}
     number, y, x = number[finite], y[finite], x[finite]
     repeated = pd.Series(number).duplicated().to_numpy() & (number >= 0)
     if repeated.any():
         dropped["object number listed twice"] = int(repeated.sum())
-    return Locations(
-        number[~repeated].astype(np.int64), y[~repeated].astype(np.float32), x[~repeated].astype(np.float32), dropped
-    )
+    # As far outside any field as a float32 tells.
+    y, x = (np.clip(values[~repeated], -FAR_PX, FAR_PX).astype(np.float32) for values in (y, x))
+    return Locations(number[~repeated].astype(np.int64), y, x, dropped)
+
+
+def _check_numbers(numbers: pd.Series, table: pd.DataFrame, column: str | None, path: Path | str) -> None:
+    values = numbers.to_numpy(np.float64)
+    wrong = ~(np.abs(values) <= MOST_NUMBER) | (values != np.floor(values))
+    if column is not None and wrong.any():
+        row = int(np.argmax(wrong))
+        found = str(table[column].iloc[row])[:80]
+        raise CellfastError(f"{path}, row {row + 2}: expected a number in column {column}, got {found!r}")
 
 
 def _file_digest(path: Path | str) -> str:
@@ -174,6 +184,7 @@ class TableLocations:
                 if site
                 else pd.Series(1, index=table.index)
             )
+            _check_numbers(sites, table, site, path)
             wells = {name: normalise_well(name) for name in keys[1].unique()}
             for (p, w, s), rows in table.groupby([keys[0], keys[1].map(wells), sites.astype(int)], sort=False):
                 by_place[str(p), str(w), int(s)] = _locations_of(rows, str(path))
@@ -182,9 +193,7 @@ class TableLocations:
             found = ", ".join(list(table.columns)[:10])
             raise CellfastError(f"{path}: needs ImageNumber, or plate and well columns, to tell the fields apart; found {found}")
         numbers = pd.to_numeric(table[image], errors="coerce")
-        if numbers.isna().any():
-            row = int(np.argmax(numbers.isna().to_numpy()))
-            raise CellfastError(f"{path}, row {row + 2}: expected a number in column {image}, got {table[image].iloc[row]!r}")
+        _check_numbers(numbers, table, image, path)
         return cls(description, {int(n): _locations_of(rows, str(path)) for n, rows in table.groupby(numbers, sort=False)}, {})
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:

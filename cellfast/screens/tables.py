@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import math
 import os
 import tempfile
@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from cellfast.bounded import open_table, read_parquet
 from cellfast.errors import CellfastError
 from cellfast.screens.remote import exists, is_url, read_bytes
+
+# Characters of a header that are looked at: 100,000 names of 80.
+MOST_HEADER = 8 << 20
 
 
 def read_table(path: str | os.PathLike[str], what: str) -> pd.DataFrame:
@@ -35,13 +39,13 @@ def read_table(path: str | os.PathLike[str], what: str) -> pd.DataFrame:
 def _read(file: Path, path: str, what: str) -> pd.DataFrame:
     try:
         if file.suffix.lower() == ".parquet":
-            table = pd.read_parquet(file)
+            table = read_parquet(file)
         else:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), open_table(file) as handle:
                 # A row with more values than the header: pandas would cut it short, or shift every column by one.
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 table = pd.read_csv(
-                    file,
+                    handle,
                     dtype=str,
                     keep_default_na=False,
                     encoding="utf-8-sig",
@@ -55,17 +59,19 @@ def _read(file: Path, path: str, what: str) -> pd.DataFrame:
         ) from error
     except UnicodeDecodeError as error:
         raise CellfastError(f"{path}: cannot be read as {what}: it is not UTF-8 text ({error}); save it as UTF-8") from error
+    except CellfastError:
+        raise
     except Exception as error:
-        raise CellfastError(f"{path}: cannot be read as {what} ({str(error)[:200]})") from error
+        said = str(error)[:200] or type(error).__name__
+        raise CellfastError(f"{path}: cannot be read as {what} ({said})") from error
     table.columns = [str(name).strip().strip('"') for name in table.columns]
     return table
 
 
 def _separator(path: Path) -> str:
     """What separates the names in the header: the most frequent of comma, tab and semicolon outside quotes."""
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig", newline=None) as handle:
-        header = handle.readline()
+    with open_table(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline=None) as handle:
+        header = handle.readline(MOST_HEADER)
     fields = {sign: len(next(csv.reader([header], delimiter=sign), [])) for sign in (",", "\t", ";")}
     return max(fields, key=lambda sign: fields[sign])
 

@@ -4,8 +4,8 @@ torch."""
 from __future__ import annotations
 
 import difflib
-import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -23,6 +23,8 @@ from cellfast.printable import masked_values
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "cnn4")
 STEMS = ("imagenet", "small", "dense", "full")
 INPUT_TRANSFORMS = ("none", "perakis2021")
+# Bytes and levels of a YAML file: the longest configuration has three levels and a few thousand bytes. Whole numbers are an int64's.
+MOST_YAML, MOST_YAML_DEPTH, MOST_WHOLE = 1 << 20, 20, 2**63 - 1
 
 
 def _value(
@@ -271,7 +273,8 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
     kind = typing.get_origin(hint) or hint
 
     def wrong(expected: str) -> CellfastError:
-        return CellfastError(f"{key}: expected {expected}, got {value!r}")
+        found = repr(value)
+        return CellfastError(f"{key}: expected {expected}, got {found if len(found) <= 200 else found[:200] + '…'}")
 
     if kind is bool:
         if not isinstance(value, bool):
@@ -289,13 +292,13 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise wrong(expected)
         if kind is int:
-            if value != int(value):
+            if not abs(value) <= MOST_WHOLE or value != int(value):
                 raise wrong(expected)
             value = int(value)
         else:
-            value = float(value)
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:  # NaN neither
                 raise wrong(expected)
+            value = float(value)
         low, above, high = limits["minimum"], limits["above"], limits["maximum"]
         if (low is not None and value < low) or (above is not None and value <= above) or (high is not None and value > high):
             raise wrong(expected)
@@ -340,15 +343,41 @@ def check_keys(keys: typing.Iterable[str], where: str) -> None:
         )
 
 
+def _yaml(text: str) -> Any:
+    """The value of a YAML text whose nesting is that of a configuration, and in which nothing stands for a copy of something else.
+
+    Raises:
+        CellfastError: anything else, or not YAML.
+    """
+    depth = 0
+    try:
+        # Events come one by one, whatever the depth; making values of them does not.
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_YAML_DEPTH:
+                raise CellfastError(f"line {event.start_mark.line + 1}: nested more than {MOST_YAML_DEPTH} deep")
+            if isinstance(event, yaml.AliasEvent):
+                raise CellfastError(f"line {event.start_mark.line + 1}: aliases (*name) are not read: write the value itself")
+        return yaml.safe_load(text)
+    except CellfastError:
+        raise
+    except Exception as error:  # YAML's own, and those of the numbers and dates it makes
+        raise CellfastError(" ".join(str(error).split())[:300]) from error
+
+
 def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The values of a YAML file; unknown keys and anything but a mapping raise `CellfastError`."""
     path = Path(path)
     if not path.is_file():
         raise CellfastError(f"the configuration {path} does not exist or is not a file")
+    if path.stat().st_size > MOST_YAML:
+        raise CellfastError(f"{path} has {path.stat().st_size:,} bytes: expected a configuration, of at most {MOST_YAML:,}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CellfastError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        values = _yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise CellfastError(f"{path} is not valid YAML: {error}") from error
+    except CellfastError as error:
+        raise CellfastError(f"{path} is not valid YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -363,9 +392,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not separator or not key.strip():
         raise CellfastError(f"--set {text!r}: expected key=value, e.g. --set lr=3e-4")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise CellfastError(f"--set {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        return key.strip(), _yaml(value)
+    except CellfastError as error:
+        raise CellfastError(f"--set {text[:200]!r}: the value is not valid YAML: {error}") from error
 
 
 def resolve_config(
@@ -384,7 +413,7 @@ def resolve_config(
     if recipe and "recipe" in from_file and from_file["recipe"] != recipe:
         raise CellfastError(f"--recipe {recipe} contradicts {file}, whose recipe is {from_file['recipe']}: give one of them")
     name = recipe or from_file.get("recipe", "default")
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise CellfastError(f"recipe: {name!r} is not known: choose one of {', '.join(RECIPES)}")
     if overrides.get("epochs") is not None and overrides.get("steps") is not None:
         raise CellfastError(
@@ -392,12 +421,12 @@ def resolve_config(
         )
     values: dict[str, Any] = {**RECIPES[name], **from_file, "recipe": name}
     augment = values.get("augment", {})
-    augment = {"preset": augment} if isinstance(augment, str) else dict(augment or {})
+    augment = _augment_values(augment, str(file))
     single = {key: overrides.pop(key) for key in list(overrides) if key.startswith("augment.")}
     if "augment" in overrides:
         given = overrides.pop("augment")
         # Another preset starts anew: single values of the old one would be a mixture nobody asked for.
-        augment = {"preset": given} if isinstance(given, str) else dict(given)
+        augment = _augment_values(given, "--set")
     for key, value in single.items():
         augment[key.removeprefix("augment.")] = value
     check_keys(overrides, "--set")
@@ -408,6 +437,16 @@ def resolve_config(
     if "epochs" in overrides:
         values["steps"] = None
     return TrainConfig(**values)
+
+
+def _augment_values(given: Any, where: str) -> dict[str, Any]:
+    if isinstance(given, str):
+        return {"preset": given}
+    if given is not None and (not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given)):
+        raise CellfastError(
+            f"{where}: augment: expected the name of a preset, or a mapping of names to values, got {given!r:.200}"
+        )
+    return dict(given or {})
 
 
 def automatic_output_size(crop_size: int) -> int:
