@@ -5,6 +5,7 @@ A header says how large its content is, and a few bytes can say anything. Every 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import math
@@ -203,6 +204,7 @@ class _Text(io.RawIOBase):
         self.path, self._held, self._read = path, path.stat().st_size, 0
         packed = path.suffix.lower() == ".gz"
         self._most = min(MOST_TEXT * self._held + TEXT_SLACK, available_bytes()) if packed else math.inf
+        self._wide = False  # UTF-16, half of whose bytes are zero
         self._source = gzip.open(path, "rb") if packed else open(path, "rb")
 
     def readable(self) -> bool:
@@ -215,7 +217,9 @@ class _Text(io.RawIOBase):
             raise CellfastError(
                 f"{self.path}: damaged: {size_text(self._held)} that unpack to more than {size_text(self._most)}; expected a table"
             )
-        if b"\0" in bytes(memoryview(buffer)[:count]):
+        if self._read == count:
+            self._wide = bytes(memoryview(buffer)[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if not self._wide and b"\0" in bytes(memoryview(buffer)[:count]):
             raise CellfastError(f"{self.path}: not a text table: it holds zero bytes; save it as UTF-8 text")
         return count
 

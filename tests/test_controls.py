@@ -8,7 +8,7 @@ import pytest
 
 from cellfast.errors import CellfastError
 from cellfast.metadata.controls import select_rows
-from cellfast.profiles.annotate import find_controls
+from cellfast.metadata.treatments import find_controls
 
 TABLE = pd.DataFrame(
     {

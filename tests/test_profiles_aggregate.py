@@ -11,7 +11,7 @@ import pytest
 
 from cellfast.errors import CellfastError
 from cellfast.profiles.aggregate import group_means, group_medians
-from cellfast.profiles.sources import open_source
+from cellfast.profiles.feature_files import open_source
 from cellfast.profiles.streaming import read_units
 
 

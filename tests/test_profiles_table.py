@@ -7,12 +7,15 @@ import pandas as pd
 import pytest
 
 from cellfast.errors import CellfastError
-from cellfast.profiles.annotate import find_controls, join_moa, join_plate_map
+from cellfast.metadata.columns import find_columns, infer_features
+from cellfast.metadata.joins import join_moa, join_plate_map
+from cellfast.metadata.treatments import find_controls
+from cellfast.metadata.wells import well_name
 from cellfast.profiles.build import ProfileOptions, build_profiles
-from cellfast.profiles.columns import find_metadata_columns, infer_features, normalize_well
+from cellfast.profiles.feature_files import read_profiles
 from cellfast.profiles.normalize import parse_steps
 from cellfast.profiles.select import drop_missing, select_features
-from cellfast.profiles.table import ProfileTable, read_profiles, write_profiles
+from cellfast.profiles.table import ProfileTable, write_profiles
 
 
 @pytest.mark.parametrize(
@@ -27,7 +30,7 @@ from cellfast.profiles.table import ProfileTable, read_profiles, write_profiles
     ],
 )  # fmt: skip
 def test_metadata_columns_of_several_tools_are_found(columns, expected):
-    assert find_metadata_columns(columns) == expected
+    assert find_columns(columns) == expected
 
 
 def test_feature_inference():
@@ -43,15 +46,7 @@ def test_feature_inference():
 
 
 def test_wells_have_one_spelling():
-    assert [normalize_well(w) for w in ("a1", "A1", "A01", " b12 ", "AF48", "AA3", "odd-name")] == [
-        "A01",
-        "A01",
-        "A01",
-        "B12",
-        "AF48",
-        "AA03",
-        "odd-name",
-    ]
+    assert [well_name(w) for w in ("a1", "A1", "A01", " b12 ", "AF48", "AA3")] == ["A01", "A01", "A01", "B12", "AF48", "AA03"]
 
 
 def wells(n=6):
@@ -69,10 +64,10 @@ def test_plate_map_joins_and_lists_what_does_not(tmp_path):
     _, report = join_plate_map(wells(2), path)
     assert report["empty"] == ["p1 A03", "p1 A04"]
     path.write_text("plate,well,compound\np1,A01,x\np1,A01,y\n")
-    with pytest.raises(CellfastError, match="p1 A01: x and y"):
+    with pytest.raises(CellfastError, match="p1 A01: 'x' and 'y'"):
         join_plate_map(wells(), path)
     path.write_text("plate,well,compound\nother,A01,x\n")
-    with pytest.raises(CellfastError, match="no well of the input is in it"):
+    with pytest.raises(CellfastError, match="nothing of the input is in it"):
         join_plate_map(wells(), path)
 
 
@@ -84,7 +79,7 @@ def test_moa_joins_by_concentration_within_tolerance(tmp_path):
     )
     joined, report = join_moa(metadata, path)
     assert list(joined["Metadata_MoA"]) == ["a", "a", "b", "", ""]
-    assert report["not_joined"] == ["x 0.2", "z 1"]
+    assert report["not_joined"] == ["x @ 0.2 µM", "z @ 1 µM"]
     assert report["unused_rows_of_file"] == 1
     path.write_text("compound,concentration,moa\ntaxol,1,a\ntaxol,1,b\n")
     with pytest.raises(CellfastError, match="two MoAs"):
@@ -177,8 +172,8 @@ def test_deepprofiler_npz_folder(tmp_path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: (p / "e.parquet").write_bytes(b"PAR1 not really"), "not a readable parquet"),
-        (lambda p: (p / "notes.txt").write_text("x"), r"no \.parquet"),
+        (lambda p: (p / "e.parquet").write_bytes(b"PAR1 not really"), "not a readable table"),
+        (lambda p: (p / "notes.md").write_text("x"), r"no table"),
         (lambda p: pd.DataFrame({"Metadata_Well": ["A01"], "Metadata_Plate": ["p"]}).to_parquet(p / "e.parquet"), "No feature columns"),
         (lambda p: pd.DataFrame({"h000": [1.0]}).to_parquet(p / "e.parquet"), "--metadata CSV"),
         (lambda p: pd.DataFrame({"h000": np.zeros(0)}).to_parquet(p / "e.parquet"), "no rows"),

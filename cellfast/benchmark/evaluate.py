@@ -236,15 +236,16 @@ def _cells(num_cells: int, num_features: int) -> tuple[np.ndarray, Any]:
 
 def _plain(num_cells: int, num_features: int, repeats: int, reference_dir: str | None) -> dict[str, Any]:
     """Means per well, medians per treatment, NSC and NSCB, all in memory."""
+    from cellfast.metadata.batches import fill_batches
+    from cellfast.metadata.canonical import canonical_metadata
+    from cellfast.metadata.columns import find_columns
     from cellfast.profiles.build import ProfileTable, collapse, treatments
-    from cellfast.profiles.columns import find_metadata_columns
     from cellfast.profiles.neighbours import AllowedPairs, batch_codes, nearest_neighbours
-    from cellfast.profiles.table import add_batch, canonical_metadata
 
     features, frame = _cells(num_cells, num_features)
 
     def ours() -> tuple[int, int]:
-        metadata, _ = add_batch(canonical_metadata(frame, find_metadata_columns(list(frame.columns))))
+        metadata, _ = fill_batches(canonical_metadata(frame, find_columns(list(frame.columns))))
         cells = ProfileTable(metadata, features, [f"h{i:03d}" for i in range(num_features)])
         wells = collapse(cells, ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
         table = treatments(wells.rows((wells.metadata["Metadata_Compound"] != "DMSO").to_numpy()), "median")

@@ -56,7 +56,23 @@ import click
     "equal sets of plates.",
 )
 @click.option(
-    "--batch-pattern", metavar="REGEX", help="Take the batch from the plate name: the first group of this regular expression."
+    "--group-by",
+    multiple=True,
+    metavar="COLUMN",
+    help="Tell treatments apart by this column too, such as the cell line; repeat for several.",
+)
+@click.option(
+    "--pool",
+    multiple=True,
+    metavar="COLUMN",
+    help="Take wells that differ in this column (cell line, time, …) as one treatment; repeat for several.",
+)
+@click.option(
+    "--batch-regex",
+    "--batch-pattern",
+    "batch_regex",
+    metavar="REGEX",
+    help="Take the batch from the plate name: the first group of this regular expression.",
 )
 @click.option(
     "--one-batch-moas",
@@ -131,7 +147,7 @@ def evaluate(profiles: tuple[Path, ...], output: Path | None, compare: tuple[Pat
         raise click.UsageError("Give one PROFILES file and -o RESULT.json, or --compare A.json B.json.")
     if output.suffix.lower() != ".json":
         raise click.UsageError(f"-o must name a .json file, got '{output.name}'.")
-    from cellfast.profiles.columns import parse_column_overrides
+    from cellfast.metadata.columns import parse_column_overrides
     from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
     from cellfast.profiles.report import evaluation_lines
     from cellfast.profiles.results import read_annotated, write_result

@@ -88,7 +88,23 @@ import click
     help="Where plate, well, site, batch, compound, concentration or moa is, if not found.",
 )
 @click.option(
-    "--batch-pattern", metavar="REGEX", help="Take the batch from the plate name: the first group of this regular expression."
+    "--group-by",
+    multiple=True,
+    metavar="COLUMN",
+    help="Tell treatments apart by this column too, such as the cell line; repeat for several.",
+)
+@click.option(
+    "--pool",
+    multiple=True,
+    metavar="COLUMN",
+    help="Take wells that differ in this column (cell line, time, …) as one treatment; repeat for several.",
+)
+@click.option(
+    "--batch-regex",
+    "--batch-pattern",
+    "batch_regex",
+    metavar="REGEX",
+    help="Take the batch from the plate name: the first group of this regular expression.",
 )
 @click.option(
     "--select",
@@ -116,8 +132,8 @@ def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
     What was read, joined, left out and fitted is printed, and written as JSON beside the profiles.
     """
     from cellfast.atomic import write_json
+    from cellfast.metadata.columns import parse_column_overrides
     from cellfast.profiles.build import ProfileOptions, build_profiles
-    from cellfast.profiles.columns import parse_column_overrides
     from cellfast.profiles.normalize import DEFAULT_STEPS, Step, parse_steps
     from cellfast.profiles.report import profile_lines
     from cellfast.profiles.table import check_output, write_profiles
@@ -137,7 +153,8 @@ def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
     )
     built = build_profiles(
         inputs,
-        ProfileOptions(
+        outputs=[output, *([wells_output] if wells_output else [])],
+        options=ProfileOptions(
             steps=parse_steps(texts or DEFAULT_STEPS, defaults),
             columns=parse_column_overrides(options.pop("columns")),
             select=options.pop("rules"),

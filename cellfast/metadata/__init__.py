@@ -1,1 +1,1 @@
-"""What the names and values of a table mean: one home for every command that reads one."""
+"""What a table says: columns, names, wells, plates, batches, doses, treatments, controls, and the one reader of tables (docs/tables.md)."""

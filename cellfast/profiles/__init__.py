@@ -9,7 +9,7 @@ from typing import Any
 
 _PUBLIC = {
     "ProfileTable": "table",
-    "read_profiles": "table",
+    "read_profiles": "feature_files",
     "write_profiles": "table",
     "ProfileOptions": "build",
     "build_profiles": "build",

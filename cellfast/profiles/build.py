@@ -11,18 +11,23 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
-from cellfast.profiles import columns as names
+from cellfast.metadata import columns as names
+from cellfast.metadata.batches import SEPARATOR, fill_batches
+from cellfast.metadata.canonical import ordered
+from cellfast.metadata.doses import unify_doses
+from cellfast.metadata.joins import join_moa, join_plate_map, unplaced_overrides
+from cellfast.metadata.treatments import find_controls, treatment_key
+from cellfast.metadata.values import unify_spellings
 from cellfast.profiles.aggregate import METHODS, aggregate
-from cellfast.profiles.annotate import find_controls, join_moa, join_plate_map
+from cellfast.profiles.feature_files import open_source
 from cellfast.profiles.normalize import DEFAULT_STEPS, Step, natural_key, normalize_profiles, parse_steps
 from cellfast.profiles.select import drop_missing, select_features
-from cellfast.profiles.sources import open_source
 from cellfast.profiles.streaming import CELL_COUNT, read_cells, read_units
-from cellfast.profiles.table import ProfileTable, add_batch
+from cellfast.profiles.table import ProfileTable
 
 LEVELS = ("cell", "site", "well", "treatment")
 
-CONTROL, NUM_WELLS, SEPARATOR = "Metadata_Control", "Metadata_NumWells", ";"
+CONTROL, NUM_WELLS = "Metadata_Control", "Metadata_NumWells"
 
 
 @dataclass
@@ -36,11 +41,13 @@ class ProfileOptions:
         aggregate: mean or median, wells → treatments.
         steps: normalisation steps (``normalize.parse_steps``); None is ``normalize.DEFAULT_STEPS``.
         controls: query for the controls, the default of steps that name none.
-        metadata: plate map to join (``annotate.join_plate_map``).
-        moa: MoA table to join (``annotate.join_moa``).
+        metadata: plate map to join (``joins.join_plate_map``).
+        moa: MoA table to join (``joins.join_moa``).
         features: prefixes or regular expressions of feature names.
-        columns: canonical metadata name → column of the input.
-        batch_pattern: regular expression that takes the batch from the plate name.
+        columns: canonical metadata name → column of the input, or of a table that is joined.
+        group_by: columns that tell treatments apart beside compound and concentration.
+        pool: columns of biology whose different values are taken as one treatment.
+        batch_regex: regular expression that takes the batch from the plate name.
         select: feature selection rules, applied after normalisation.
         missing_cutoff: features missing in more than this share of the wells are dropped.
     """
@@ -55,7 +62,9 @@ class ProfileOptions:
     moa: str | os.PathLike[str] | None = None
     features: Sequence[str] = ()
     columns: dict[str, str] = field(default_factory=dict)
-    batch_pattern: str | None = None
+    group_by: Sequence[str] = ()
+    pool: Sequence[str] = ()
+    batch_regex: str | None = None
     select: Sequence[str] = ()
     missing_cutoff: float = 0.05
 
@@ -75,8 +84,15 @@ class BuiltProfiles:
     report: dict[str, Any]
 
 
-def build_profiles(inputs: Sequence[str | os.PathLike[str]], options: ProfileOptions | None = None) -> BuiltProfiles:
+def build_profiles(
+    inputs: Sequence[str | os.PathLike[str]],
+    options: ProfileOptions | None = None,
+    *,
+    outputs: Sequence[str | os.PathLike[str]] = (),
+) -> BuiltProfiles:
     """Read features, aggregate cells to wells, normalise on controls, aggregate wells to treatments.
+
+    ``outputs``: files that the caller will write; they are not read where they lie among the inputs.
 
     Cells are streamed: memory is that of the profiles plus a bounded block of columns, unless cells themselves are asked for.
 
@@ -88,7 +104,7 @@ def build_profiles(inputs: Sequence[str | os.PathLike[str]], options: ProfileOpt
     steps = (
         list(options.steps) if options.steps is not None else parse_steps(DEFAULT_STEPS, Step("none", controls=options.controls))
     )
-    source = open_source(inputs, features=options.features, overrides=options.columns)
+    source = open_source(inputs, features=options.features, overrides=options.columns, outputs=outputs)
     report: dict[str, Any] = {
         "inputs": {"files": len(source.files), "rows": source.num_rows, "features": len(source.feature_names)},
         "level": options.level,
@@ -96,12 +112,12 @@ def build_profiles(inputs: Sequence[str | os.PathLike[str]], options: ProfileOpt
     at = "cell" if options.level == "cell" else "site" if options.level == "site" else options.normalize_at
     table, counts = read_cells(source) if at == "cell" else read_units(source, at, options.cell_aggregate)
     report["rows"] = counts
-    metadata = table.metadata
-    if options.metadata is not None:
-        metadata, report["metadata_join"] = join_plate_map(metadata, options.metadata)
-    if options.moa is not None:
-        metadata, report["moa_join"] = join_moa(metadata, options.moa)
-    metadata, report["batch_source"] = add_batch(metadata, options.batch_pattern)
+    metadata, joins = annotated(table.metadata, options.metadata, options.moa, source.later)
+    report.update(joins)
+    report["notes"] = source.notes
+    metadata, spellings = unify_spellings(metadata, (names.PLATE, names.BATCH, names.COMPOUND, names.MOA))
+    report["spellings"] = _merged(counts.get("spellings", {}), spellings)
+    metadata, report["batch_source"] = fill_batches(metadata, options.batch_regex)
     table = ProfileTable(metadata, table.features, table.feature_names)
     table, report["missing"] = drop_missing(table, options.missing_cutoff)
     dtype = source.dtype
@@ -131,7 +147,7 @@ def build_profiles(inputs: Sequence[str | os.PathLike[str]], options: ProfileOpt
         elif options.level == "well":
             table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate, None, report)
     if options.level == "treatment":
-        table = treatments(table, options.aggregate, report)
+        table = treatments(table, options.aggregate, report, options.group_by, options.pool)
     if wells is not None:
         wells = wells.with_features(wells.features.astype(dtype))
     table = table.with_features(table.features.astype(dtype))
@@ -141,10 +157,42 @@ def build_profiles(inputs: Sequence[str | os.PathLike[str]], options: ProfileOpt
         "steps": report["normalization"],
         "aggregate": options.aggregate,
         "cell_aggregate": options.cell_aggregate,
+        "group_by": list(options.group_by),
+        "pool": list(options.pool),
     }
     if wells is not None and wells is not table:
         wells.provenance = {**table.provenance, "level": "well"}
     return BuiltProfiles(table, wells, report)
+
+
+def annotated(
+    metadata: pd.DataFrame,
+    plate_map: str | os.PathLike[str] | None,
+    moa: str | os.PathLike[str] | None,
+    overrides: dict[str, str],
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Join a plate map and MoAs where they are given; ``overrides`` are the ``--column`` choices that the input does not have.
+
+    Raises:
+        CellfastError: as the joins, or a choice that no table has.
+    """
+    report: dict[str, Any] = {}
+    if plate_map is not None:
+        metadata, report["metadata_join"] = join_plate_map(metadata, plate_map, overrides)
+    if moa is not None:
+        metadata, report["moa_join"] = join_moa(metadata, moa, overrides)
+    placed = {name for name in overrides if any(name in join["placed"] for join in report.values())}
+    unplaced_overrides(overrides, placed, "neither the input nor a joined table")
+    return metadata, report
+
+
+def _merged(*found: dict[str, dict[str, list[str]]]) -> dict[str, dict[str, list[str]]]:
+    """Reports of merged spellings as one."""
+    result: dict[str, dict[str, list[str]]] = {}
+    for one in found:
+        for column, merged in one.items():
+            result.setdefault(column, {}).update(merged)
+    return result
 
 
 def _check_options(options: ProfileOptions) -> None:
@@ -182,18 +230,24 @@ def collapse(table: ProfileTable, key: Sequence[str], method: str, count: str | 
             )
     if count is not None:
         metadata[count] = result.counts
-    first = [c for c in names.CANONICAL if c in metadata]
-    metadata = metadata[[*first, *[c for c in metadata.columns if c not in first]]]
-    return ProfileTable(metadata, result.values, table.feature_names, table.provenance)
+    return ProfileTable(ordered(metadata), result.values, table.feature_names, table.provenance)
 
 
-def treatments(table: ProfileTable, method: str, report: dict[str, Any] | None = None) -> ProfileTable:
-    """Wells (or sites) → treatments, compound × concentration; the batches and plates a treatment is in are joined by ``;``.
+def treatments(
+    table: ProfileTable,
+    method: str,
+    report: dict[str, Any] | None = None,
+    group_by: Sequence[str] = (),
+    pool: Sequence[str] = (),
+) -> ProfileTable:
+    """Wells (or sites) → treatments, compound × concentration × ``group_by``; their batches and plates are joined by ``;``.
 
-    Rows without a compound are left out and counted in the report.
+    Rows without a compound are left out and counted in the report; columns that vary within a treatment and are not carried over are
+    named there.
 
     Raises:
-        CellfastError: no compound column, no compound at all, a treatment with two MoAs.
+        CellfastError: no compound column, no compound at all, a treatment with two MoAs, or cells that differ in a column of biology
+            (cell line, time, …) that neither ``group_by`` nor ``pool`` names.
     """
     report = {} if report is None else report
     metadata = table.metadata
@@ -208,12 +262,12 @@ def treatments(table: ProfileTable, method: str, report: dict[str, Any] | None =
     if not known.all():
         table = table.rows(known)
         metadata = table.metadata
-    key = [names.COMPOUND] + ([names.CONCENTRATION] if names.CONCENTRATION in metadata else [])
+    key = treatment_key(metadata, group_by, pool)
     rounded = metadata[key].copy()
     if names.CONCENTRATION in rounded:
-        # Six significant digits: 0.3 and 0.30000001 are one treatment.
-        rounded[names.CONCENTRATION] = [float(f"{v:.6g}") for v in rounded[names.CONCENTRATION]]
+        rounded[names.CONCENTRATION] = unify_doses(rounded[names.CONCENTRATION].to_numpy())
     codes, groups = group_codes(rounded, key)
+    left_out: list[str] = []
     result = aggregate(table.features, codes, len(groups), method)
     out = groups.copy()
     for column in metadata.columns:
@@ -235,10 +289,11 @@ def treatments(table: ProfileTable, method: str, report: dict[str, Any] | None =
                 raise CellfastError(
                     f"{_first_conflict(metadata, column, codes, groups)}: a treatment has one MoA. Look at the --moa table."
                 )
+            else:
+                left_out.append(column)
     out[NUM_WELLS] = result.counts
-    first = [c for c in names.CANONICAL if c in out]
-    out = out[[*first, *[c for c in out.columns if c not in first]]]
-    return ProfileTable(out, result.values, table.feature_names, table.provenance)
+    report["treatments_vary_in"] = left_out
+    return ProfileTable(ordered(out), result.values, table.feature_names, table.provenance)
 
 
 def group_codes(metadata: pd.DataFrame, key: Sequence[str]) -> tuple[np.ndarray, pd.DataFrame]:

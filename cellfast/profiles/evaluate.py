@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
-from cellfast.profiles import columns as names
-from cellfast.profiles.annotate import find_controls
-from cellfast.profiles.build import CONTROL, SEPARATOR, treatments
+from cellfast.metadata import columns as names
+from cellfast.metadata.batches import SEPARATOR, fill_batches
+from cellfast.metadata.treatments import find_controls, treatment_key
+from cellfast.profiles.build import CONTROL, treatments
 from cellfast.profiles.intervals import (
     bootstrap_accuracies,
     bootstrap_weights,
@@ -22,7 +24,7 @@ from cellfast.profiles.intervals import (
 from cellfast.profiles.mean_average_precision import moa_precision, replicate_precision
 from cellfast.profiles.neighbours import BATCH_RULES, METRICS, AllowedPairs, batch_codes, nearest_neighbours
 from cellfast.profiles.replicates import replicate_reproducibility
-from cellfast.profiles.table import ProfileTable, add_batch
+from cellfast.profiles.table import ProfileTable
 
 UNKNOWN_BATCH = "(unknown)"
 
@@ -39,7 +41,9 @@ class EvaluationOptions:
         metric: cosine, correlation or euclidean.
         k: neighbours that vote.
         batch_rule: ``joined``, ``overlap`` or ``plates`` (``neighbours.batch_codes``).
-        batch_pattern: regular expression that takes the batch from the plate name.
+        batch_regex: regular expression that takes the batch from the plate name.
+        group_by: columns that tell treatments apart beside compound and concentration; empty: as the profiles were made.
+        pool: columns of biology whose different values are taken as one treatment; empty: as the profiles were made.
         one_batch_moas: MoAs that occur in one batch only under NSCB: ``exclude`` as queries and candidates, as ``queries``
         only, or ``keep``.
         controls: query for the rows left out as controls.
@@ -54,7 +58,9 @@ class EvaluationOptions:
     metric: str = "cosine"
     k: int = 1
     batch_rule: str = "joined"
-    batch_pattern: str | None = None
+    batch_regex: str | None = None
+    group_by: Sequence[str] = ()
+    pool: Sequence[str] = ()
     one_batch_moas: str = "exclude"
     controls: str | None = None
     num_resamples: int = 10_000
@@ -101,11 +107,14 @@ def evaluate_profiles(
     _check_options(options)
     profiles, counts = _choose_rows(profiles, options)
     if options.level == "treatment":
-        codes = profiles.metadata[[c for c in (names.COMPOUND, names.CONCENTRATION) if c in profiles.metadata]]
+        # Profiles know by what their treatments were told apart when they were made.
+        group_by = options.group_by or profiles.provenance.get("group_by", ())
+        pool = options.pool or profiles.provenance.get("pool", ())
+        codes = profiles.metadata[treatment_key(profiles.metadata, group_by, pool)]
         counts["rows_per_treatment_aggregated"] = bool(codes.duplicated().any())
         if counts["rows_per_treatment_aggregated"]:
             wells = profiles if wells is None else wells
-            profiles = treatments(profiles, options.aggregate)
+            profiles = treatments(profiles, options.aggregate, None, group_by, pool)
     elif wells is None:
         wells = profiles
     metadata = profiles.metadata
@@ -200,7 +209,7 @@ def _choose_rows(table: ProfileTable, options: EvaluationOptions) -> tuple[Profi
     ):
         if column not in metadata or not (metadata[column] != "").any():
             raise CellfastError(f"The profiles have no {column}; their metadata: {', '.join(metadata.columns)}. Give {how}.")
-    metadata, source = add_batch(metadata, options.batch_pattern)
+    metadata, source = fill_batches(metadata, options.batch_regex)
     table = ProfileTable(metadata, table.features, table.feature_names, table.provenance)
     if options.controls is not None:
         controls, rule = find_controls(metadata, options.controls)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from cellfast.errors import CellfastError
-from cellfast.profiles import columns as names
+from cellfast.metadata import columns as names
+from cellfast.metadata.treatments import find_controls
 from cellfast.profiles import whitening
-from cellfast.profiles.annotate import find_controls
 from cellfast.profiles.table import ProfileTable
 
 METHODS = ("none", "standardize", "mad_robustize", "sphering", "coral", "tvn")

@@ -11,8 +11,8 @@ import numpy as np
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
+from cellfast.metadata import columns as names
 from cellfast.printable import printable
-from cellfast.profiles import columns as names
 from cellfast.profiles.evaluate import Evaluation
 from cellfast.profiles.neighbours import prepare
 from cellfast.profiles.normalize import natural_key

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellfast.profiles import columns as names
+from cellfast.metadata import columns as names
 from cellfast.profiles.neighbours import prepare
 from cellfast.profiles.table import ProfileTable
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cellfast.metadata.values import spelling_notes
 from cellfast.printable import printable
 
 
@@ -29,12 +30,23 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
         )
     if rows.get("metadata_not_constant"):
         lines.append(f"metadata  not carried over, as it varies within wells: {', '.join(rows['metadata_not_constant'])}")
+    lines += [f"note      {note}" for note in report.get("notes", [])]
+    lines += [f"spelling  {note}" for note in spelling_notes(report.get("spellings", {}))]
     if "metadata_join" in report:
         join = report["metadata_join"]
+        by = " and ".join(c.removeprefix("Metadata_").lower() for c in join["key"])
         lines.append(
-            f"plate map {join['rows_joined']:,} of {join['rows']:,} rows joined"
-            + _listed(join["wells_not_joined"], "wells not", join["not_joined"])
+            f"plate map {join['rows_joined']:,} of {join['rows']:,} rows joined by {by}"
+            + _listed(join["wells_not_joined"], "not", join["not_joined"])
         )
+        if join["values_replaced"]:
+            replaced = ", ".join(f"{n:,} of {c.removeprefix('Metadata_')}" for c, n in join["values_replaced"].items())
+            lines.append(f"replaced  values of the input by other ones of the plate map: {replaced}")
+        if join["columns_left_out"]:
+            lines.append(
+                f"left out  columns of the plate map that vary within its key: {', '.join(join['columns_left_out'][:10])}"
+            )
+        lines += [f"note      {note}" for note in join["notes"]]
         if join["empty_wells"]:
             lines.append(f"empty     {_listed(join['empty_wells'], 'wells of these plates have no rows', join['empty'])[2:]}")
     if "moa_join" in report:
@@ -42,7 +54,9 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"MoA       {join['treatments_joined']} of {join['treatments']} treatments joined"
             + _listed(join["treatments_not_joined"], "not", join["not_joined"])
+            + _listed(join["unused_rows_of_file"], "rows of the file unused", join["unused"])
         )
+        lines += [f"note      {note}" for note in join["notes"]]
     lines.append(f"batch     from {report['batch_source']}")
     missing = report["missing"]
     if missing["dropped_features"]:
@@ -61,6 +75,8 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
             lines.append("dropped   " + _features(step["dropped_features"]))
     if report.get("selection"):
         lines.append("selected  " + _features(report["selection"]))
+    if report.get("treatments_vary_in"):
+        lines.append(f"metadata  not carried over, as it varies within treatments: {', '.join(report['treatments_vary_in'])}")
     if report.get("wells_without_compound"):
         lines.append(f"left out  {report['wells_without_compound']:,} wells without a compound")
     lines.append(

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from cellfast.atomic import atomic_path, write_json
-from cellfast.profiles import columns as names
-from cellfast.profiles.annotate import join_moa, join_plate_map
+from cellfast.metadata import columns as names
+from cellfast.metadata.values import spelling_notes, unify_spellings
+from cellfast.profiles.build import annotated
 from cellfast.profiles.evaluate import Evaluation
-from cellfast.profiles.table import ProfileTable, read_profiles
+from cellfast.profiles.feature_files import read_profiles
+from cellfast.profiles.table import ProfileTable
 
 
 def read_annotated(
@@ -26,15 +28,13 @@ def read_annotated(
     """Read profiles and join a plate map and MoAs where they are given.
 
     Raises:
-        CellfastError: as ``read_profiles``, ``join_plate_map`` and ``join_moa``.
+        CellfastError: as ``read_profiles`` and ``build.annotated``.
     """
     table = read_profiles(path, tuple(features), columns)
-    frame = table.metadata
-    if metadata is not None:
-        frame, _ = join_plate_map(frame, metadata)
-    if moa is not None:
-        frame, _ = join_moa(frame, moa)
-    return ProfileTable(frame, table.features, table.feature_names, table.provenance)
+    frame, joins = annotated(table.metadata, metadata, moa, table.later)
+    frame, spellings = unify_spellings(frame, (names.PLATE, names.BATCH, names.COMPOUND, names.MOA))
+    notes = [*table.notes, *(note for join in joins.values() for note in join["notes"]), *spelling_notes(spellings)]
+    return ProfileTable(frame, table.features, table.feature_names, table.provenance, notes)
 
 
 def write_result(evaluation: Evaluation, output: str | os.PathLike[str], map_method: str | None = "tsne") -> list[Path]:

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
-from cellfast.profiles import columns as names
+from cellfast.metadata import columns as names
+from cellfast.metadata.values import Spellings, folded
 from cellfast.profiles.aggregate import GroupSums, group_medians
-from cellfast.profiles.sources import FeatureSource
+from cellfast.profiles.feature_files import FeatureSource
 from cellfast.profiles.table import ProfileTable
 from cellfast.progress import Progress
 
@@ -82,8 +83,11 @@ def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTa
     groups = _Groups(key)
     codes: list[np.ndarray] = []
     rowwise = False
+    wells_without_plate: set[str] = set()
     for index in range(len(source.files)):
         metadata = source.metadata(index)
+        if names.WELL in metadata and not (metadata[names.WELL] != "").any():
+            metadata = metadata.drop(columns=names.WELL)
         if names.WELL not in metadata:
             if len(source.files) > 1 or unit == "site":
                 raise CellfastError(
@@ -92,8 +96,10 @@ def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTa
                 )
             rowwise = True
             break
+        _check_wells(metadata, source.files[index].path, wells_without_plate)
         if names.PLATE not in metadata:
             metadata.insert(0, names.PLATE, pd.Series("", index=metadata.index, dtype="str"))
+            source.notes.append(f"{source.files[index].path}: no plate column, so its rows are taken to be of one plate")
         if unit == "site" and names.SITE not in metadata:
             raise CellfastError(
                 f"{source.files[index].path}: no site column, needed for site profiles. Name it with --column site=COLUMN."
@@ -133,8 +139,32 @@ def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTa
         "nan_values_left_out": num_nan,
         "infinite_values_left_out": num_inf,
         "metadata_not_constant": sorted(groups.varying),
+        "spellings": groups.merged(),
     }
     return ProfileTable(metadata, values[order], source.feature_names), report
+
+
+def _check_wells(metadata: pd.DataFrame, path: object, without_plate: set[str]) -> None:
+    """Refuse rows without a well or a plate among others that have one, and one well of two files that name no plate.
+
+    Raises:
+        CellfastError: says how many and where.
+    """
+    for column in (names.WELL, names.PLATE):
+        missing = (metadata[column] == "").to_numpy() if column in metadata else np.zeros(len(metadata), bool)
+        if missing.any() and not missing.all():
+            raise CellfastError(
+                f"{path}: {int(missing.sum()):,} of {len(metadata):,} rows have no {column.removeprefix('Metadata_').lower()}, the first is row "
+                f"{int(missing.argmax()) + 2}: fill it in, or remove those rows."
+            )
+    if names.PLATE not in metadata or not (metadata[names.PLATE] != "").any():
+        wells = set(metadata[names.WELL])
+        if both := wells & without_plate:
+            raise CellfastError(
+                f"{path}: well {min(both)} is in another input too, and neither names its plate: they would be taken for one well. Add a "
+                "column with the plate, or name it with --column plate=COLUMN."
+            )
+        without_plate |= wells
 
 
 def _add_means(source: FeatureSource, index: int, codes: np.ndarray, sums: GroupSums, progress: Progress) -> None:
@@ -143,7 +173,7 @@ def _add_means(source: FeatureSource, index: int, codes: np.ndarray, sums: Group
     width = max(16, min(d, (64 << 20) // (8 * max(1, min(source.files[index].num_rows, 1 << 17)))))
     for first in range(0, d, width):
         start = 0
-        for block in source.batches(index, source.feature_names[first : first + width]):
+        for block in source.blocks(index, source.feature_names[first : first + width]):
             sums.add(block, codes[start : start + len(block)], first)
             start += len(block)
             progress.advance(block.size)
@@ -164,7 +194,7 @@ def _set_medians(
         start = 0
         block_of_columns = held[:, : len(chosen)]
         for index in members:
-            for block in source.batches(index, chosen):
+            for block in source.blocks(index, chosen):
                 block_of_columns[start : start + len(block)] = block
                 start += len(block)
                 progress.advance(block.size)
@@ -183,9 +213,18 @@ class _Groups:
         self.frames_rows: list[dict[str, Any]] = []
         self.files: list[set[int]] = []
         self.varying: set[str] = set()
+        self.spellings = {name: Spellings() for name in names.NAMES if name not in (names.WELL, names.SITE)}
 
     def add(self, metadata: pd.DataFrame, file: int) -> np.ndarray:
-        """Number the groups of one file's rows; int32 [rows]."""
+        """Number the groups of one file's rows; int32 [rows]. Names are compared with case and blanks aside."""
+        metadata = metadata.copy()
+        for name, spellings in self.spellings.items():
+            if name in metadata:
+                spellings.add(metadata[name])
+                codes, unique = pd.factorize(metadata[name])
+                metadata[name] = pd.Series(
+                    np.array([folded(str(n)) for n in unique] or [""], dtype=object)[codes], index=metadata.index, dtype="str"
+                )
         combined = np.zeros(len(metadata), np.int64)
         for column in self.key:
             codes, values = pd.factorize(metadata[column])
@@ -218,19 +257,20 @@ class _Groups:
                     if a != b and not (pd.isna(a) and pd.isna(b)):
                         if column in (names.COMPOUND, names.CONCENTRATION, names.MOA, names.BATCH):
                             raise CellfastError(
-                                f"{' '.join(key)} has two values of {column} in different files: '{a}' and '{b}'. A well "
-                                f"holds one treatment."
+                                f"{' '.join(self._shown(c, row[c]) for c in self.key)} has two values of {column} in different files: "
+                                f"'{self._shown(column, a)}' and '{self._shown(column, b)}'. A well holds one treatment."
                             )
                         self.varying.add(column)
             numbers[i] = known
         return numbers[local]
 
     def _conflict(self, metadata: pd.DataFrame, column: str, a: int, b: int) -> None:
-        place = " ".join(str(v) for v in metadata.iloc[a][self.key])
-        raise CellfastError(
-            f"{place} has two values of {column}: '{metadata[column].iloc[a]}' and '{metadata[column].iloc[b]}'. A well "
-            f"holds one treatment."
-        )
+        place = " ".join(self._shown(c, metadata[c].iloc[a]) for c in self.key)
+        first, second = (self._shown(column, metadata[column].iloc[i]) for i in (a, b))
+        raise CellfastError(f"{place} has two values of {column}: '{first}' and '{second}'. A well holds one treatment.")
+
+    def _shown(self, column: str, value: Any) -> str:
+        return self.spellings[column].shown(str(value)) if column in self.spellings else str(value)
 
     def metadata(self) -> pd.DataFrame:
         """One row per group; columns that vary within a group are left out."""
@@ -238,7 +278,13 @@ class _Groups:
         for column in frame.columns:
             if column in names.CANONICAL and column != names.CONCENTRATION:
                 frame[column] = frame[column].fillna("").astype("str")
+            if column in self.spellings:
+                frame[column] = self.spellings[column].apply(frame[column])
         return frame
+
+    def merged(self) -> dict[str, dict[str, list[str]]]:
+        """Column → shown name → its other spellings."""
+        return {name: merged for name, spellings in self.spellings.items() if (merged := spellings.merged())}
 
     def order(self, metadata: pd.DataFrame) -> np.ndarray:
         """Group numbers in natural order of plate, well and site."""

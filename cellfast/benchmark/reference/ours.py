@@ -254,11 +254,13 @@ class Implementation:
 
 def profile_table(features: np.ndarray, metadata: Any) -> Any:
     """``features`` and the metadata a user's file would hold as a table of profiles."""
-    from cellfast.profiles.columns import find_metadata_columns
-    from cellfast.profiles.table import ProfileTable, add_batch, canonical_metadata
+    from cellfast.metadata.batches import fill_batches
+    from cellfast.metadata.canonical import canonical_metadata
+    from cellfast.metadata.columns import find_columns
+    from cellfast.profiles.table import ProfileTable
 
     frame = metadata.drop(columns="Replicate", errors="ignore")
-    known, _ = add_batch(canonical_metadata(frame, find_metadata_columns(list(frame.columns))))
+    known, _ = fill_batches(canonical_metadata(frame, find_columns(list(frame.columns))))
     return ProfileTable(known, np.ascontiguousarray(features), [f"h{i:03d}" for i in range(features.shape[1])])
 
 

@@ -82,14 +82,15 @@ def score_features(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, An
     Retrieval: the share of treated cells whose nearest neighbour (cosine) among the cells of other wells has their treatment, beside what
     a neighbour drawn at random would give.
     """
+    from cellfast.metadata.batches import fill_batches
+    from cellfast.metadata.canonical import canonical_metadata
+    from cellfast.metadata.columns import find_columns
     from cellfast.profiles.build import ProfileTable, collapse
-    from cellfast.profiles.columns import find_metadata_columns
     from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
     from cellfast.profiles.normalize import DEFAULT_STEPS, normalize_profiles, parse_steps
-    from cellfast.profiles.table import add_batch, canonical_metadata
 
     frame = metadata.drop(columns="Replicate")
-    known, _ = add_batch(canonical_metadata(frame, find_metadata_columns(list(frame.columns))))
+    known, _ = fill_batches(canonical_metadata(frame, find_columns(list(frame.columns))))
     table = ProfileTable(known, np.ascontiguousarray(features), [f"h{i:03d}" for i in range(features.shape[1])])
     wells = collapse(table, ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
     steps: tuple[str, ...] = DEFAULT_STEPS
