@@ -6,12 +6,14 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
+from cellfast.embeddings_folder import EmbeddingsFolder, open_folder
 from cellfast.errors import CellfastError
 from cellfast.profiles import columns as names
 from cellfast.profiles.table import _PROVENANCE_KEY, canonical_metadata
@@ -52,40 +54,73 @@ class FeatureFile(Protocol):
 
 
 class ParquetFile:
-    """A parquet file; only the asked columns of one row group are decoded at a time."""
+    """A parquet file; only the asked columns of one row group are decoded at a time, and pages that carry a CRC-32 are compared with it.
+
+    Raises:
+        CellfastError: (from every method) the file is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path = path
+        with self._told():
+            self._parquet = pq.ParquetFile(
+                path, memory_map=False, pre_buffer=False, buffer_size=1 << 18, page_checksum_verification=True
+            )
+            schema, self.num_rows = self._parquet.schema_arrow, self._parquet.metadata.num_rows
+            groups = [self._parquet.metadata.row_group(i) for i in range(self._parquet.metadata.num_row_groups)]
+            if self.num_rows < 0 or [group.num_rows for group in groups if group.num_rows < 0]:
+                raise ValueError("a negative number of rows")
+            if sum(group.num_rows for group in groups) != self.num_rows:
+                raise ValueError(f"{self.num_rows} rows, but its parts have another number")
+            self.all_columns = schema.names
+            self.numeric_columns = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+            self._double = {f.name for f in schema if not (pa.types.is_float32(f.type) or pa.types.is_float16(f.type))}
+            note = (schema.metadata or {}).get(_PROVENANCE_KEY)
+            self.provenance: dict[str, Any] = json.loads(note) if note else {}
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            self._parquet = pq.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=1 << 18)
-            schema = self._parquet.schema_arrow
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+            yield
+        except CellfastError:
+            raise
+        # Arrow's exceptions are of all these kinds.
+        except (ValueError, TypeError, KeyError, NotImplementedError, OSError, MemoryError, RuntimeError, OverflowError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CellfastError(
-                f"{path}: not a readable parquet file ({str(error).splitlines()[0]}). Write it again, or remove it."
+                f"{self.path}: not a readable parquet file ({reason[:300]}). Write it again, or remove it."
             ) from None
-        self.num_rows = self._parquet.metadata.num_rows
-        self.all_columns = schema.names
-        self.numeric_columns = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
-        self._double = {f.name for f in schema if not (pa.types.is_float32(f.type) or pa.types.is_float16(f.type))}
-        note = (schema.metadata or {}).get(_PROVENANCE_KEY)
-        self.provenance: dict[str, Any] = json.loads(note) if note else {}
 
     def frame(self, columns: Sequence[str]) -> pd.DataFrame:
-        return self._parquet.read(columns=list(columns)).to_pandas()
+        with self._told():
+            frame = self._parquet.read(columns=list(columns)).to_pandas()
+            self._check_rows(len(frame) if columns else self.num_rows)
+        return frame
+
+    def _check_rows(self, found: int) -> None:
+        if found != self.num_rows:
+            raise ValueError(f"{self.num_rows} rows are listed, {found} are there")
 
     def dtype(self, columns: Sequence[str]) -> type:
         return np.float64 if any(c in self._double for c in columns) else np.float32
 
     def batches(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
-        buffer = np.empty((ROWS_PER_BATCH, len(columns)), self.dtype(columns))
-        for batch in self._parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=list(columns), use_threads=False):
-            block = buffer[: batch.num_rows]
-            for j, name in enumerate(columns):
-                # By name: the reader returns columns in file order, whatever the order asked for. Missing values become NaN.
-                block[:, j] = batch.column(name).to_numpy(zero_copy_only=False)
+        buffer, rows = np.empty((ROWS_PER_BATCH, len(columns)), self.dtype(columns)), 0
+        with self._told():
+            batches = self._parquet.iter_batches(batch_size=ROWS_PER_BATCH, columns=list(columns), use_threads=False)
+        while True:
+            with self._told():
+                if (batch := next(batches, None)) is None:
+                    self._check_rows(rows if columns else self.num_rows)
+                    return
+                block = buffer[: batch.num_rows]
+                for j, name in enumerate(columns):
+                    # By name: the reader returns columns in file order, whatever the order asked for. Missing values become NaN.
+                    block[:, j] = batch.column(name).to_numpy(zero_copy_only=False)
+                rows += batch.num_rows
             yield block
 
 
@@ -187,11 +222,20 @@ def _open_file(path: Path) -> FeatureFile:
     raise CellfastError(f"{path}: expected .parquet, .csv, .csv.gz or .npz, or a folder of them.")
 
 
-def _list_files(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def _list_files(
+    inputs: Sequence[str | os.PathLike[str]], *, allow_unfinished: bool = False
+) -> tuple[list[Path], dict[Path, EmbeddingsFolder], list[str]]:
+    """(files, the embeddings folder that a file is of, what is missing of unfinished embeddings)."""
     files: list[Path] = []
+    folder_of: dict[Path, EmbeddingsFolder] = {}
+    unfinished: list[str] = []
     for item in inputs:
         path = Path(item)
+        before = len(files)
         if path.is_dir():
+            folder = open_folder(path)
+            if folder is not None and (trouble := folder.check_finished(allow_unfinished=allow_unfinished)):
+                unfinished.append(trouble)
             inside = sorted(p for p in path.glob("*.parquet") if not p.name.startswith("."))
             if not inside:
                 inside = sorted(
@@ -205,13 +249,17 @@ def _list_files(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
                 )
             files.extend(inside)
         elif path.is_file():
+            # A file by itself is whole, whatever became of the rest of its folder.
+            folder = open_folder(path.parent)
             files.append(path)
         else:
             raise CellfastError(f"{path}: no such file or folder.")
+        if folder is not None:
+            folder_of.update(dict.fromkeys(files[before:], folder))
     doubled = {p for p in files if files.count(p) > 1} if len(files) != len(set(files)) else set()
     if doubled:
         raise CellfastError(f"{sorted(doubled)[0]} is given twice: each input may be given once.")
-    return files
+    return files, folder_of, unfinished
 
 
 class FeatureSource:
@@ -222,9 +270,13 @@ class FeatureSource:
         feature_names: the features, in the order of the first file.
         dtype: float32 if every file stores float32, else float64.
         provenance: the note of a single profile file, else empty.
+        unfinished: what is missing of unfinished embeddings, a sentence each.
     """
 
-    def __init__(self, paths: Sequence[Path], patterns: Sequence[str], overrides: Mapping[str, str] | None) -> None:
+    def __init__(
+        self, paths: Sequence[Path], patterns: Sequence[str], overrides: Mapping[str, str] | None, unfinished: Sequence[str] = ()
+    ) -> None:
+        self.unfinished = list(unfinished)
         self.files = [_open_file(path) for path in paths]
         self.provenance: dict[str, Any] = self.files[0].provenance if len(self.files) == 1 else {}
         self._found: list[dict[str, str]] = []
@@ -289,16 +341,24 @@ class FeatureSource:
 
 
 def open_source(
-    inputs: Sequence[str | os.PathLike[str]], *, features: Sequence[str] = (), overrides: Mapping[str, str] | None = None
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    features: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    allow_unfinished: bool = False,
 ) -> FeatureSource:
-    """Open files and folders as one source of features.
+    """Open files and folders as one source of features; files of ``cellfast embed`` are compared with their checksums first.
 
     Args:
         inputs: embedding folders, or .parquet, .csv, .csv.gz, .npz files.
         features: prefixes or regular expressions; empty infers the features (``columns.infer_features``).
         overrides: canonical metadata name → column.
+        allow_unfinished: take what is there of an embedding that is not finished.
 
     Raises:
-        CellfastError: missing or unreadable files, no rows, no features, files with different features.
+        CellfastError: missing or unreadable files, no rows, no features, files with different features, an unfinished embedding.
     """
-    return FeatureSource(_list_files(inputs), features, overrides)
+    files, folder_of, unfinished = _list_files(inputs, allow_unfinished=allow_unfinished)
+    for path, folder in folder_of.items():
+        folder.check(path)
+    return FeatureSource(files, features, overrides, unfinished)

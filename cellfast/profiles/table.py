@@ -91,7 +91,7 @@ def write_profiles(table: ProfileTable, path: str | os.PathLike[str]) -> None:
     # pandas reads the frame's own schema note; ours travels beside it.
     arrow = arrow.replace_schema_metadata({_PROVENANCE_KEY: json.dumps(table.provenance).encode()})
     with atomic_path(path) as temporary:
-        pq.write_table(arrow, temporary)
+        pq.write_table(arrow, temporary, write_page_checksum=True)
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
