@@ -327,6 +327,25 @@ def test_the_output_folder_refuses_to_leave_its_root(tmp_path):
     assert (tmp_path / "outside" / "new").read_bytes() == b"x"
 
 
+@pytest.mark.parametrize("well", ["../../../../outside", "/outside", "a/b"])
+def test_a_well_of_a_store_cannot_lead_out_of_the_gallery(clean, tmp_path, monkeypatch, well):
+    from cellfast.embedding.sources import StoreSource
+
+    real = StoreSource.read
+
+    def read(self, unit):
+        chunk = real(self, unit)
+        chunk.columns["Metadata_Well"] = np.full(chunk.count, well, object)
+        return chunk
+
+    monkeypatch.setattr(StoreSource, "read", read)
+    result = embed(clean / "store", clean, tmp_path / "in" / "e", "--to", "cpg", exit_code=1)
+    assert isinstance(result.exception, CellfastError)
+    assert "cannot name a folder" in str(result.exception)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    assert sorted(p.name for p in (tmp_path / "in").iterdir()) == ["e"]
+
+
 @pytest.mark.parametrize("where", ["memory://", "s3://", "s3:///", "nothing://somewhere/x"])
 def test_odd_urls_end_in_one_sentence(clean, tmp_path, monkeypatch, where):
     if where.startswith("s3"):
@@ -413,7 +432,7 @@ def test_a_store_that_is_gone_ends_in_one_sentence():
 def test_partial_files_of_killed_runs_are_removed(clean, tmp_path):
     out = tmp_path / "e"
     embed(clean / "store", clean, out, "--batch-size", 5, "--to", "cpg")
-    gone = f".x.gone-host.{2**22 + 1}.0123456789.partial.parquet"
+    gone = f".P1.gone-host.{2**22 + 1}.0123456789.partial.parquet"
     folders = [out, out / PARTS / "P1", *(p for p in (out / "workspace_dl").rglob("*") if p.is_dir() and "profiles" in str(p))]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -421,6 +440,10 @@ def test_partial_files_of_killed_runs_are_removed(clean, tmp_path):
     (next((out / "workspace_dl" / "collated").iterdir()) / gone).write_bytes(b"half")
     embed(clean / "store", clean, out, "--batch-size", 5, "--to", "cpg")
     assert not list(out.rglob("*.partial*"))
+    other = out / ".profiles.another-host.1.0123456789.partial.parquet"  # of `cellfast profile`, which may be at work
+    other.write_bytes(b"half")
+    embed(clean / "store", clean, out, "--batch-size", 5, "--to", "cpg")
+    assert other.exists()
 
 
 def test_the_store_gives_what_its_fields_give(clean):

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -191,9 +191,15 @@ class Place:
         else:
             path.unlink(missing_ok=True)
 
-    def remove_partial_files(self, folder: str, *, deep: bool) -> None:
-        """Remove what killed runs left half written in ``folder`` (``deep``: below it too); the caller holds the output's lock."""
-        if not self.remote:
-            path = self.local(folder)
-            for partial in (path.rglob if deep else path.glob)(".*.partial*"):
+    def remove_partial_files(self, folder: str, *, deep: bool, stems: Collection[str] | None = None) -> None:
+        """Remove what killed runs left half written in ``folder`` (``deep``: below it too); the caller holds the output's lock.
+
+        Args:
+            stems: only of files with these stems: others may write here too.
+        """
+        if self.remote:
+            return  # what is under way lies in a folder for temporary files
+        path = self.local(folder)
+        for partial in (path.rglob if deep else path.glob)(".*.partial*"):
+            if stems is None or any(partial.name.startswith(f".{stem}.") for stem in stems):
                 partial.unlink(missing_ok=True)

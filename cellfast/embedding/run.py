@@ -169,7 +169,8 @@ class _Run:
     def look_around(self) -> tuple[list[tuple[PlatePlan, list[Part]]], dict[str, list[Finished]]]:
         """What is left to do, plate by plate, and what is finished."""
         todo, kept = [], {}
-        self.place.remove_partial_files("", deep=False)
+        stems = {"embeddings", "quarantine", *(plan.file_stem for plan in self.source.plans)}
+        self.place.remove_partial_files("", deep=False, stems=stems)
         for folder in (".embed", f"{GALLERY}/profiles", f"{GALLERY}/collated"):
             self.place.remove_partial_files(folder, deep=True)
         self._take_over_seals()

@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from cellfast.errors import CellfastError
 from cellfast.profiles import columns as names
 from cellfast.profiles.table import _PROVENANCE_KEY, canonical_metadata
 
+#: Files compared with their checksums at the same time.
+CHECKERS = 4
 #: Rows decoded at a time: small enough that a block of columns stays in the second-level cache while it is transposed.
 ROWS_PER_BATCH = 16384
 
@@ -359,6 +362,7 @@ def open_source(
         CellfastError: missing or unreadable files, no rows, no features, files with different features, an unfinished embedding.
     """
     files, folder_of, unfinished = _list_files(inputs, allow_unfinished=allow_unfinished)
-    for path, folder in folder_of.items():
-        folder.check(path)
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        for checked in [pool.submit(folder.check, path) for path, folder in folder_of.items()]:
+            checked.result()
     return FeatureSource(files, features, overrides, unfinished)
