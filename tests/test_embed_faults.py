@@ -20,7 +20,7 @@ import torch
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
-from cellfast.embedding.lock import LOCK_NAME, OutputLock
+from cellfast.embedding.lock import LOCK_NAME, STALE_AFTER_S, OutputLock, _system
 from cellfast.embedding.place import Place
 from cellfast.errors import CellfastError
 
@@ -132,7 +132,8 @@ def test_a_second_run_does_only_what_is_left(clean, tmp_path, monkeypatch):
     first = sum(calls[:7])
     embed("fields", clean, tmp_path / "e", "--batch-size", 8)
     total = sum(map(len, tables(clean / "clean").values()))
-    assert total < first + sum(calls[8:]) <= total + 40
+    assert total <= first + sum(calls[8:]) <= total + 40
+    assert sum(calls[8:]) < total
     assert_same(tables(tmp_path / "e"), tables(clean / "clean"))
 
 
@@ -255,7 +256,7 @@ def test_out_of_memory_halves_the_minibatch(clean, tmp_path, monkeypatch, error)
         return real(self, x)
 
     monkeypatch.setattr(CropEncoder, "_features", small_device)
-    result = embed("fields", clean, tmp_path / "e", "--batch-size", 32)
+    result = embed(clean / "store", clean, tmp_path / "e", "--batch-size", 32)
     assert "out of memory with 32 cells at a time; going on with 16" in result.output
     assert sizes[:4] == [32, 16, 8, 4]
     assert max(sizes[4:]) == 4
@@ -294,27 +295,91 @@ def test_locks_where_the_kernel_has_none(tmp_path, monkeypatch):
     import socket
 
     monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.05)
-    monkeypatch.setattr("cellfast.embedding.lock.STALE_AFTER_S", 1.0)
+    monkeypatch.setattr("cellfast.embedding.lock.LOOK_EVERY_S", 0.2)
     place = Place("memory://lock-test")
     with OutputLock(place):
-        before = json.loads(place.read_bytes(LOCK_NAME))["renewed"]
+        before = json.loads(place.read_bytes(LOCK_NAME))["beat"]
         with pytest.raises(CellfastError, match="another cellfast embed"):
             OutputLock(place).__enter__()
         time.sleep(0.2)
-        assert json.loads(place.read_bytes(LOCK_NAME))["renewed"] > before
+        assert json.loads(place.read_bytes(LOCK_NAME))["beat"] > before
     assert not place.exists(LOCK_NAME)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for owner in (
-        {"pid": ended.pid, "host": socket.gethostname(), "renewed": time.time()},
-        {"pid": 1, "host": "another-host", "renewed": time.time() - 5},
-    ):
-        place.write_bytes(LOCK_NAME, json.dumps(owner).encode())
-        with OutputLock(place):
-            pass
-    place.write_bytes(LOCK_NAME, json.dumps({"pid": 1, "host": "another-host", "renewed": time.time()}).encode())
+    gone = {"pid": ended.pid, "host": socket.gethostname(), "system": _system(), "token": "other"}
+    place.write_bytes(LOCK_NAME, json.dumps(gone).encode())
+    with OutputLock(place):
+        pass
+
+
+class Clock:
+    """Seconds that pass when somebody sleeps; what happens meanwhile is called then."""
+
+    def __init__(self, meanwhile=lambda: None):
+        self.now, self.meanwhile = 0.0, meanwhile
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.meanwhile()
+
+
+@pytest.mark.parametrize("wrong_s", [-1e6, 0, 1e6])
+def test_a_lock_is_judged_by_whether_it_changes_and_not_by_its_owners_clock(wrong_s):
+    place = Place("memory://clocks")
+    beats = iter(range(1000))
+    owner = {"pid": 1, "host": "another-host", "renewed": time.time() + wrong_s, "token": "other"}
+
+    def beat():
+        place.write_bytes(LOCK_NAME, json.dumps({**owner, "beat": next(beats)}).encode())
+
+    beat()
+    alive = Clock(lambda: beat() if alive.now % 30 == 0 else None)
     with pytest.raises(CellfastError, match="process 1 on another-host"):
-        OutputLock(place).__enter__()
+        OutputLock(place, clock=alive, sleep=alive.sleep).__enter__()
+    assert alive.now <= 30
+    dead, told = Clock(), []
+    with OutputLock(place, clock=dead, sleep=dead.sleep, tell=told.append):
+        assert STALE_AFTER_S <= dead.now < STALE_AFTER_S + 30
+    assert "process 1 on another-host" in told[0]
+    # An observer that was stopped itself looks once more before it takes a lock.
+    beat()
+    stopped = Clock(lambda: (setattr(stopped, "now", 1e5), beat()))
+    with pytest.raises(CellfastError, match="process 1 on another-host"):
+        OutputLock(place, clock=stopped, sleep=stopped.sleep).__enter__()
+    place.remove(LOCK_NAME)
+
+
+def test_a_process_number_of_another_system_says_nothing(monkeypatch):
+    place = Place("memory://systems")
+    clock = Clock(lambda: place.write_bytes(LOCK_NAME, json.dumps({**owner, "beat": 1}).encode()))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    # Two containers may have the same host name, and each its own processes.
+    import socket
+
+    owner = {"pid": ended.pid, "host": socket.gethostname(), "system": "another container", "token": "other"}
+    place.write_bytes(LOCK_NAME, json.dumps(owner).encode())
+    with pytest.raises(CellfastError, match="another cellfast embed"):
+        OutputLock(place, clock=clock, sleep=clock.sleep).__enter__()
+    place.remove(LOCK_NAME)
+
+
+def test_a_run_that_was_stopped_asks_the_store_before_it_writes():
+    place, clock = Place("memory://stopped"), Clock()
+    with OutputLock(place, clock=clock, sleep=clock.sleep) as lock:
+        clock.now += 1000
+        lock.check()  # nobody came meanwhile: the lock is renewed
+        assert json.loads(place.read_bytes(LOCK_NAME))["beat"] == 2
+        clock.now += 1000
+        other = json.dumps({"pid": 1, "host": "another-host", "token": "other"}).encode()
+        place.write_bytes(LOCK_NAME, other)
+        with pytest.raises(CellfastError, match="taken by another cellfast embed"):
+            lock.check()
+    assert place.read_bytes(LOCK_NAME) == other
+    place.remove(LOCK_NAME)
 
 
 def test_a_run_that_lost_its_lock_stops(clean, tmp_path, monkeypatch):
@@ -335,6 +400,7 @@ def test_a_run_that_lost_its_lock_stops(clean, tmp_path, monkeypatch):
 
 def test_a_lock_that_cannot_be_renewed_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("cellfast.embedding.lock.TRUST_S", 0.02)
     place = Place("memory://unrenewed-lock")
     with OutputLock(place) as lock:
         real = place.write_bytes

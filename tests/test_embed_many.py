@@ -200,3 +200,63 @@ def test_ray_that_is_not_installed_is_told(clean, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     result = embed("fields", clean, tmp_path / "e", "--engine", "ray", exit_code=1)
     assert "cellfast[ray]" in str(result.exception)
+
+
+# Runs `cellfast embed` with little patience; the process whose rank is VICTIM stops for good once it has written a part.
+IMPATIENT = """
+import os, signal, sys
+from cellfast.cli import main
+from cellfast.embedding import parts, work
+work.BEAT_S, work.PATIENCE_S, work.GRACE_S = 0.2, 4.0, 2.0
+real = parts.PartFiles.write
+def write(self, *a):
+    real(self, *a)
+    if os.environ["RANK"] == os.environ.get("VICTIM"):
+        print("stopped", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+parts.PartFiles.write = write
+sys.argv = ["cellfast", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_process_ends_the_others_with_one_sentence(clean, tmp_path, victim):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["embed", *field_arguments(clean), "--model", clean / "model.pt", "-o", tmp_path / "e", "--batch-size", 2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", IMPATIENT, *map(str, command)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment, "RANK": str(rank), "VICTIM": str(victim)},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        _, told = processes[1 - victim].communicate(timeout=120)
+        assert processes[1 - victim].returncode == 1
+        errors = [line for line in told.splitlines() if line.startswith("Error")]
+        assert len(errors) == 1, told
+        assert "stopped" in errors[0]
+        assert "run the same command again" in errors[0]
+        assert "Traceback" not in told
+        # It wakes: it must notice before it writes anything.
+        before = sorted(p.name for p in (tmp_path / "e").rglob("*.arrow"))
+        processes[victim].send_signal(signal.SIGCONT)
+        _, told = processes[victim].communicate(timeout=60)
+        assert processes[victim].returncode == 1
+        assert "run the same command again" in told
+        assert "Traceback" not in told
+        assert sorted(p.name for p in (tmp_path / "e").rglob("*.arrow")) == before
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    embed("fields", clean, tmp_path / "e")
+    assert_same(tables(tmp_path / "e"), tables(clean / "clean"))

@@ -14,7 +14,9 @@ import click
 @click.option("--montage", type=click.Path(path_type=Path, dir_okay=False), help="Write a PNG of cells drawn at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which cells the montage shows.")
 @click.option(
-    "--allow-unfinished", is_flag=True, help="Describe the plates that are there of a SCREEN whose ingest has not ended."
+    "--allow-unfinished",
+    is_flag=True,
+    help="Describe what is there of an ingest or an embedding that has not ended.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(
@@ -22,7 +24,8 @@ def info(
 ) -> None:
     """Describe SCREEN: plates, wells, fields, cells, treatments, MoAs, controls, channels, size, integrity.
 
-    Or MODEL, a run folder, a model file or an exported file: what it takes, and where it comes from. --json also tells where each
+    Or MODEL, a run folder, a model file or an exported file: what it takes, and where it comes from. Or a folder of embeddings: its
+    account, and with --verify whether its files are as they were written. --json also tells where each
     plate's pixels lie in its file.
     """
     import json
@@ -39,6 +42,19 @@ def info(
         if verify or montage:
             raise click.UsageError(f"--verify and --montage are for screens; {screen} is a model")
         click.echo(_describe_model(screen, as_json))
+        return
+    from cellfast.embeddings_folder import open_folder
+
+    if (folder := open_folder(screen)) is not None:
+        if montage:
+            raise click.UsageError(f"--montage is for screens; {screen} is an embedding")
+        if trouble := folder.check_finished(allow_unfinished=allow_unfinished):
+            click.echo(trouble, err=True)
+        if verify:
+            folder.check_all()
+        description = {**folder.describe(), **({"verified": True} if verify else {})}
+        text = json.dumps(description, indent=2, ensure_ascii=False)
+        click.echo(text if as_json else "\n".join(f"{key:<13}{value}" for key, value in description.items()))
         return
     from cellfast.progress import Progress
     from cellfast.screens import Screen

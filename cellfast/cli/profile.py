@@ -121,6 +121,9 @@ import click
     help="Features missing in more than this share of wells are dropped.",
 )
 @click.option(
+    "--allow-unfinished", is_flag=True, help="Use what is there of an embedding that is not finished, and say what is missing."
+)
+@click.option(
     "--wells-output",
     type=click.Path(path_type=Path),
     help="Write the normalised wells too (for replicate reproducibility in evaluate --wells).",

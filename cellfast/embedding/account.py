@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cellfast import __version__
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.place import Place
+from cellfast.embeddings_folder import ACCOUNT_FILE
 from cellfast.errors import CellfastError
 from cellfast.printable import masked_values, printable
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cellfast.embedding.outputs import Finished, PlateOutput
     from cellfast.embedding.sources import CellSource, PlatePlan
 
-ACCOUNT_FILE, QUARANTINE_FILE = "embeddings.json", "quarantine.csv"
+QUARANTINE_FILE = "quarantine.csv"
 _QUARANTINE_COLUMNS = ("plate", "well", "site", "image_number", "reason", "tries", "message", "files")
 
 
@@ -74,7 +75,7 @@ def write_account(
     encoder: CropEncoder,
     options: EmbedOptions,
     names: list[str],
-    plates: Sequence[tuple[PlatePlan, Finished, list[str]]],
+    plates: Sequence[tuple[PlatePlan, list[Finished]]],
     outputs: Sequence[PlateOutput],
     notes: Sequence[str],
     unmatched: Sequence[str],
@@ -88,10 +89,12 @@ def write_account(
     """
     rows: list[dict[str, Any]] = []
     quarantined: list[dict[str, str]] = []
-    for plan, finished, files in plates:
-        ledger = finished.ledger
+    for plan, finished in plates:
+        ledger = finished[0].ledger
+        files = [file for one in finished for file in one.files]
+        seals = {output.sealing_file(plan): one.seal for output, one in zip(outputs, finished) if one.seal is not None}
         ledger.check()
-        quarantined += finished.quarantined
+        quarantined += finished[0].quarantined
         wells = len(plan.wells) - len(ledger.wells_without_cells)
         rows.append(
             {
@@ -108,6 +111,8 @@ def write_account(
                 "wells_without_cells": ledger.wells_without_cells,
                 "file": files[0] if len(files) == 1 else files[-1],
                 "files": files,
+                "checksums": {name: seal.checksum for name, seal in seals.items()},
+                "origin": next((seal.origin for seal in seals.values()), None),
             }
         )
     dropped: Counter[str] = Counter()
@@ -145,6 +150,7 @@ def write_account(
         "totals": totals,
         "plates": rows,
         "quarantined": quarantined,
+        "checksums": {},
         # What this run did: the pixels, and so the rows, are the same either way.
         "decode": decoding,
         "notes": list(notes),
@@ -153,7 +159,7 @@ def write_account(
         "names_crc32": zlib.crc32(",".join(names).encode()),
     }
     for output in outputs:
-        output.collate([plan for plan, _, _ in plates])
+        content["checksums"] |= output.collate([plan for plan, _ in plates])
     if quarantined:
         text = io.StringIO()
         writer = csv.DictWriter(text, _QUARANTINE_COLUMNS)

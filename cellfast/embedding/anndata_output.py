@@ -25,6 +25,8 @@ class AnnDataOutput(PlateOutput):
         CellfastError: anndata is not installed.
     """
 
+    kind = "anndata"
+
     def __init__(self, place: Place, parts: PartFiles, names: list[str]) -> None:
         super().__init__(place, parts, names)
         try:
@@ -49,7 +51,7 @@ class AnnDataOutput(PlateOutput):
         name = self.sealing_file(plan)
         origin, ledger = sealed(self.parts.origin(plan), note, [name]).values()
         dtype = np.dtype(self.parts.options.dtype)
-        with self.place.writing(name) as path:
+        with self.sealing(plan) as path:
             frames, rows = [], 0
             with h5py.File(path, "w") as file:
                 # AnnData's reader looks at these two attributes to tell a dense array.

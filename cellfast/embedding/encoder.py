@@ -26,7 +26,8 @@ class CropEncoder:
         device: where the encoder runs.
         amp: bfloat16 autocast.
         tta: the mean over 1 view, 4 rotations by right angles, or 8 with their mirror images.
-        compile: ``torch.compile`` the network (every minibatch is then padded to one size).
+        compile: ``torch.compile`` the network.
+        batch_size: with ``compile`` every minibatch is padded to this size; 0: to that of the largest so far.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class CropEncoder:
         amp: bool = False,
         tta: int = 1,
         compile: bool = False,
+        batch_size: int = 0,
     ) -> None:
         if features not in FEATURES:
             raise CellfastError(f"features must be h or z, got {features!r}")
@@ -53,7 +55,7 @@ class CropEncoder:
         self._run: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(self._features, dynamic=False) if compile else self._features
         )
-        self._padded_size = 0
+        self._padded_size = batch_size
         # Called with (old size, new size) when memory ran out and the minibatch was halved.
         self.on_shrink: Callable[[int, int], None] = lambda old, new: None
         self.most = 0

@@ -1,10 +1,11 @@
-"""The files of a plate: one parquet, AnnData, or the Cell Painting Gallery's folders. The last file of a plate carries its origin and ledger."""
+"""The files of a plate: one parquet (here), AnnData, or the Cell Painting Gallery's folders. The last file of a plate carries its origin and ledger."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,34 @@ import pyarrow.parquet as pq
 from cellfast.embedding.parts import PartFiles, feature_matrix, means_of_wells, metadata_schema
 from cellfast.embedding.place import Place
 from cellfast.embedding.sources import PlatePlan
+from cellfast.embeddings_folder import LEDGER_KEY, RECORDS, Checksum, checksum
 from cellfast.errors import CellfastError
-from cellfast.metadata.names import check_batch
+from cellfast.parquet_footer import leave_room, seal_footer
 from cellfast.printable import masked_values
 from cellfast.screens.ledger import PlateLedger
 
-# Stored in each file's schema metadata: what the rows were made from, and what became of the plate's cells.
-ORIGIN_KEY, LEDGER_KEY = b"cellfast", b"cellfast_ledger"
+# Stored in each file's schema metadata: what the rows were made from; beside it (LEDGER_KEY) what became of the plate's cells.
+ORIGIN_KEY = b"cellfast"
 # A row group holds whole wells and at least so many rows where there are so many; longer wells are cut for the sake of memory.
 ROWS_PER_GROUP, MOST_ROWS_PER_GROUP = 1024, 131_072
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A plate that is done: its ledger, its quarantined fields, and its files relative to the output folder."""
+    """A plate that is done: its ledger, its quarantined fields, its files relative to the output folder, and the last one's seal."""
 
     ledger: PlateLedger
     quarantined: list[dict[str, str]]
     files: list[str]
+    seal: Seal | None = None
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What is known of a plate's last file beside it: its checksum, and what its rows were made from."""
+
+    checksum: Checksum
+    origin: dict[str, Any]
 
 
 def open_output(name: str, place: Place, parts: PartFiles, names: list[str], model: str) -> PlateOutput:
@@ -42,7 +53,11 @@ def open_output(name: str, place: Place, parts: PartFiles, names: list[str], mod
         from cellfast.embedding.anndata_output import AnnDataOutput
 
         return AnnDataOutput(place, parts, names)
-    return ParquetOutput(place, parts, names) if name == "parquet" else GalleryOutput(place, parts, names, model)
+    if name == "cpg":
+        from cellfast.embedding.gallery_output import GalleryOutput
+
+        return GalleryOutput(place, parts, names, model)
+    return ParquetOutput(place, parts, names)
 
 
 class PlateOutput(ABC):
@@ -54,8 +69,13 @@ class PlateOutput(ABC):
         names: of the feature columns.
     """
 
+    kind: str
+
     def __init__(self, place: Place, parts: PartFiles, names: list[str]) -> None:
         self.place, self.parts, self.names = place, parts, names
+        # Of an account that an earlier run wrote, by the last file of a plate.
+        self.seals: dict[str, Seal] = {}
+        self.damaged: list[str] = []  # files that an earlier run finished and that changed since
         self.wells = parts.options.aggregate_wells
         self.schema = metadata_schema(wells=self.wells)
 
@@ -71,24 +91,79 @@ class PlateOutput(ABC):
     def note(self, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
         """(origin, {ledger, quarantined, files}, rows) of a sealing file; None where it has none."""
 
-    def finished(self, plan: PlatePlan) -> Finished | None:
-        """What an earlier run finished of this plate, or None.
+    @contextmanager
+    def sealing(self, plan: PlatePlan) -> Iterator[Path]:
+        """Yield a local path that becomes the plate's last file; its seal is there before it is."""
+        name = self.sealing_file(plan)
+        with self.place.writing(name) as path:
+            yield path
+            with open(path, "rb") as handle:
+                seal = {"checksums": {name: checksum(handle)}, "origin": self.parts.origin(plan)}
+            self.place.write_bytes(self._record(plan), json.dumps(seal).encode())
+
+    def _record(self, plan: PlatePlan) -> str:
+        return f"{RECORDS}/{plan.file_stem}.{self.kind}.json"
+
+    def _seal(self, plan: PlatePlan) -> Seal | None:
+        name = self.sealing_file(plan)
+        try:
+            record = json.loads(self.place.read_bytes(self._record(plan)))
+            return Seal(dict(record["checksums"][name]), dict(record["origin"]))
+        except FileNotFoundError:
+            return self.seals.get(name)
+        except (ValueError, KeyError, TypeError):
+            return Seal({}, self.parts.origin(plan))  # a damaged record: no file fits it
+
+    def finished(self, plan: PlatePlan, *, just_made: bool = False) -> Finished | None:
+        """What an earlier run finished of this plate, or None; files that are not as they were written are noted in ``damaged``.
+
+        Args:
+            just_made: this run wrote the files: they are not read again.
 
         Raises:
-            CellfastError: the file is damaged, not ours, or made from something else.
+            CellfastError: the file is damaged and nothing is known of it, is not ours, or was made from something else.
         """
         name = self.sealing_file(plan)
         if not self.place.exists(name):
             return None
-        path = self.place.path(name)
+        seal = self._seal(plan)
+        if seal is not None and not just_made and self.place.checksum(name) != seal.checksum:
+            self._check_origin(plan, seal.origin, None)  # a damaged file is not parsed
+            self.damaged.append(name)
+            return None
         try:
             before, note, rows = self.note(name)
-        except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             raise CellfastError(
-                f"{path}: damaged or of another format ({error}); delete it, or use --force to make it again"
+                f"{self.place.path(name)}: damaged or of another format ({error}); delete it, or use --force to make it again"
             ) from error
         if before is None:
-            raise CellfastError(f"{path}: not written by cellfast embed; choose another folder, or use --force to replace it")
+            raise CellfastError(
+                f"{self.place.path(name)}: not written by cellfast embed; choose another folder, or use --force to replace it"
+            )
+        if not self._check_origin(plan, before, note) or note is None:
+            return None
+        if not just_made and (changed := self._changed_pieces(plan, note)):
+            self.damaged += changed
+            return None
+        known = PlateLedger.__dataclass_fields__
+        ledger = PlateLedger(**{key: value for key, value in note["ledger"].items() if key in known})
+        if not self.wells and rows != ledger.cells_written:
+            return None
+        if seal is None:  # by an earlier version
+            seal = Seal(self.place.checksum(name), self.parts.origin(plan))
+        return Finished(ledger, note["quarantined"], note["files"], seal)
+
+    def _changed_pieces(self, plan: PlatePlan, note: dict[str, Any]) -> list[str]:
+        """Files of the plate beside the last one that are not as they were written."""
+        return []
+
+    def _check_origin(self, plan: PlatePlan, before: dict[str, Any], note: dict[str, Any] | None) -> bool:
+        """True: made from the same. False: its fields were mended since, and it is to be made again.
+
+        Raises:
+            CellfastError: made from something else.
+        """
         origin = json.loads(json.dumps(self.parts.origin(plan)))
         defaults = {"tta": 1, "dtype": "float32", "aggregate": "none"}
         changed = [
@@ -99,7 +174,7 @@ class PlateOutput(ABC):
         # A file that was missing may have changed the table itself: mending it must not look like another screen.
         mended = self.parts.options.retry_quarantined and note is not None and note["quarantined"]
         if mended and set(changed) <= {"fields", "locations"}:
-            return None if changed else self._finished(note, rows)
+            return not changed
         if changed:
             different = "; ".join(
                 f"{k} was {_short(before.get(k, defaults.get(k)))}, is {_short(origin.get(k))}" for k in changed
@@ -108,24 +183,18 @@ class PlateOutput(ABC):
                 " (fields were quarantined then: --retry-quarantined if they are mended)" if note and note["quarantined"] else ""
             )
             raise CellfastError(
-                f"{path}: embedded before from something else ({different}); choose another folder, or use --force to replace it{hint}"
+                f"{self.place.path(self.sealing_file(plan))}: embedded before from something else ({different}); choose another folder, "
+                f"or use --force to replace it{hint}"
             )
-        return None if note is None else self._finished(note, rows)
-
-    def _finished(self, note: dict[str, Any], rows: int) -> Finished | None:
-        known = PlateLedger.__dataclass_fields__
-        ledger = PlateLedger(**{key: value for key, value in note["ledger"].items() if key in known})
-        if not self.wells and rows != ledger.cells_written:
-            return None
-        return Finished(ledger, note["quarantined"], note["files"])
+        return True
 
     def clear(self, plan: PlatePlan) -> None:
         """Remove what a killed run left of a plate that is about to be made."""
         return  # most formats have nothing of the kind
 
-    def collate(self, plans: list[PlatePlan]) -> None:
-        """Write what is made of all plates together."""
-        return  # most formats have nothing of the kind
+    def collate(self, plans: list[PlatePlan]) -> dict[str, Checksum]:
+        """Write what is made of all plates together; returns the checksums of those files."""
+        return {}
 
     def tables(self, plan: PlatePlan) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """(metadata, values) of the plate, part by part; of well profiles all at once."""
@@ -139,6 +208,8 @@ class PlateOutput(ABC):
 class ParquetOutput(PlateOutput):
     """``<plate>.parquet``: the metadata columns, then one column per feature; a row group holds whole wells."""
 
+    kind = "parquet"
+
     def sealing_file(self, plan: PlatePlan) -> str:
         return f"{plan.file_stem}.parquet"
 
@@ -148,131 +219,18 @@ class ParquetOutput(PlateOutput):
     def write(self, plan: PlatePlan, note: bytes) -> list[str]:
         name = self.sealing_file(plan)
         notes = sealed(self.parts.origin(plan), note, [name])
-        with self.place.writing(name) as path:
+        with self.sealing(plan) as path:
             write_parquet(path, grouped_by_well(self.tables(plan)), self.schema, self.names, self.parts.options.dtype, notes)
         return [name]
 
 
-class GalleryOutput(PlateOutput):
-    """The Cell Painting Gallery's layout.
-
-    ``workspace_dl/embeddings/<model>/<batch>/<plate>/<well>-<site>/embedding.parquet`` with a row per cell, then
-    ``workspace_dl/profiles/<model>/<batch>/<plate>/<plate>.parquet`` with a row per well.
-
-    Source: the Gallery's documentation of its folder structure, section workspace_dl.
-    """
-
-    def __init__(self, place: Place, parts: PartFiles, names: list[str], model: str) -> None:
-        super().__init__(place, parts, names)
-        self.model = model
-
-    def folder(self, kind: str, plan: PlatePlan) -> str:
-        """The plate's folder of embeddings or profiles."""
-        return f"workspace_dl/{kind}/{self.model}/{check_batch(plan.batch) or 'batch'}/{plan.file_stem}"
-
-    def sealing_file(self, plan: PlatePlan) -> str:
-        return f"{self.folder('profiles', plan)}/{plan.file_stem}.parquet"
-
-    def clear(self, plan: PlatePlan) -> None:
-        # Sites of an earlier attempt would stay where this one finds no cells.
-        for kind in ("profiles", "embeddings"):
-            self.place.remove(self.folder(kind, plan))
-
-    def note(self, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
-        origin, note, _ = parquet_note(self.place, name)
-        # The sealing file has a row per well; of the cells the files of the sites were counted when they were written.
-        return origin, note, note["ledger"]["cells_written"] if note else 0
-
-    def write(self, plan: PlatePlan, note: bytes) -> list[str]:
-        files: dict[str, None] = {}
-        wells = WellMeans()
-        dtype = self.parts.options.dtype
-        for metadata, values in self.tables(plan):
-            if self.wells:
-                wells.table, wells.values = metadata, values
-                continue
-            wells.add(metadata, values)
-            site = metadata.column("Metadata_Site").to_numpy()
-            well = np.asarray(metadata.column("Metadata_Well").to_pylist(), dtype=object)
-            edges = np.flatnonzero((site[1:] != site[:-1]) | (well[1:] != well[:-1])) + 1 if len(site) else np.zeros(0, int)
-            for start, stop in zip([0, *edges], [*edges, len(site)]):
-                if stop > start:
-                    place = f"{well[start]}-{site[start]}" if site[start] >= 0 else str(well[start])
-                    name = f"{self.folder('embeddings', plan)}/{place}/embedding.parquet"
-                    if name in files:
-                        # A site whose rows another part began: sites are units of parts of fields, not of stores.
-                        self._append(name, metadata.slice(start, stop - start), values[start:stop])
-                        continue
-                    with self.place.writing(name) as path:
-                        pieces = iter([(metadata.slice(start, stop - start), values[start:stop])])
-                        write_parquet(path, pieces, self.schema, self.names, dtype, {})
-                    files[name] = None
-        table, means = wells.result(dtype)
-        name = self.sealing_file(plan)
-        notes = sealed(self.parts.origin(plan), note, [*files, name])
-        with self.place.writing(name) as path:
-            write_parquet(path, iter([(table, means)]), table.schema, self.names, dtype, notes)
-        return [*files, name]
-
-    def collate(self, plans: list[PlatePlan]) -> None:
-        """``workspace_dl/collated/<model>/collated.parquet``: the well profiles of all plates."""
-        with self.place.writing(f"workspace_dl/collated/{self.model}/collated.parquet") as path:
-            writer = None
-            for plan in plans:
-                with self.place.reading(self.sealing_file(plan)) as handle:
-                    table = pq.read_table(handle).replace_schema_metadata(None)
-                writer = writer or pq.ParquetWriter(path, table.schema)
-                writer.write_table(table)
-            assert writer is not None
-            writer.close()
-
-    def _append(self, name: str, metadata: pa.Table, values: np.ndarray) -> None:
-        with self.place.reading(name) as handle:
-            before = pq.read_table(handle)
-        old = np.stack([before.column(n).to_numpy() for n in self.names], axis=1)
-        pieces = iter([(pa.concat_tables([before.select(self.schema.names), metadata]), np.concatenate([old, values]))])
-        with self.place.writing(name) as path:
-            write_parquet(path, pieces, self.schema, self.names, self.parts.options.dtype, {})
-
-
-class WellMeans:
-    """Means per well of rows that come in pieces."""
-
-    def __init__(self) -> None:
-        self.table: pa.Table | None = None
-        self.values: np.ndarray | None = None
-        self._rows: dict[str, list[Any]] = {}
-
-    def add(self, metadata: pa.Table, values: np.ndarray) -> None:
-        """Add the cells of a piece."""
-        well = np.asarray(metadata.column("Metadata_Well").to_pylist(), dtype=object)
-        edges = np.flatnonzero(well[1:] != well[:-1]) + 1 if len(well) else np.zeros(0, int)
-        for start, stop in zip([0, *edges], [*edges, len(well)]):
-            if stop == start:
-                continue
-            total = values[start:stop].sum(axis=0, dtype=np.float64)
-            if well[start] in self._rows:
-                self._rows[well[start]][1] += total
-                self._rows[well[start]][2] += stop - start
-            else:
-                self._rows[well[start]] = [metadata.slice(start, 1), total, stop - start]
-
-    def result(self, dtype: str) -> tuple[pa.Table, np.ndarray]:
-        """(metadata with the number of cells, means) in order of appearance."""
-        if self.table is not None and self.values is not None:
-            return self.table, self.values
-        schema = metadata_schema(wells=True)
-        names = schema.names[:-1]
-        if not self._rows:
-            return schema.empty_table(), np.zeros((0, 0), dtype)
-        table = pa.concat_tables([row[0].select(names) for row in self._rows.values()]).combine_chunks()
-        table = table.append_column(schema.names[-1], pa.array([row[2] for row in self._rows.values()], pa.int64()))
-        return table, np.array([row[1] / row[2] for row in self._rows.values()]).astype(np.float32).astype(dtype)
-
-
-def sealed(origin: dict[str, Any], note: bytes, files: list[str]) -> dict[bytes, bytes]:
-    """Schema metadata of a plate's last file."""
+def sealed(
+    origin: dict[str, Any], note: bytes, files: list[str], checksums: dict[str, Checksum] | None = None
+) -> dict[bytes, bytes]:
+    """Schema metadata of a plate's last file; ``checksums`` are those of the files before it."""
     content = {**json.loads(note), "files": files if len(files) < 50 else files[-1:]}
+    if checksums:
+        content["checksums"] = checksums
     return {ORIGIN_KEY: json.dumps(origin, sort_keys=True).encode(), LEDGER_KEY: json.dumps(content).encode()}
 
 
@@ -303,7 +261,12 @@ def write_parquet(
     full = pa.schema([*schema, *((name, value_type) for name in names)], metadata=notes or None)
     compression = {**dict.fromkeys(schema.names, "snappy"), **dict.fromkeys(names, "none")}
     with pq.ParquetWriter(
-        path, full, compression=compression, use_dictionary=list(schema.names), write_statistics=list(schema.names)
+        path,
+        full,
+        compression=compression,
+        use_dictionary=list(schema.names),
+        write_statistics=list(schema.names),
+        write_page_checksum=True,
     ) as writer:
         for metadata, values in groups:
             if len(metadata) == 0:
@@ -311,6 +274,8 @@ def write_parquet(
             columns = np.ascontiguousarray(values.reshape(len(metadata), len(names)).T)
             arrays = [metadata.column(name).combine_chunks() for name in schema.names] + [pa.array(c) for c in columns]
             writer.write_table(pa.Table.from_arrays(arrays, schema=full), row_group_size=len(metadata))
+        leave_room(writer)
+    seal_footer(path)
 
 
 def grouped_by_well(pieces: Iterator[tuple[pa.Table, np.ndarray]]) -> Iterator[tuple[pa.Table, np.ndarray]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,12 +15,15 @@ import pyarrow as pa
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.place import Place
 from cellfast.embedding.sources import Chunk, Part, PlatePlan
+from cellfast.embeddings_folder import PARTS
 from cellfast.errors import CellfastError
 from cellfast.printable import masked_values
 from cellfast.screens.ingest import digest
 from cellfast.screens.ledger import PlateLedger
 
-PARTS = ".embed/parts"
+# A part file begins with a line that tells the length and the CRC-32 of what follows, padded to Arrow's alignment.
+_HEADER = b"cellfast part 1 %016x %08x\n"
+_HEADER_BYTES = 64
 FEATURE_COLUMN = "features"
 WELL_COLUMNS = (
     "Metadata_Plate",
@@ -98,6 +102,7 @@ class PartFiles:
     def __init__(self, place: Place, options: EmbedOptions, model_digest: str, num_features: int) -> None:
         self.place, self.options, self.num_features = place, options, num_features
         self.model_digest = model_digest
+        self.damaged = 0  # part files that were damaged, and are removed
 
     def origin(self, plan: PlatePlan) -> dict[str, Any]:
         """What a plate's rows are made from; kept in every file, and compared before a file is kept or replaced."""
@@ -108,8 +113,16 @@ class PartFiles:
         return f"{PARTS}/{plan.file_stem}/{digest([self.origin(plan), [p.name for p in plan.parts]])[:16]}"
 
     def finished(self, plan: PlatePlan) -> set[str]:
-        """Names of the parts that are there."""
-        return set(self.place.names(self.folder(plan)))
+        """Names of the parts that are there and whole; damaged ones are counted in ``damaged`` and removed."""
+        there = set()
+        for name in sorted({part.name for part in plan.parts} & set(self.place.names(self.folder(plan)))):
+            file = f"{self.folder(plan)}/{name}"
+            if _parsed(self.place.read_bytes(file), file) is not None:
+                there.add(name)
+            else:
+                self.damaged += 1
+                self.place.remove(file)
+        return there
 
     def write(self, plan: PlatePlan, work: PartWork) -> None:
         """Write a part's rows (or the sums of its wells) with its ledger."""
@@ -129,27 +142,29 @@ class PartFiles:
             if chunk.ledger is not None:
                 add_ledger(ledger, chunk.ledger)
             quarantined += chunk.quarantined
+        name = f"{self.folder(plan)}/{work.part.name}"
         note = {
+            "part": name,
             "ledger": asdict(ledger),
             "quarantined": quarantined,
             "wells": sorted({str(w) for w in columns["Metadata_Well"]}),
         }
         table = pa.Table.from_arrays(arrays, names=[*schema.names, FEATURE_COLUMN])
         table = table.replace_schema_metadata({b"part": json.dumps(masked_values(note)).encode()})
-        with self.place.writing(f"{self.folder(plan)}/{work.part.name}") as path, pa.OSFile(str(path), "wb") as sink:
-            with pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        content = memoryview(sink.getvalue())
+        with self.place.writing(name) as path, open(path, "wb") as file:
+            file.write((_HEADER % (len(content), zlib.crc32(content))).ljust(_HEADER_BYTES))
+            file.write(content)
 
     def read(self, plan: PlatePlan, part: Part, *, wait_s: float = 0.0) -> tuple[pa.Table, dict[str, Any]]:
         """A part's table and its note; ``wait_s`` bridges the time until a network disk shows what another host wrote."""
         name, deadline = f"{self.folder(plan)}/{part.name}", time.monotonic() + wait_s
         while True:
             try:
-                if self.place.remote:
-                    content: pa.NativeFile = pa.BufferReader(self.place.read_bytes(name))
-                else:
-                    content = pa.memory_map(self.place.path(name))
-                table = pa.ipc.open_file(content).read_all()
+                parsed = _parsed(self.place.read_bytes(name), name)
                 break
             except FileNotFoundError as error:
                 if time.monotonic() < deadline:
@@ -158,12 +173,10 @@ class PartFiles:
                 raise CellfastError(
                     f"{self.place.path(name)} disappeared while the run was under way; run the same command again"
                 ) from error
-            except pa.ArrowInvalid as error:
-                self.place.remove(name)
-                raise CellfastError(
-                    f"{self.place.path(name)} was damaged ({error}) and is removed; run the same command again"
-                ) from error
-        return table, json.loads(table.schema.metadata[b"part"])
+        if parsed is not None:
+            return parsed
+        self.place.remove(name)
+        raise CellfastError(f"{self.place.path(name)} was damaged and is removed; run the same command again")
 
     def tables(self, plan: PlatePlan, *, wait_s: float = 0.0) -> Iterator[pa.Table]:
         """The plate's rows in order, a table per part."""
@@ -196,6 +209,16 @@ def add_ledger(total: PlateLedger, other: PlateLedger) -> None:
         total.fields_refused[reason] = total.fields_refused.get(reason, 0) + count
     total.refusals += other.refusals
     total.warnings += other.warnings
+
+
+def _parsed(file: bytes, name: str) -> tuple[pa.Table, dict[str, Any]] | None:
+    """(table, note) of a part file; None where it is damaged or another part's. Nothing is parsed before the checksum is right."""
+    content = memoryview(file)[_HEADER_BYTES:]
+    if file[:_HEADER_BYTES] != (_HEADER % (len(content), zlib.crc32(content))).ljust(_HEADER_BYTES):
+        return None
+    table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content))).read_all()
+    note = json.loads(table.schema.metadata[b"part"])
+    return (table, note) if note["part"] == name else None
 
 
 def _concatenated(chunks: list[Chunk], names: list[str]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,14 +100,14 @@ class ReaderPool:
 
 @dataclass
 class _Minibatch:
-    """Cells on their way to the encoder, the parts they belong to, and the parts that end with them."""
+    """Cells of one part on their way to the encoder: a row must not depend on which parts an earlier run had finished."""
 
     slot: _Slot
+    work: PartWork
     count: int = 0
-    segments: list[tuple[PartWork, int]] = field(default_factory=list)
-    ends: list[PartWork] = field(default_factory=list)
-    low: list[tuple[torch.Tensor, int]] = field(default_factory=list)
-    high: list[torch.Tensor] = field(default_factory=list)
+    is_last: bool = False
+    low: Any = None
+    high: Any = None
     fields: int = 0
     done: Any = None  # CUDA event: the results have arrived in host memory
 
@@ -131,7 +131,7 @@ class Pipeline:
     Args:
         source: what is read.
         encoder: crops → features.
-        batch_size: cells per minibatch; minibatches run across fields, parts and plates.
+        batch_size: cells per minibatch; minibatches run across the fields of a part.
         scaling: plate → (low, high), float32 [C].
         write: called with each finished part, on a thread of its own.
         workers, readers: as of `ReaderPool`.
@@ -204,8 +204,7 @@ class Pipeline:
         if batch.count:
             if cuda:
                 torch.cuda.current_stream(encoder.device).wait_event(slot.copied)
-            low, high = self._scaling_of(batch)
-            values = encoder.launch(slot.crops[: batch.count], low, high)
+            values = encoder.launch(slot.crops[: batch.count], batch.low, batch.high)
             if cuda:
                 stream = torch.cuda.current_stream(encoder.device)
                 slot.used = stream.record_event()
@@ -226,21 +225,10 @@ class Pipeline:
             if batch.done is not None:
                 batch.done.synchronize()
                 values = values.clone()  # pinned memory is not kept for the length of a part
-            on_cpu, start = values.numpy(), 0
-            for work, count in batch.segments:
-                work.values.append(on_cpu[start : start + count])
-                start += count
+            batch.work.values.append(values.numpy())
         self.progress.advance(batch.count, batch.fields)
-        for work in batch.ends:
-            self._written.put(work)
-
-    def _scaling_of(self, batch: _Minibatch) -> tuple[torch.Tensor, torch.Tensor]:
-        first = batch.low[0][0]
-        if all(low is first for low, _ in batch.low):
-            return first, batch.high[0]
-        low = torch.cat([low.expand(count, -1) for low, count in batch.low])
-        high = torch.cat([high.expand(count, -1) for high, (_, count) in zip(batch.high, batch.low)])
-        return low, high
+        if batch.is_last:
+            self._written.put(batch.work)
 
     def _write_all(self) -> None:
         while (work := self._written.get()) is not None:
@@ -283,7 +271,6 @@ class Pipeline:
                 return
             if is_last:
                 stager.end(work)
-        stager.flush()
 
 
 class _Stager:
@@ -296,7 +283,7 @@ class _Stager:
         self.stream = torch.cuda.Stream(self.device) if self.cuda else None
         self.batch: _Minibatch | None = None
 
-    def _open(self) -> bool:
+    def _open(self, work: PartWork) -> bool:
         if self.batch is None:
             slot = self.pipeline._free.get()
             if slot is None or self.pipeline.stop.is_set():
@@ -307,18 +294,18 @@ class _Stager:
             if slot.used is not None:
                 assert self.stream is not None
                 self.stream.wait_event(slot.used)  # the encoder still reads the device buffer
-            self.batch = _Minibatch(slot)
+            self.batch = _Minibatch(slot, work)
         return True
 
     def take(self, work: PartWork, chunk: Chunk, low: Any, high: Any) -> bool:
         """Put a chunk's cells into minibatches; False when the pipeline is stopping."""
-        if not self._open():
+        if not self._open(work):
             return False
         assert self.batch is not None
         self.batch.fields += chunk.fields
         planes, start = None, 0
         while start < chunk.count:
-            if not self._open():
+            if not self._open(work):
                 return False
             batch = self.batch
             began = time.perf_counter()
@@ -331,9 +318,7 @@ class _Stager:
                 if self.cuda:
                     with torch.cuda.stream(self.stream):
                         batch.slot.crops[place].copy_(batch.slot.host[place], non_blocking=True)
-            batch.segments.append((work, stop - start))
-            batch.low.append((low, stop - start))
-            batch.high.append(high)
+            batch.low, batch.high = low, high
             batch.count += stop - start
             start = stop
             self.pipeline.clock.add("cut", time.perf_counter() - began)
@@ -358,14 +343,10 @@ class _Stager:
         return planes
 
     def end(self, work: PartWork) -> None:
-        """All cells of the part are in minibatches up to the open one."""
-        if self._open():
+        """Send what is left of the part."""
+        if self._open(work):
             assert self.batch is not None
-            self.batch.ends.append(work)
-
-    def flush(self) -> None:
-        """Send what is there."""
-        if self.batch is not None:
+            self.batch.is_last = True
             self._send()
 
     def _send(self) -> None:

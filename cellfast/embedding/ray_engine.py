@@ -55,7 +55,9 @@ def embed_with_ray(
         cuda = encoder.device.type == "cuda"
         resources = ray.cluster_resources()
         actors = max(1, int(resources.get("GPU", 0))) if cuda else max(1, int(resources.get("CPU", 1)) // 2)
-        shared = ray.put({"source": source, "parts": parts, "plans": plan_of, "options": options, "encoder": _recipe(encoder)})
+        shared = ray.put(
+            {"source": source, "parts": parts, "plans": plan_of, "options": options, "encoder": _recipe(encoder, options)}
+        )
         items = [{"plate": part.plate, "start": part.start, "stop": part.stop} for part in todo]
         data = ray.data.from_items(items, override_num_blocks=len(items))
         readers = ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int(resources.get("CPU", 1))))
@@ -90,7 +92,7 @@ def embed_with_ray(
             ray.shutdown()
 
 
-def _recipe(encoder: CropEncoder) -> dict[str, Any]:
+def _recipe(encoder: CropEncoder, options: EmbedOptions) -> dict[str, Any]:
     """What an actor makes its encoder from: the model travels through Ray's object store, once per machine."""
     model = replace(encoder.loaded, model=encoder.network.to("cpu"))
     return {
@@ -100,6 +102,7 @@ def _recipe(encoder: CropEncoder) -> dict[str, Any]:
         "amp": encoder.amp,
         "tta": encoder.tta,
         "compile": encoder.compiled,
+        "batch_size": options.batch_size,
     }
 
 
@@ -139,13 +142,17 @@ class _EncodeParts:
         work, fields, self.shrunk = PartWork(part), 0, 0
         if not error:
             try:
+                pieces = []
                 for chunk in _unboxed(batch["chunks"]):
                     work.add(chunk)
                     fields += chunk.fields
-                    low, high = self._scaling(part.plate) if chunk.count else (None, None)
-                    for start in range(0, chunk.count, self.options.batch_size):
-                        crops = torch.from_numpy(chunk.crops[start : start + self.options.batch_size].copy())
-                        work.values.append(self.encoder(crops, low, high).numpy())
+                    if chunk.count:
+                        pieces.append(chunk.crops)
+                if pieces:
+                    # The minibatches of the other engine: they run across the fields of a part.
+                    crops, (low, high) = torch.from_numpy(np.concatenate(pieces)), self._scaling(part.plate)
+                    for some in crops.split(self.options.batch_size):
+                        work.values.append(self.encoder(some, low, high).numpy())
                 self.parts.write(self.plans[part.plate], work)
             except CellfastError as failed:
                 error = str(failed)

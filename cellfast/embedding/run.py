@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,13 +23,22 @@ from cellfast.embedding.encoder import CropEncoder, feature_names
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.lock import OutputLock
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.outputs import Finished, PlateOutput, open_output, plate_note
-from cellfast.embedding.parts import PARTS, PartFiles, PartWork
+from cellfast.embedding.outputs import Finished, PlateOutput, Seal, open_output, plate_note
+from cellfast.embedding.parts import PartFiles, PartWork
 from cellfast.embedding.pipeline import Pipeline
 from cellfast.embedding.place import Place
 from cellfast.embedding.sources import CellSource, Part, PlatePlan
 from cellfast.embedding.stages import STAGES, EmbedProgress, StageClock
-from cellfast.embedding.work import LocalWork, SharedWork, join_processes
+from cellfast.embedding.work import LocalWork, SharedWork, Watch, join_processes
+from cellfast.embeddings_folder import (
+    ACCOUNT_FILE,
+    GALLERY,
+    PARTS,
+    RECORDS,
+    RUN_FILE,
+    account_checksums,
+    is_account,
+)
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.screens.ingest import default_workers
@@ -94,20 +107,30 @@ def embed_source(
     place = Place(out)
     tune_malloc()
     encoder = CropEncoder(
-        model, features=options.features, device=device, amp=options.amp, tta=options.tta, compile=options.compile
+        model,
+        features=options.features,
+        device=device,
+        amp=options.amp,
+        tta=options.tta,
+        compile=options.compile,
+        batch_size=options.batch_size,
     )
     store, rank, world_size = join_processes(device)
     if store is not None and options.engine == "ray":
         raise CellfastError("--engine ray spreads the work itself: start it without torchrun")
     run = _Run(source, encoder, place, options, show_progress and rank == 0)
     with ExitStack() as stack:
+        watch = Watch(store, rank, world_size).start() if store is not None else None
+        if watch is not None:
+            stack.callback(watch.close)
         if rank == 0:
-            run.lock = stack.enter_context(OutputLock(place))
+            run.lock = stack.enter_context(OutputLock(place, tell=run.tell))
         todo, kept = run.look_around() if rank == 0 else ([], {})
         if store is None:
             run.work = LocalWork([(plan, parts) for plan, parts in todo if parts])
         else:
-            run.work = SharedWork(store, rank, world_size, [(p, parts) for p, parts in todo if parts] if rank == 0 else None)
+            left = [(p, parts) for p, parts in todo if parts] if rank == 0 else None
+            run.work = SharedWork(store, rank, world_size, left, watch)
         run.go(todo)
         run.work.wait_for_all()
         account = None
@@ -146,8 +169,11 @@ class _Run:
     def look_around(self) -> tuple[list[tuple[PlatePlan, list[Part]]], dict[str, list[Finished]]]:
         """What is left to do, plate by plate, and what is finished."""
         todo, kept = [], {}
-        self.place.remove_partial_files("", deep=False)
-        self.place.remove_partial_files(".embed", deep=True)
+        stems = {"embeddings", "quarantine", *(plan.file_stem for plan in self.source.plans)}
+        self.place.remove_partial_files("", deep=False, stems=stems)
+        for folder in (".embed", f"{GALLERY}/profiles", f"{GALLERY}/collated"):
+            self.place.remove_partial_files(folder, deep=True)
+        self._take_over_seals()
         for plan in self.source.plans:
             finished = [] if self.options.force else [output.finished(plan) for output in self.outputs]
             if finished and all(self._is_enough(one) for one in finished):
@@ -161,7 +187,47 @@ class _Run:
             else:
                 there = self.parts.finished(plan)
             todo.append((plan, [part for part in plan.parts if part.name not in there]))
+        if changed := [name for output in self.outputs for name in output.damaged]:
+            self.tell(
+                f"{len(changed)} files of finished plates were changed or damaged since ({changed[0]}); their plates are made again"
+            )
+        if self.parts.damaged:
+            self.tell(f"{self.parts.damaged} part files were damaged; those parts are computed again")
+        if todo:
+            self.place.write_bytes(RUN_FILE, self._describe_run())
         return todo, kept
+
+    def tell(self, text: str) -> None:
+        """A line for the user before there is a progress line."""
+        if self.show:
+            print(f"embed: {text}", file=sys.stderr)
+
+    def _take_over_seals(self) -> None:
+        """Tell the outputs what the account of an earlier run knows of its files."""
+        try:
+            account = json.loads(self.place.read_bytes(ACCOUNT_FILE))
+        except FileNotFoundError:
+            return
+        except (ValueError, RecursionError):
+            account = None
+        if not is_account(account):
+            self.tell(f"{ACCOUNT_FILE} was damaged and is written again; finished plates are looked at for their structure only")
+            return
+        origins = {name: plate.get("origin") for plate in account["plates"] for name in plate["files"] if isinstance(name, str)}
+        for name, one in account_checksums(account).items():
+            if isinstance(origins.get(name), dict):
+                for output in self.outputs:
+                    output.seals[name] = Seal(one, origins[name])
+
+    def _describe_run(self) -> bytes:
+        """What is under way, and the command that finishes it: for those who find it unfinished."""
+        plates = [
+            {"plate": plan.plate, "files": [output.sealing_file(plan) for output in self.outputs]} for plan in self.source.plans
+        ]
+        command = ""
+        if len(sys.argv) > 1 and sys.argv[1] == "embed":
+            command = shlex.join(["cellfast", *sys.argv[1:]])
+        return json.dumps({"command": command, "folder": os.getcwd(), "plates": plates}).encode()
 
     def _is_enough(self, one: Finished | None) -> bool:
         if one is None:
@@ -260,9 +326,14 @@ class _Run:
                 self._scaling[plate] = (bounds[0], bounds[1])
             return self._scaling[plate]
 
-    def _write(self, work: PartWork) -> None:
+    def _check_held(self) -> None:
+        """Before anything is written: this run must still have the output, and the other processes must be there."""
         if self.lock is not None:
             self.lock.check()
+        self.work.check()
+
+    def _write(self, work: PartWork) -> None:
+        self._check_held()
         self.parts.write(self.plan_of[work.part.plate], work)
         self._written(work.part)
 
@@ -280,7 +351,9 @@ class _Run:
         ledger, quarantined = self.parts.notes(plan, wait_s=wait_s)
         note = plate_note(self.source.finish(plan, ledger), quarantined)
         for output in self.outputs:
+            self._check_held()
             output.write(plan, note)
+        self._check_held()
         self.parts.discard(plan)
         if by_work:
             self.work.plate_done()
@@ -291,11 +364,11 @@ class _Run:
         """Check every plate's files, write the account, and remove what was only needed on the way."""
         plates = []
         for plan in self.source.plans:
-            finished = kept.get(plan.plate) or [output.finished(plan) for output in self.outputs]
+            finished = kept.get(plan.plate) or [output.finished(plan, just_made=True) for output in self.outputs]
             missing = [output.sealing_file(plan) for output, one in zip(self.outputs, finished) if one is None]
             if missing:
                 raise CellfastError(f"{self.place.path(missing[0])} is not there or lacks rows; run the same command again")
-            plates.append((plan, finished[0], [file for one in finished if one is not None for file in one.files]))
+            plates.append((plan, [one for one in finished if one is not None]))
         decoding = replace(self.decoding, **self._count_decoded()) if self.decoding else None
         account = write_account(
             self.place,
@@ -310,7 +383,8 @@ class _Run:
             unused,
             decoding.record() if decoding else None,
         )
-        self.place.remove(PARTS)
+        for name in (PARTS, RECORDS, RUN_FILE):
+            self.place.remove(name)
         return account
 
     def summary(self, account: Account | None, kept: dict[str, Any]) -> EmbedSummary:

@@ -17,6 +17,7 @@ from cellfast.errors import CellfastError
 from cellfast.metadata.columns import check_doubled, is_measured
 from cellfast.metadata.text_tables import ROWS_PER_BLOCK, TextTable, not_a_number, read_text
 from cellfast.metadata.values import text_column
+from cellfast.parquet_footer import check_footer
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather", ".ipc")
@@ -77,13 +78,15 @@ class ArrowTable:
         self._constants = dict(constants or {})
         self._parquet: Any = None
         self._table: Any = None
-        if file.name.lower().endswith(PARQUET):
-            check_parquet(file)
         with told(shown, "table"):
             if file.name.lower().endswith(PARQUET):
                 import pyarrow.parquet as pq
 
-                self._parquet = pq.ParquetFile(file, memory_map=False, pre_buffer=False, buffer_size=1 << 18)
+                check_footer(file)
+                check_parquet(file)
+                self._parquet = pq.ParquetFile(
+                    file, memory_map=False, pre_buffer=False, buffer_size=1 << 18, page_checksum_verification=True
+                )
                 schema, self.num_rows = self._parquet.schema_arrow, self._parquet.metadata.num_rows
             else:
                 self._table = _read_arrow(file)

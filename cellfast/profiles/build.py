@@ -50,6 +50,7 @@ class ProfileOptions:
         batch_regex: regular expression that takes the batch from the plate name.
         select: feature selection rules, applied after normalisation.
         missing_cutoff: features missing in more than this share of the wells are dropped.
+        allow_unfinished: take what is there of an embedding that is not finished.
     """
 
     level: str = "treatment"
@@ -67,6 +68,7 @@ class ProfileOptions:
     batch_regex: str | None = None
     select: Sequence[str] = ()
     missing_cutoff: float = 0.05
+    allow_unfinished: bool = False
 
 
 @dataclass
@@ -104,11 +106,19 @@ def build_profiles(
     steps = (
         list(options.steps) if options.steps is not None else parse_steps(DEFAULT_STEPS, Step("none", controls=options.controls))
     )
-    source = open_source(inputs, features=options.features, overrides=options.columns, outputs=outputs)
+    source = open_source(
+        inputs,
+        features=options.features,
+        overrides=options.columns,
+        outputs=outputs,
+        allow_unfinished=options.allow_unfinished,
+    )
     report: dict[str, Any] = {
         "inputs": {"files": len(source.files), "rows": source.num_rows, "features": len(source.feature_names)},
         "level": options.level,
     }
+    if source.unfinished:
+        report["inputs"]["unfinished"] = source.unfinished
     at = "cell" if options.level == "cell" else "site" if options.level == "site" else options.normalize_at
     table, counts = read_cells(source) if at == "cell" else read_units(source, at, options.cell_aggregate)
     report["rows"] = counts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast.bounded import load_npz
+from cellfast.embeddings_folder import GALLERY, EmbeddingsFolder, open_folder
 from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
 from cellfast.metadata.canonical import canonical_metadata, metadata_columns
@@ -20,6 +23,9 @@ from cellfast.metadata.paths import deep_profiler_place
 from cellfast.metadata.tables import PARQUET, Table, is_table, open_table, partition_values
 from cellfast.metadata.text_tables import ROWS_PER_BLOCK
 from cellfast.profiles.table import PROVENANCE_KEY, ProfileTable
+
+#: Files compared with their checksums at the same time.
+CHECKERS = 4
 
 _KINDS = "a table (.parquet, .csv, .tsv, .txt, .arrow, .feather; .gz too) or .npz"
 
@@ -68,18 +74,12 @@ def _open_file(path: Path, folder: Path | None) -> Table:
     return open_table(path, constants=partition_values(path, folder) if folder is not None else None)
 
 
-def _files_in(folder: Path) -> tuple[list[Path], list[str]]:
+def _files_in(folder: Path, embeddings: EmbeddingsFolder | None) -> tuple[list[Path], list[str]]:
     """(the files of features in a folder, what was left): those its ``embeddings.json`` names, else by kind."""
-    account = folder / "embeddings.json"
-    if account.is_file():
-        try:
-            plates = json.loads(account.read_text(encoding="utf-8"))["plates"]
-            listed = [str(name) for plate in plates for name in plate["files"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CellfastError(
-                f"{account}: not an account that `cellfast embed` wrote ({error}); run the same embed again"
-            ) from None
-        files = sorted(folder / name for name in listed if name.endswith(PARQUET) and not name.startswith("workspace_dl/"))
+    if embeddings is not None and embeddings.path == folder and embeddings.account is not None:
+        listed = [str(name) for plate in embeddings.account["plates"] for name in plate["files"]]
+        files = sorted(folder / name for name in listed if name.endswith(PARQUET) and not name.startswith(f"{GALLERY}/"))
+        files = [path for path in files if path.is_file()]
         if files:
             others = sorted(p.name for p in folder.glob("*.parquet") if p not in set(files) and not p.name.startswith("."))
             left = f"{folder}: left out, as its embeddings.json does not name them: {', '.join(others[:5])}"
@@ -118,36 +118,53 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
 
 
+@dataclass
+class _Listed:
+    """Files with the folder each was found in, the embeddings folder each is of, what is missing of those, and notes."""
+
+    files: list[tuple[Path, Path | None]] = field(default_factory=list)
+    embeddings_of: dict[Path, EmbeddingsFolder] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 def _list_files(
-    inputs: Sequence[str | os.PathLike[str]], outputs: Sequence[str | os.PathLike[str]]
-) -> tuple[list[tuple[Path, Path | None]], list[str]]:
-    """((file, the folder it was found in) …, notes). Files of ``outputs`` are never read."""
-    files: list[tuple[Path, Path | None]] = []
-    notes: list[str] = []
+    inputs: Sequence[str | os.PathLike[str]], outputs: Sequence[str | os.PathLike[str]], *, allow_unfinished: bool
+) -> _Listed:
+    """Files of ``outputs`` are never among them."""
+    found = _Listed()
     own = {Path(output).absolute() for output in outputs}
     for item in inputs:
         path = Path(item)
+        before = len(found.files)
         if path.is_dir():
-            inside, left = _files_in(path)
+            embeddings = open_folder(path)
+            if embeddings is not None and (trouble := embeddings.check_finished(allow_unfinished=allow_unfinished)):
+                found.unfinished.append(trouble)
+            inside, left = _files_in(path, embeddings)
             mine = [p for p in inside if p.absolute() in own]
             if mine:
-                notes.append(f"{mine[0]} is what this command writes, and is not read")
+                found.notes.append(f"{mine[0]} is what this command writes, and is not read")
             if len(mine) == len(inside):
                 raise CellfastError(f"{path}: holds nothing but {mine[0].name}, which is what this command writes")
-            files.extend((p, path) for p in inside if p not in mine)
-            notes.extend(left)
+            found.files.extend((p, path) for p in inside if p not in mine)
+            found.notes.extend(left)
         elif path.is_file():
             if path.absolute() in own:
                 raise CellfastError(f"{path} is given as input and as output: write the profiles under another name.")
-            files.append((path, None))
+            # A file by itself is whole, whatever became of the rest of its folder.
+            embeddings = open_folder(path.parent)
+            found.files.append((path, None))
         else:
             raise CellfastError(f"{path}: no such file or folder.")
+        if embeddings is not None:
+            found.embeddings_of.update(dict.fromkeys((p for p, _ in found.files[before:]), embeddings))
     seen: set[Path] = set()
-    for path, _ in files:
+    for path, _ in found.files:
         if path.absolute() in seen:
             raise CellfastError(f"{path} is given twice: each input may be given once.")
         seen.add(path.absolute())
-    return files, notes
+    return found
 
 
 class FeatureSource:
@@ -160,7 +177,10 @@ class FeatureSource:
         provenance: the note of a single profile file, else empty.
         notes: what was noticed while reading.
         later: ``--column`` choices that no file has, meant for a table that is joined.
+        unfinished: what is missing of unfinished embeddings, a sentence each.
     """
+
+    unfinished: Sequence[str] = ()
 
     def __init__(
         self, files: Sequence[tuple[Path, Path | None]], patterns: Sequence[str], overrides: Mapping[str, str] | None
@@ -243,21 +263,27 @@ def open_source(
     features: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     outputs: Sequence[str | os.PathLike[str]] = (),
+    allow_unfinished: bool = False,
 ) -> FeatureSource:
-    """Open files and folders as one source of features.
+    """Open files and folders as one source of features; files of ``cellfast embed`` are compared with their checksums first.
 
     Args:
         inputs: embedding folders, partitioned parquet folders, tables, .npz files.
         features: prefixes or regular expressions; empty infers the features (``columns.infer_features``).
         overrides: canonical metadata name → column.
         outputs: files the caller will write: they are not read.
+        allow_unfinished: take what is there of an embedding that is not finished.
 
     Raises:
-        CellfastError: missing or unreadable files, no rows, no features, files with different features.
+        CellfastError: missing or unreadable files, no rows, no features, files with different features, an unfinished embedding.
     """
-    files, notes = _list_files(inputs, outputs)
-    source = FeatureSource(files, features, overrides)
-    source.notes[:0] = notes
+    found = _list_files(inputs, outputs, allow_unfinished=allow_unfinished)
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        for checked in [pool.submit(folder.check, path) for path, folder in found.embeddings_of.items()]:
+            checked.result()
+    source = FeatureSource(found.files, features, overrides)
+    source.notes[:0] = found.notes
+    source.unfinished = found.unfinished
     return source
 
 

@@ -15,6 +15,7 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
         f"read      {inputs['rows']:,} rows of {inputs['features']} features from {inputs['files']} "
         f"file{'s' if inputs['files'] != 1 else ''}"
     ]
+    lines += [f"missing   {one}" for one in inputs.get("unfinished", [])]
     for unit in ("well", "site"):
         if f"{unit}s" in rows:
             low, middle, high = rows[f"cells_per_{unit}"]
