@@ -20,7 +20,7 @@ import pytest
 import tifffile
 import torch
 import yaml
-from cellfast.profiles.sources import open_source
+from cellfast.profiles.feature_files import open_source
 from click.testing import CliRunner
 
 from cellfast.bounded import check_claim, check_parquet, check_torch_file, load_npy, load_npz
@@ -204,11 +204,11 @@ def bomb(kind, folder):
             header = io.BytesIO()
             np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 28, 4)})
             archive.writestr("features.npy", header.getvalue() + bytes(1000))
-        return folder / "P_A01_1.npz", "from cellfast.profiles.sources import NpzFile as read"
+        return folder / "P_A01_1.npz", "from cellfast.profiles.feature_files import NpzFile as read"
     if kind == "csv.gz":
         packed = b"".join(gzip.compress(b"a,b\n" + b"1" * (1 << 24)) for _ in range(32))
         (folder / "a.csv.gz").write_bytes(packed)
-        return folder / "a.csv.gz", "from cellfast.profiles.sources import CsvFile as read"
+        return folder / "a.csv.gz", "from cellfast.metadata.tables import open_table as read"
     path = folder / "a.pt2"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/extra/cellfast.json", json.dumps({"format": "pt2"}) + " " * (100 << 20))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from cellfast.profiles.sources import open_source
+from cellfast.profiles.feature_files import open_source
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
