@@ -17,6 +17,7 @@ from cellfast.embedding.parts import PartFiles, feature_matrix, means_of_wells, 
 from cellfast.embedding.place import Place
 from cellfast.embedding.sources import PlatePlan
 from cellfast.errors import CellfastError
+from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
 
 # Stored in each file's schema metadata: what the rows were made from, and what became of the plate's cells.
@@ -56,6 +57,9 @@ class PlateOutput(ABC):
         self.place, self.parts, self.names = place, parts, names
         self.wells = parts.options.aggregate_wells
         self.schema = metadata_schema(wells=self.wells)
+        # Plates whose inputs changed, and how; plates made before files were recorded.
+        self.remade: dict[str, str] = {}
+        self.unrecorded: set[str] = set()
 
     @abstractmethod
     def sealing_file(self, plan: PlatePlan) -> str:
@@ -70,7 +74,7 @@ class PlateOutput(ABC):
         """(origin, {ledger, quarantined, files}, rows) of a sealing file; None where it has none."""
 
     def finished(self, plan: PlatePlan) -> Finished | None:
-        """What an earlier run finished of this plate, or None.
+        """What an earlier run finished of this plate, or None; `remade` tells where its tables, images or locations changed since.
 
         Raises:
             CellfastError: the file is damaged, not ours, or made from something else.
@@ -88,27 +92,24 @@ class PlateOutput(ABC):
         if before is None:
             raise CellfastError(f"{path}: not written by cellfast embed; choose another folder, or use --force to replace it")
         origin = json.loads(json.dumps(self.parts.origin(plan)))
-        defaults = {"tta": 1, "dtype": "float32", "aggregate": "none"}
-        changed = [
-            key
-            for key in sorted(set(before) | set(origin), key=lambda k: (k != "model", k))
-            if before.get(key, defaults.get(key)) != origin.get(key)
-        ]
-        # A file that was missing may have changed the table itself: mending it must not look like another screen.
-        mended = self.parts.options.retry_quarantined and note is not None and note["quarantined"]
-        if mended and set(changed) <= {"fields", "locations"}:
-            return None if changed else self._finished(note, rows)
+        before = {"tta": 1, "dtype": "float32", "aggregate": "none", **before}
+        inputs, changed = changed_options(before, origin)
         if changed:
-            different = "; ".join(
-                f"{k} was {_short(before.get(k, defaults.get(k)))}, is {_short(origin.get(k))}" for k in changed
-            )
-            hint = (
-                " (fields were quarantined then: --retry-quarantined if they are mended)" if note and note["quarantined"] else ""
-            )
+            changed.sort(key=lambda k: (k != "model", k))
+            different = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(origin.get(k))}" for k in changed)
             raise CellfastError(
-                f"{path}: embedded before from something else ({different}); choose another folder, or use --force to replace it{hint}"
+                f"{path}: embedded before from something else ({different}); choose another folder, or use --force to replace it"
             )
-        return None if note is None else self._finished(note, rows)
+        if note is None:
+            return None
+        recorded = note.get("inputs")
+        files = changed_files(recorded, plan.inputs) if recorded is not None and not inputs else None
+        if inputs or files:
+            self.remade[plan.plate] = "; ".join([*inputs, *([files] if files else [])])
+            return None
+        if recorded is None and plan.inputs:
+            self.unrecorded.add(plan.plate)
+        return self._finished(note, rows)
 
     def _finished(self, note: dict[str, Any], rows: int) -> Finished | None:
         known = PlateLedger.__dataclass_fields__
@@ -274,9 +275,9 @@ def sealed(origin: dict[str, Any], note: bytes, files: list[str]) -> dict[bytes,
     return {ORIGIN_KEY: json.dumps(origin, sort_keys=True).encode(), LEDGER_KEY: json.dumps(content).encode()}
 
 
-def plate_note(ledger: PlateLedger, quarantined: list[dict[str, str]]) -> bytes:
-    """A plate's ledger as it is kept in its last file."""
-    return json.dumps({"ledger": asdict(ledger), "quarantined": quarantined}).encode()
+def plate_note(ledger: PlateLedger, quarantined: list[dict[str, str]], inputs: dict[str, str]) -> bytes:
+    """A plate's ledger, and the files it is made from, as they are kept in its last file."""
+    return json.dumps({"ledger": asdict(ledger), "quarantined": quarantined, "inputs": inputs}).encode()
 
 
 def parquet_note(place: Place, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:

@@ -140,6 +140,7 @@ class _Run:
         self.workers = options.workers or (max(1, min(2, cores)) if encoder.device.type == "cpu" else max(2, cores - 2))
         self.clock = StageClock({"read": self.workers})
         self.cells = 0
+        self.notes: list[str] = []
         self._scaling: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._scaling_lock = threading.Lock()
 
@@ -160,7 +161,16 @@ class _Run:
                 self.parts.discard(plan)
             else:
                 there = self.parts.finished(plan)
+                if not there and self.parts.others(plan):
+                    self.notes.append(f"plate {plan.plate} was begun with other files or options and is begun anew")
             todo.append((plan, [part for part in plan.parts if part.name not in there]))
+        remade = {plate: why for output in self.outputs for plate, why in output.remade.items()}
+        self.notes += [f"plate {plate} is embedded again: {why}" for plate, why in remade.items()]
+        if unrecorded := set().union(*(output.unrecorded for output in self.outputs)) & set(kept):
+            self.notes.append(
+                f"{len(unrecorded)} plates were embedded before the sizes and times of files were recorded; they are kept, whatever became "
+                "of their files: --force embeds them again"
+            )
         return todo, kept
 
     def _is_enough(self, one: Finished | None) -> bool:
@@ -183,6 +193,8 @@ class _Run:
         shown = self.show and bool(parts)
         self.decoding = self._choose_decoding(parts)
         with EmbedProgress(total_fields, total_cells, self.clock, enabled=shown, share=self.work.share) as progress:
+            for note in self.notes[:12]:
+                progress.message(f"embed: {note}")
             kept = len(self.source.plans) - len(todo)
             if self.work.rank == 0 and kept:
                 progress.message(f"embed: {kept} of {len(self.source.plans)} plates were embedded before and are kept")
@@ -278,7 +290,7 @@ class _Run:
         """Make a plate's files from its parts and remove the parts."""
         wait_s = SHOW_UP_S if self.work.world_size > 1 or self.options.engine == "ray" else 0.0
         ledger, quarantined = self.parts.notes(plan, wait_s=wait_s)
-        note = plate_note(self.source.finish(plan, ledger), quarantined)
+        note = plate_note(self.source.finish(plan, ledger), quarantined, plan.inputs)
         for output in self.outputs:
             output.write(plan, note)
         self.parts.discard(plan)
@@ -305,7 +317,7 @@ class _Run:
             self.names,
             plates,
             self.outputs,
-            [*notes, *(decoding.closing_notes() if decoding else [])],
+            [*notes, *self.notes, *(decoding.closing_notes() if decoding else [])],
             unmatched,
             unused,
             decoding.record() if decoding else None,
