@@ -75,22 +75,33 @@ def probe_images(table: ImageTable) -> tuple[tuple[int, int], np.dtype]:
     """The size and the pixel type most of up to 15 fields, spread over the table, have in all channels.
 
     Raises:
-        CellfastError: none of them can be read (says why for the first three).
+        CellfastError: none of them can be read (says why for the first three), or the channels have two pixel types.
     """
     positions = np.unique(np.linspace(0, len(table.fields) - 1, min(PROBED_FIELDS, len(table.fields))).astype(int))
     seen: Counter[tuple[tuple[int, int], np.dtype]] = Counter()
+    types: dict[str, Counter[np.dtype]] = {}
     errors = []
     for position in positions:
-        for file in table.fields[position].files:
+        for name, file in zip(table.channel_names, table.fields[position].files):
             try:
                 if not file:
                     raise ImageError("no file named for a channel", "file missing")
-                seen[image_info(file)] += 1
+                found = image_info(file)
+                seen[found] += 1
+                types.setdefault(name, Counter())[found[1]] += 1
             except ImageError as error:
                 errors.append(str(error))
     if not seen:
         raise CellfastError(
             f"none of {len(positions)} fields tried can be read; check --image-root. " + "; ".join(dict.fromkeys(errors[:3]))
+        )
+    bits: dict[int, list[str]] = {}
+    for name, counted in types.items():
+        bits.setdefault(8 * counted.most_common(1)[0][0].itemsize, []).append(name)
+    if len(bits) > 1:
+        told = ", ".join(f"{' and '.join(names)} {count}-bit" for count, names in sorted(bits.items()))
+        raise CellfastError(
+            f"the channels have two pixel types: {told}; save all of them with one, or choose those of one with --channels"
         )
     (shape, dtype), _ = seen.most_common(1)[0]
     return shape, np.dtype(dtype)
