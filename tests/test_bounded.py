@@ -20,7 +20,6 @@ import pytest
 import tifffile
 import torch
 import yaml
-from cellfast.profiles.feature_files import open_source
 from click.testing import CliRunner
 
 from cellfast.bounded import check_claim, check_parquet, check_torch_file, load_npy, load_npz
@@ -29,6 +28,7 @@ from cellfast.embedding.export import read_export_metadata
 from cellfast.errors import CellfastError
 from cellfast.model_file import load_model, load_weights
 from cellfast.models import ModelConfig, SimCLR
+from cellfast.profiles.feature_files import open_source
 from cellfast.screens.field_store import greyscale_tiff
 from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import read_image_table

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from cellfast.profiles.feature_files import open_source
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
@@ -22,6 +21,7 @@ from cellfast.embedding.place import Place
 from cellfast.embedding.work import SharedWork, Watch
 from cellfast.embeddings_folder import PARTS, RUN_FILE, checksum, open_folder
 from cellfast.errors import CellfastError
+from cellfast.profiles.feature_files import open_source
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def embed(
         given = {"--image-root": image_root, "--locations": locations, "--crop-size": crop_size, "--batch-regex": batch_regex}
         given |= {f"--{name.removesuffix('_px').replace('_', '-')}": value for name, value in fields.items()}
         given["--decode"] = None if decode == "auto" else decode
-        wrong = [name for name, value in given.items() if value is not None]
+        wrong = [name for name, value in given.items() if value is not None and value is not False]
         if wrong:
             raise click.UsageError(f"{', '.join(wrong)}: only for fields; {screen} is a folder of crop stores")
     import torch

@@ -67,6 +67,9 @@ def field_options(*, required: bool, crop_size: int | None) -> Callable[[Any], A
             type=_FILE,
             help="Folder of illumination functions, <plate>_<channel>.npy or <channel>.npy, to divide by.",
         ),
+        click.option(
+            "--split-components", is_flag=True, help="Every connected component of a mask is a cell: for masks of one value."
+        ),
         click.option("--detect-channel", help="Channel the nuclei are detected in.  [default: the first]"),
         click.option("--diameter", "diameter_px", type=float, help="Typical diameter of a nucleus for 'detect', px."),
         click.option(
@@ -107,6 +110,7 @@ def open_fields(
     moa: Path | None,
     metadata: Path | None,
     illumination: Path | None,
+    split_components: bool,
     detect_channel: str | None,
     diameter_px: float | None,
     batch_regex: str | None,
@@ -141,8 +145,14 @@ def open_fields(
     detect_options = {"diameter_px": diameter_px} if diameter_px else None
     return OpenedFields(
         table,
-        open_locations(locations, table, detect_channel=detect_channel, detect_options=detect_options),
-        Illumination(illumination) if illumination else None,
+        open_locations(
+            locations,
+            table,
+            detect_channel=detect_channel,
+            detect_options=detect_options,
+            split_components=split_components,
+        ),
+        Illumination(illumination, table.illumination) if illumination else None,
         str(image_csv or pattern),
         unmatched,
         unused,

@@ -54,9 +54,11 @@ class Account:
         lines += [f"{'  dropped: ' + printable(r):<34}{n:>14,}" for r, n in sorted(t["dropped"].items())]
         quarantined = [f"{q['plate']} {q['well']} site {q['site']}: {q['message']}" for q in self.content["quarantined"]]
         empty = [f"{p['plate']} {well}" for p in self.content["plates"] for well in p["wells_without_cells"]]
+        warnings = [f"{p['plate']}: {w}" for p in self.content["plates"] for w in p["warnings"]]
         for title, items in (
             ("Quarantined fields", quarantined),
             ("Wells without cells", empty),
+            ("Warnings", warnings),
             ("Treatments without a row in the metadata", self.content["unmatched_metadata"]),
             ("Metadata rows no field uses", self.content["unused_metadata"]),
             ("Notes", self.content["notes"]),
@@ -109,6 +111,7 @@ def write_account(
                 "fields_written": ledger.fields_written,
                 "fields_refused": ledger.fields_refused,
                 "wells_without_cells": ledger.wells_without_cells,
+                "warnings": ledger.warnings,
                 "file": files[0] if len(files) == 1 else files[-1],
                 "files": files,
                 "checksums": {name: seal.checksum for name, seal in seals.items()},

@@ -17,8 +17,9 @@ from cellfast.model_file import LoadedModel
 from cellfast.screens.cutting import BORDERS
 from cellfast.screens.field_cells import FieldReader
 from cellfast.screens.illumination import Illumination
+from cellfast.screens.image_files import check_files
 from cellfast.screens.image_table import ImageTable
-from cellfast.screens.ingest_fields import check_channels, probe_images
+from cellfast.screens.ingest_fields import probe_images
 from cellfast.screens.locations import LocationSource
 
 
@@ -53,14 +54,14 @@ def embed_fields(
         options: of `EmbedOptions`.
 
     Raises:
-        CellfastError: as `embed_source`; no fields, one file for two channels, none of some fields tried can be read.
+        CellfastError: as `embed_source`; no fields, one file for two channels or fields, none of some fields tried can be read.
     """
     if border not in BORDERS:
         raise CellfastError(f"--border must be one of {', '.join(BORDERS)}, got {border!r}")
     if not table.fields:
         raise CellfastError(f"{source or 'the image table'} lists no fields")
     asked = EmbedOptions(**options)
-    check_channels(table)
+    check_files(table.fields, table.channel_names)
     shape, dtype = probe_images(table)
     model.check_screen(source or "of these fields", list(table.channel_names), model.crop_size, 8 * np.dtype(dtype).itemsize)
     reader = FieldReader(table.channel_names, locations, illumination, model.crop_size, border, shape, dtype.name)

@@ -19,6 +19,7 @@ from cellfast.screens.field_cells import FieldPlanes, FieldReader, PlaneFacts, c
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, encoded_plane
 from cellfast.screens.ingest_fields import field_table_digest
+from cellfast.screens.inputs import FileTimes, field_inputs
 from cellfast.screens.ledger import PlateLedger
 
 MOST_FIELDS_PER_PART = 16
@@ -68,7 +69,7 @@ class FieldSource:
         self._batch: dict[str, str] = {}
         self._hopeless = 0
         most = int(np.clip(self.num_fields // 64, 1, MOST_FIELDS_PER_PART))
-        self.plans = []
+        self.plans, times = [], FileTimes()
         for plate, fields in self._fields.items():
             file_name("plate", plate)
             _check_treatments(plate, fields)
@@ -79,7 +80,7 @@ class FieldSource:
                 "channels": list(table.channel_names),
                 "border": reader.border,
                 "batch": self._batch[plate],
-                "locations": " ".join(t for t in (reader.locations.description, reader.locations.version(fields)) if t),
+                "locations": reader.locations.description,
                 "illumination": reader.illumination.description if reader.illumination else None,
             }
             self.plans.append(
@@ -90,6 +91,7 @@ class FieldSource:
                     tuple(dict.fromkeys(wells)),
                     cut_into_parts(plate, wells, most),
                     origin,
+                    inputs=field_inputs(fields, reader.locations, times),
                 )
             )
 

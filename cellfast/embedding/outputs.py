@@ -21,6 +21,7 @@ from cellfast.embeddings_folder import LEDGER_KEY, RECORDS, Checksum, checksum
 from cellfast.errors import CellfastError
 from cellfast.parquet_footer import leave_room, seal_footer
 from cellfast.printable import masked_values
+from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
 
 # Stored in each file's schema metadata: what the rows were made from; beside it (LEDGER_KEY) what became of the plate's cells.
@@ -78,6 +79,9 @@ class PlateOutput(ABC):
         self.damaged: list[str] = []  # files that an earlier run finished and that changed since
         self.wells = parts.options.aggregate_wells
         self.schema = metadata_schema(wells=self.wells)
+        # Plates whose inputs changed, and how; plates made before files were recorded.
+        self.remade: dict[str, str] = {}
+        self.unrecorded: set[str] = set()
 
     @abstractmethod
     def sealing_file(self, plan: PlatePlan) -> str:
@@ -165,27 +169,22 @@ class PlateOutput(ABC):
             CellfastError: made from something else.
         """
         origin = json.loads(json.dumps(self.parts.origin(plan)))
-        defaults = {"tta": 1, "dtype": "float32", "aggregate": "none"}
-        changed = [
-            key
-            for key in sorted(set(before) | set(origin), key=lambda k: (k != "model", k))
-            if before.get(key, defaults.get(key)) != origin.get(key)
-        ]
-        # A file that was missing may have changed the table itself: mending it must not look like another screen.
-        mended = self.parts.options.retry_quarantined and note is not None and note["quarantined"]
-        if mended and set(changed) <= {"fields", "locations"}:
-            return not changed
+        before = {"tta": 1, "dtype": "float32", "aggregate": "none", **before}
+        inputs, changed = changed_options(before, origin)
         if changed:
-            different = "; ".join(
-                f"{k} was {_short(before.get(k, defaults.get(k)))}, is {_short(origin.get(k))}" for k in changed
-            )
-            hint = (
-                " (fields were quarantined then: --retry-quarantined if they are mended)" if note and note["quarantined"] else ""
-            )
+            changed.sort(key=lambda k: (k != "model", k))
+            different = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(origin.get(k))}" for k in changed)
             raise CellfastError(
                 f"{self.place.path(self.sealing_file(plan))}: embedded before from something else ({different}); choose another folder, "
-                f"or use --force to replace it{hint}"
+                "or use --force to replace it"
             )
+        recorded = note.get("inputs") if note is not None else None
+        files = changed_files(recorded, plan.inputs) if recorded is not None and not inputs else None
+        if inputs or files:
+            self.remade[plan.plate] = "; ".join([*inputs, *([files] if files else [])])
+            return False
+        if note is not None and recorded is None and plan.inputs:
+            self.unrecorded.add(plan.plate)
         return True
 
     def clear(self, plan: PlatePlan) -> None:
@@ -234,9 +233,9 @@ def sealed(
     return {ORIGIN_KEY: json.dumps(origin, sort_keys=True).encode(), LEDGER_KEY: json.dumps(content).encode()}
 
 
-def plate_note(ledger: PlateLedger, quarantined: list[dict[str, str]]) -> bytes:
-    """A plate's ledger as it is kept in its last file."""
-    return json.dumps(masked_values({"ledger": asdict(ledger), "quarantined": quarantined})).encode()
+def plate_note(ledger: PlateLedger, quarantined: list[dict[str, str]], inputs: dict[str, str]) -> bytes:
+    """A plate's ledger, and the files it is made from, as they are kept in its last file."""
+    return json.dumps(masked_values({"ledger": asdict(ledger), "quarantined": quarantined, "inputs": inputs})).encode()
 
 
 def parquet_note(place: Place, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:

@@ -18,7 +18,7 @@ from cellfast.embedding.sources import Chunk, Part, PlatePlan
 from cellfast.embeddings_folder import PARTS
 from cellfast.errors import CellfastError
 from cellfast.printable import masked_values
-from cellfast.screens.ingest import digest
+from cellfast.screens.inputs import digest
 from cellfast.screens.ledger import PlateLedger
 
 # A part file begins with a line that tells the length and the CRC-32 of what follows, padded to Arrow's alignment.
@@ -109,8 +109,13 @@ class PartFiles:
         return masked_values({"model": self.model_digest, **plan.origin, **self.options.origin()})
 
     def folder(self, plan: PlatePlan) -> str:
-        """The folder of a plate's parts: other parts, or parts of another origin, lie elsewhere."""
-        return f"{PARTS}/{plan.file_stem}/{digest([self.origin(plan), [p.name for p in plan.parts]])[:16]}"
+        """The folder of a plate's parts: other parts, or parts of another origin or of other files, lie elsewhere."""
+        return f"{PARTS}/{plan.file_stem}/{digest([self.origin(plan), plan.inputs, [p.name for p in plan.parts]])[:16]}"
+
+    def others(self, plan: PlatePlan) -> bool:
+        """Whether an earlier run left parts of the plate that are of no use now."""
+        own = self.folder(plan).rsplit("/", 1)[-1]
+        return any(name != own for name in self.place.names(f"{PARTS}/{plan.file_stem}"))
 
     def finished(self, plan: PlatePlan) -> set[str]:
         """Names of the parts that are there and whole; damaged ones are counted in ``damaged`` and removed."""

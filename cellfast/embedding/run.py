@@ -163,6 +163,7 @@ class _Run:
         self.workers = options.workers or (max(1, min(2, cores)) if encoder.device.type == "cpu" else max(2, cores - 2))
         self.clock = StageClock({"read": self.workers})
         self.cells = 0
+        self.notes: list[str] = []
         self._scaling: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._scaling_lock = threading.Lock()
 
@@ -186,7 +187,16 @@ class _Run:
                 self.parts.discard(plan)
             else:
                 there = self.parts.finished(plan)
+                if not there and self.parts.others(plan):
+                    self.notes.append(f"plate {plan.plate} was begun with other files or options and is begun anew")
             todo.append((plan, [part for part in plan.parts if part.name not in there]))
+        remade = {plate: why for output in self.outputs for plate, why in output.remade.items()}
+        self.notes += [f"plate {plate} is embedded again: {why}" for plate, why in remade.items()]
+        if unrecorded := set().union(*(output.unrecorded for output in self.outputs)) & set(kept):
+            self.notes.append(
+                f"{len(unrecorded)} plates were embedded before the sizes and times of files were recorded; they are kept, whatever became "
+                "of their files: --force embeds them again"
+            )
         if changed := [name for output in self.outputs for name in output.damaged]:
             self.tell(
                 f"{len(changed)} files of finished plates were changed or damaged since ({changed[0]}); their plates are made again"
@@ -249,6 +259,8 @@ class _Run:
         shown = self.show and bool(parts)
         self.decoding = self._choose_decoding(parts)
         with EmbedProgress(total_fields, total_cells, self.clock, enabled=shown, share=self.work.share) as progress:
+            for note in self.notes[:12]:
+                progress.message(f"embed: {note}")
             kept = len(self.source.plans) - len(todo)
             if self.work.rank == 0 and kept:
                 progress.message(f"embed: {kept} of {len(self.source.plans)} plates were embedded before and are kept")
@@ -349,7 +361,7 @@ class _Run:
         """Make a plate's files from its parts and remove the parts."""
         wait_s = SHOW_UP_S if self.work.world_size > 1 or self.options.engine == "ray" else 0.0
         ledger, quarantined = self.parts.notes(plan, wait_s=wait_s)
-        note = plate_note(self.source.finish(plan, ledger), quarantined)
+        note = plate_note(self.source.finish(plan, ledger), quarantined, plan.inputs)
         for output in self.outputs:
             self._check_held()
             output.write(plan, note)
@@ -378,7 +390,7 @@ class _Run:
             self.names,
             plates,
             self.outputs,
-            [*notes, *(decoding.closing_notes() if decoding else [])],
+            [*notes, *self.notes, *(decoding.closing_notes() if decoding else [])],
             unmatched,
             unused,
             decoding.record() if decoding else None,

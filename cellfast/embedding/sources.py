@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PlatePlan:
-    """One plate: its parts in order, and what its cells are made from."""
+    """One plate: its parts in order, and what its cells are made from; ``inputs``: its files, as `cellfast.screens.inputs` records them."""
 
     plate: str
     batch: str
@@ -46,6 +46,7 @@ class PlatePlan:
     parts: tuple[Part, ...]
     origin: dict[str, Any]
     num_cells: int | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def file_stem(self) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -25,18 +22,16 @@ class LocationError(CellfastError):
 
 @dataclass(frozen=True)
 class Locations:
-    """The cells of one field: object_number int64 [n], centroid y and x float32 [n] (px, 0-based pixel centres); dropped rows by reason."""
+    """The cells of one field.
+
+    Attributes:
+        object_number: int64 [n]; y, x: centroids, float32 [n], px, 0-based pixel centres.
+        dropped: rows dropped by reason.
+        warnings: what is odd about them, for the ledger.
+    """
 
     object_number: np.ndarray
     y: np.ndarray
     x: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
-
-
-def files_version(files: Sequence[Path], folder: Path) -> str:
-    """A digest of the files' names relative to ``folder`` and their sizes."""
-    content = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(folder) if file.is_relative_to(folder) else file
-        content.update(f"{name} {file.stat().st_size}\n".encode())
-    return content.hexdigest()[:16]
+    warnings: tuple[str, ...] = ()

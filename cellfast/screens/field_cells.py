@@ -29,6 +29,7 @@ class FieldCells:
         object_number: int64 [n]; center_y, center_x: float32 [n], px; padded: bool [n], the crop reaches over the edge.
         located: cells that the locations list, those dropped included; dropped: cells dropped by reason.
         highest: highest pixel value as read.
+        warnings: what is odd about the locations, for the ledger.
     """
 
     field: Field
@@ -42,6 +43,7 @@ class FieldCells:
     located: int
     dropped: dict[str, int]
     highest: int
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.object_number)
@@ -62,6 +64,7 @@ class FieldCells:
             ledger.drop_cells(reason, count)
         ledger.cells_written += len(self)
         ledger.cells_padded += int(self.padded.sum())
+        ledger.warnings += [f"{self.field.well} site {self.field.site}: {text}" for text in self.warnings]
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class FieldReader:
             located=len(found.object_number) + sum(found.dropped.values()),
             dropped=dropped,
             highest=highest,
+            warnings=found.warnings,
         )
 
     def _check(self, facts: PlaneFacts) -> None:

@@ -11,35 +11,62 @@ import numpy as np
 from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import file_name
+from cellfast.screens.image_files import FileFinder, base_channel
 
 MOST_LOADED = 32
 
 
 @dataclass
 class Illumination:
-    """Functions from a folder: ``<plate>_<channel>.npy``, ``<plate>_Illum<channel>.npy`` (CellProfiler's name) or, for all plates, ``<channel>.npy``.
+    """Functions from a folder and the folders in it.
+
+    Of plate and channel, the first that is there: the file that the image table names (``named``: (plate, channel) → (folder, name));
+    ``<plate>_<channel>.npy`` or ``<plate>_Illum<channel>.npy`` (CellProfiler's name); the same or ``[Illum]<channel>.npy`` in a folder of the
+    plate's name; and for all plates ``[Illum]<channel>.npy`` in the folder itself. The channel OrigDNA is also called DNA.
 
     Each is a float array [H, W] of positive, finite values. A plane becomes ``round(plane / (f / mean(f)))``, clipped to its type:
     the mean brightness of a field stays about what it was.
     """
 
     folder: Path
+    named: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     description: str = ""
     _loaded: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _files: dict[str, Path] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        files = sorted(self.folder.glob("*.npy")) if self.folder.is_dir() else []
-        if not files:
+        self._files = {file.relative_to(self.folder).as_posix(): file for file in sorted(self.folder.rglob("*.npy"))}
+        if not self._files:
             raise CellfastError(
                 f"{self.folder}: expected a folder with illumination functions <channel>.npy or <plate>_<channel>.npy, found none"
             )
         content = hashlib.sha256()
-        for file in files:
-            content.update(file.name.encode())
+        for name, file in self._files.items():
+            content.update(name.encode())
             with open(file, "rb") as handle:
                 while block := handle.read(1 << 20):
                     content.update(block)
-        self.description = f"{len(files)} functions, sha256 {content.hexdigest()[:16]}"
+        self.description = f"{len(self._files)} functions, sha256 {content.hexdigest()[:16]}"
+
+    def _file(self, plate: str, channel: str) -> Path:
+        both = [f"{kind}{name}.npy" for name in dict.fromkeys((channel, base_channel(channel))) for kind in ("", "Illum")]
+        of_plate = [f"{plate}_{name}" for name in both]
+        wanted = [*of_plate, *(f"{plate}/{name}" for name in (*of_plate, *both)), *both]
+        if (plate, channel) in self.named:
+            folder, name = self.named[plate, channel]
+            file = Path(FileFinder(self.folder).find(folder, name, plate))
+            if file.is_file():
+                return file
+        for name in wanted:
+            # What has the plate in its name may lie deeper.
+            deep = [p for key, p in self._files.items() if key == name or (name not in both and key.endswith(f"/{name}"))]
+            if len(deep) > 1:
+                raise CellfastError(f"{deep[0]} and {deep[1]}: two illumination functions for plate {plate}, channel {channel}")
+            if deep:
+                return deep[0]
+        raise CellfastError(
+            f"{self.folder}: no illumination function for plate {plate}, channel {channel}; expected one of {', '.join(wanted)}"
+        )
 
     def function(self, plate: str, channel: str) -> np.ndarray:
         """The function of a plate's channel, divided by its mean, float32 [H, W].
@@ -48,14 +75,9 @@ class Illumination:
             CellfastError: a name that cannot name a file, none for this channel, not readable, or with values that are not positive and finite.
         """
         file_name("plate", plate), file_name("channel", channel)  # the folder is not left
-        names = (f"{plate}_{channel}.npy", f"{plate}_Illum{channel}.npy", f"{channel}.npy", f"Illum{channel}.npy")
-        file = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
-        if file is None:
-            raise CellfastError(
-                f"{self.folder}: no illumination function for plate {plate}, channel {channel}; expected one of {', '.join(names)}"
-            )
-        found = self._loaded.get(file.name)
+        found = self._loaded.get(f"{plate}/{channel}")
         if found is None:
+            file = self._file(plate, channel)
             values = load_npy(file)
             if values.ndim != 2 or not np.isfinite(values).all() or not (values > 0).all():
                 raise CellfastError(f"{file}: expected positive, finite values [H, W], got {values.dtype} {values.shape}")
@@ -66,7 +88,7 @@ class Illumination:
             # Functions of plates that are done would pile up over a screen of thousands.
             while len(self._loaded) >= MOST_LOADED:
                 self._loaded.pop(next(iter(self._loaded)), None)
-            self._loaded[file.name] = found
+            self._loaded[f"{plate}/{channel}"] = found
         return found
 
     def correct(self, plane: np.ndarray, plate: str, channel: str) -> np.ndarray:

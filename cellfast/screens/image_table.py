@@ -8,14 +8,20 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PureWindowsPath
-from urllib.parse import unquote, urlparse
+from pathlib import Path
 
 from pandas import DataFrame
 
 from cellfast.errors import CellfastError
-from cellfast.screens.field_store import PROTOCOL, store_url
-from cellfast.screens.remote import file_system, is_url
+from cellfast.screens.image_files import (
+    channel_columns,
+    chosen,
+    file_finder,
+    files_under,
+    found_columns,
+    illumination_columns,
+    image_root_of,
+)
 from cellfast.screens.tables import concentration_um, find_column, read_table
 from cellfast.screens.wells import normalise_well
 
@@ -36,11 +42,17 @@ class Field:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """The fields of a screen; ``notes`` are decisions made while reading, for the ledger."""
+    """The fields of a screen.
+
+    Attributes:
+        notes: decisions made while reading, for the ledger.
+        illumination: (folder, name) of the illumination function that the table names for a (plate, channel).
+    """
 
     channel_names: tuple[str, ...]
     fields: tuple[Field, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
+    illumination: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
 
 # Of image, site and object: what a float64 tells apart.
@@ -82,7 +94,8 @@ def read_image_table(
     """Read BBBC021's image CSV, a CellProfiler load_data CSV or CellProfiler's Image.csv.
 
     Args:
-        path: CSV or CSV.gz with ``[Image_]FileName_<channel>`` and ``[Image_]PathName_<channel>``, or ``URL_[Orig]<channel>``.
+        path: CSV or CSV.gz with ``[Image_]FileName_<channel>`` and ``[Image_]PathName_<channel>``, or ``URL_[Orig]<channel>``,
+            or a column of paths per channel (DeepProfiler's index.csv); see `cellfast.screens.image_files.channel_columns`.
         image_root: folder (fsspec URL, or field store) that relative paths start from; absolute paths that do not exist here are looked up under it.
         channels: channels to take, in this order; None: all, in the table's order.
         plate: plate name for tables without one.
@@ -90,30 +103,40 @@ def read_image_table(
     Raises:
         CellfastError: unreadable, needed columns missing (lists those found), unknown channels, wells that are none, one field listed twice.
     """
-    root = _root(image_root)
+    root = image_root_of(image_root)
     table = read_table(path, "an image table")
     notes: list[str] = []
-    names = _channels(table, channels, path, notes)
+    columns = channel_columns(table, channels, path, notes)
+    names = list(columns)
+    functions = illumination_columns(table, names)
+    illumination: dict[tuple[str, str], tuple[str, str]] = {}
     plate_column, well_column, site_column = (find_column(table, c) for c in (PLATE, WELL, SITE))
     # BBBC021 names these columns after its first channel.
     plate_column = plate_column or next((c for c in table.columns if re.match(r"(?i)(image_)?metadata_plate_", c)), None)
     well_column = well_column or next((c for c in table.columns if re.match(r"(?i)(image_)?metadata_well_", c)), None)
     if plate_column is None and plate is None:
         raise CellfastError(
-            f"{path}: no column with the plate (looked for {', '.join(PLATE)}; found {_found(table)}); name the plate with --plate"
+            f"{path}: no column with the plate (looked for {', '.join(PLATE)}; found {found_columns(table)}); name the plate with --plate"
         )
     if well_column is None and not (find_column(table, ROW) and find_column(table, COLUMN)):
         notes.append("the table has no wells: all fields are taken to be of well A01")
     number_column = find_column(table, ("ImageNumber", "Metadata_ImageNumber", "Image_ImageNumber"))
     treatment = [find_column(table, c) for c in (COMPOUND, CONCENTRATION, MOA)]
-    columns = [_file_columns(table, name) for name in names]
-    finder = _RemoteFinder(root) if isinstance(root, str) else _FileFinder(root)
+    finder = file_finder(root)
     fields = []
     for position, row in enumerate(table.to_dict("records")):
-        files = tuple(finder.find(*_file_of(row, *file_columns)) for file_columns in columns)
+        plate_name = str(row[plate_column]).strip() if plate_column else str(plate)
+        files = tuple(finder.find(*named.of(row), plate_name) for named in columns.values())
+        for channel, named in functions.items():
+            function = named.of(row)
+            if function[1] and illumination.setdefault((plate_name, channel), function) != function:
+                raise CellfastError(
+                    f"{path}, row {position + 2}: plate {plate_name}, channel {channel} has two illumination functions, "
+                    f"{illumination[plate_name, channel][1]} and {function[1]}; correct the table"
+                )
         fields.append(
             Field(
-                plate=str(row[plate_column]).strip() if plate_column else str(plate),
+                plate=plate_name,
                 well=_well_of(row, table, well_column, f"{path}, row {position + 2}"),
                 site=_site_of(row.get(site_column, "") if site_column else "", files),
                 image_number=_number_of(row[number_column], f"{path}, row {position + 2}, column {number_column}")
@@ -129,7 +152,7 @@ def read_image_table(
         )
     if not fields:
         raise CellfastError(f"{path}: the image table has no rows")
-    return ImageTable(tuple(names), tuple(_with_sites(fields, notes, str(path))), tuple(notes))
+    return ImageTable(tuple(names), tuple(_with_sites(fields, notes, str(path))), tuple(notes), illumination)
 
 
 def image_table_from_pattern(
@@ -144,7 +167,7 @@ def image_table_from_pattern(
     Raises:
         CellfastError: not a regular expression, groups missing, nothing matches, one field and channel matched twice.
     """
-    root = _root(image_root)
+    root = image_root_of(image_root)
     try:
         regex = re.compile(pattern)
     except re.error as error:
@@ -158,7 +181,7 @@ def image_table_from_pattern(
         raise CellfastError("--pattern has no group (?P<plate>…): name the plate with --plate")
     found: dict[tuple[str, str, int], dict[str, str]] = {}
     unmatched = []
-    for name, file in _files_under(root):
+    for name, file in files_under(root):
         match = regex.search(name)
         if match is None:
             unmatched.append(name)
@@ -178,157 +201,13 @@ def image_table_from_pattern(
             f"--pattern matches none of {len(unmatched)} files under {root}" + (f", such as {unmatched[0]}" if unmatched else "")
         )
     known = sorted({channel for files in found.values() for channel in files})
-    names = _chosen(channels, known, "file names")
+    names = chosen(channels, known, "file names")
     notes = [f"{len(unmatched)} files under --image-root do not match the pattern, such as {unmatched[0]}"] if unmatched else []
     fields = [
         Field(plate=p, well=w, site=s, image_number=i + 1, files=tuple(files.get(name, "") for name in names))
         for i, ((p, w, s), files) in enumerate(sorted(found.items()))
     ]
     return ImageTable(tuple(names), tuple(fields), tuple(notes))
-
-
-def _files_under(root: Path | str) -> list[tuple[str, str]]:
-    """(path relative to the root with ``/``, path or URL) of all files, sorted."""
-    if isinstance(root, Path):
-        return [(p.relative_to(root).as_posix(), str(p)) for p in sorted(root.rglob("*")) if p.is_file()]
-    fs, key = file_system(root)
-    names = [str(found)[len(key) :].lstrip("/") for found in fs.find(key)]
-    return [(name, f"{root}/{name}") for name in sorted(names)]
-
-
-def _root(image_root: str | os.PathLike[str]) -> Path | str:
-    if is_url(image_root):
-        fs, key = file_system(str(image_root).rstrip("/"))
-        if not fs.isdir(key):
-            raise CellfastError(f"--image-root {image_root}: no such folder")
-        return str(image_root).rstrip("/")
-    root = Path(image_root)
-    if root.is_file() and root.suffix.lower() in (".h5", ".hdf5"):
-        url = store_url(root)
-        file_system(url)
-        return url
-    if not root.is_dir():
-        raise CellfastError(f"--image-root {root}: no such folder, nor a field store (.h5)")
-    return root
-
-
-def _found(table: DataFrame) -> str:
-    columns = list(table.columns)
-    return ", ".join(columns[:12]) + (f" and {len(columns) - 12} more" if len(columns) > 12 else "")
-
-
-def _chosen(channels: Sequence[str] | None, known: list[str], where: str) -> list[str]:
-    if channels is None:
-        return known
-    unknown = [name for name in channels if name not in known]
-    if unknown or len(set(channels)) != len(channels):
-        what = f"unknown channels {', '.join(unknown)}" if unknown else "a channel is named twice"
-        raise CellfastError(f"--channels: {what}; the {where} have {', '.join(known)}")
-    return list(channels)
-
-
-def _channels(table: DataFrame, channels: Sequence[str] | None, path: object, notes: list[str]) -> list[str]:
-    listed: list[str] = []
-    for column in table.columns:
-        match = re.match(r"(?i)(?:image_)?filename_(.+)$|^url_(?:orig)?(.+)$", column)
-        if match and (name := match.group(1) or match.group(2)) not in listed:
-            listed.append(name)
-    if not listed:
-        raise CellfastError(f"{path}: no columns FileName_<channel> or URL_<channel>; found {_found(table)}")
-    if channels is not None:
-        return _chosen(channels, listed, "table's channels")
-    # CellProfiler's Image.csv also lists files it wrote; its inputs have a Channel_, URL_ or Frame_ column, the others do not.
-    inputs = [n for n in listed if any(f"{p}_{n}" in table.columns for p in ("Channel", "Frame"))]
-    if inputs and len(inputs) < len(listed):
-        notes.append(
-            f"taken as channels: {', '.join(inputs)}; not: {', '.join(n for n in listed if n not in inputs)} (written by CellProfiler)"
-        )
-        return inputs
-    return listed
-
-
-def _file_columns(table: DataFrame, channel: str) -> tuple[str | None, str | None, str | None]:
-    """(folder, file, URL) columns of a channel."""
-    file_column = find_column(table, (f"FileName_{channel}", f"Image_FileName_{channel}"))
-    if file_column is not None:
-        return find_column(table, (f"PathName_{channel}", f"Image_PathName_{channel}")), file_column, None
-    return None, None, find_column(table, (f"URL_{channel}", f"URL_Orig{channel}"))
-
-
-def _file_of(row: dict, path_column: str | None, file_column: str | None, url_column: str | None) -> tuple[str, str]:
-    """(folder, file) as the table gives them."""
-    if file_column is not None:
-        return (str(row[path_column]).strip() if path_column else ""), str(row[file_column]).strip()
-    url = str(row[url_column]).strip()
-    if not url:
-        return "", ""
-    if url.startswith("file:"):
-        url = unquote(urlparse(url).path)
-    folder, _, name = url.rpartition("/")
-    return folder, name
-
-
-class _FileFinder:
-    """Where a table's file lies: as given, or under the image root with more or less of the table's folders."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
-        self._folders: dict[str, Path] = {}
-
-    def find(self, folder: str, name: str) -> str:
-        """Absolute path; the most likely one where the file is nowhere."""
-        if not name:
-            return ""
-        if is_url(folder):
-            folder, name = unquote(urlparse(folder).path), unquote(name)
-        if folder not in self._folders:
-            self._folders[folder] = self._place(folder, name)
-        path = self._folders[folder] / name
-        if not path.is_file():
-            # Another file of that folder may have been the one that is missing. One that is nowhere is expected beside the others.
-            elsewhere = self._place(folder, name) / name
-            path = elsewhere if elsewhere.is_file() else path
-        return str(path)
-
-    def _place(self, folder: str, name: str) -> Path:
-        parts = [p for p in PureWindowsPath(folder).parts if p not in ("\\", "/")] if folder else []
-        candidates = [Path(folder)] if folder and os.path.isabs(folder) else []
-        candidates += [self.root.joinpath(*parts[k:]) for k in range(len(parts) + 1)]
-        return next(
-            (c for c in candidates if (c / name).is_file()),
-            candidates[1]
-            if len(candidates) > 1 and candidates[0].is_absolute() and candidates[0] == Path(folder)
-            else candidates[0],
-        )
-
-
-class _RemoteFinder:
-    """As `_FileFinder`, under a URL: the table's own URL first, then more or less of its folders under the root."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self._listed: dict[str, set[str]] = {}
-
-    def find(self, folder: str, name: str) -> str:
-        """URL; the most likely one where the file is nowhere."""
-        if not name:
-            return ""
-        path = urlparse(folder).path if is_url(folder) else folder
-        parts = [p for p in PureWindowsPath(path).parts if p not in ("\\", "/")]
-        candidates = ["/".join([self.root, *parts[k:]]) for k in range(len(parts) + 1)]
-        if is_url(folder) and not self.root.startswith(f"{PROTOCOL}://"):
-            candidates.insert(0, folder)
-        found = next((c for c in candidates if name in self._names(c)), candidates[0])
-        return f"{found}/{name}"
-
-    def _names(self, folder: str) -> set[str]:
-        if folder not in self._listed:
-            try:
-                fs, key = file_system(folder)
-                self._listed[folder] = {str(one).rsplit("/", 1)[-1] for one in fs.ls(key, detail=False)}
-            except (OSError, CellfastError):  # not there, not ours to read, or a protocol that is not installed
-                self._listed[folder] = set()
-        return self._listed[folder]
 
 
 def _join_row_column(row: str, column: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +95,8 @@ def encoded_plane(
             page = _single_page(tiff, path)
             _check(path, page.shape, np.dtype(page.dtype).newbyteorder("="), expect_shape, expect_dtype)
             check_page(page, path, size)
-            alike = read_alike(page, tags, size) and damage_shows(page)
+            # Decoders take the first page, or all.
+            alike = len(tiff.pages) == 1 and read_alike(page, tags, size) and damage_shows(page)
     except Exception:  # whatever is wrong with the file, `read_plane` says it
         return None
     return np.frombuffer(content, np.uint8) if alike else None
@@ -121,7 +124,7 @@ def read_stack(path: str | os.PathLike[str], *, expect_shape: tuple[int, int] | 
     content = _content(path)
     with _refused(path):
         if not _is_tiff(path):
-            return read_picture(content, path, expect_shape, colour=colour)
+            return read_picture(content, path, expect_shape, colour=colour, labels=not colour)
         with open_tiff(content, path) as (tiff, _, size):
             for number in range(len(tiff.pages)):
                 page = tiff.pages[number]
@@ -163,23 +166,62 @@ def _single_page(tiff: tifffile.TiffFile, path: object) -> tifffile.TiffPage:
     page = tiff.pages[0]
     if page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR) and page.samplesperpixel >= 3:
         raise ImageError(f"{path}: a colour image; expected one grey plane per channel", "colour image")
-    if pages > 1 or page.samplesperpixel > 1 or page.imagedepth > 1 or len(page.shape) != 2:
+    if page.samplesperpixel > 1 and any(kind in (1, 2) for kind in page.extrasamples):
+        raise ImageError(f"{path}: has an alpha channel; expected one grey plane per channel", "colour image")
+    # Further pages are no planes where they are smaller images of the first: thumbnails, levels of a pyramid.
+    full = 1 + next((1 for number in range(1, pages) if not tiff.pages[number].is_reduced), 0)
+    shape, planes = page.shape, 1 if full == 1 else pages
+    if planes == 1 and len(page.shape) == 2:
+        shape, planes = _series(tiff, page)
+    if planes > 1 or page.samplesperpixel > 1 or page.imagedepth > 1 or len(page.shape) != 2:
         raise ImageError(
-            f"{path}: {pages} pages of shape {page.shape}; expected one grey plane per file: split it into one file per channel",
+            f"{path}: {planes} planes of shape {list(shape)}; expected one grey plane per file: split it into one file per channel",
             "planar or multi-page",
         )
     return page
+
+
+def _series(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> tuple[tuple[int, ...], int]:
+    """(shape, planes) that tifffile would return of a file of one page: STK and ImageJ keep several planes behind one."""
+    if not tiff.flags - {"uniform", "lsm"}:
+        return page.shape, 1
+    # The planes of an OME set lie in files of their own; this one's is its page.
+    if tiff.is_ome and len(set(re.findall(r'FileName="([^"]*)"', tiff.ome_metadata or ""))) > 1:
+        return page.shape, 1
+    shape = tiff.series[0].shape
+    return shape, max(1, math.prod(shape) // max(1, math.prod(page.shape)))
+
+
+_GREYS = bytes(value for value in range(256) for _ in range(3))
+
+
+def _png_bits(content: Any) -> int:
+    """Bits of a sample: byte 24 of a PNG."""
+    if hasattr(content, "seek"):
+        place = content.tell()
+        content.seek(24)
+        found = content.read(1)
+        content.seek(place)
+    else:
+        with open(content, "rb") as handle:
+            handle.seek(24)
+            found = handle.read(1)
+    return found[0] if found else 0
 
 
 # What Pillow may take a file for: others run programs (EPS) or have no bound.
 _PICTURES = ("PNG", "JPEG", "BMP", "PPM")
 
 
-def read_picture(content: Any, path: object, expect_shape: tuple[int, int] | None = None, *, colour: bool = False) -> np.ndarray:
-    """Read a PNG, JPEG, BMP or PGM [H, W], or of several channels [H, W, C] with ``colour``.
+def read_picture(
+    content: Any, path: object, expect_shape: tuple[int, int] | None = None, *, colour: bool = False, labels: bool = False
+) -> np.ndarray:
+    """Read a PNG, JPEG, BMP or PGM [H, W], or of several channels [H, W, C] with ``colour``; 16 bits stay 16.
+
+    ``labels``: the numbers count and not what they look like, so that palettes and one bit are read too.
 
     Raises:
-        ImageError: several frames, colour, a mode that is not 8 or 16 bit, unlike ``expect_shape``, or larger than the file can hold.
+        ImageError: several frames, colour, transparency, a palette of colours, a mode that is not 8 or 16 bit, unlike ``expect_shape``, or larger than the file can hold.
     """
     from PIL import Image
 
@@ -192,14 +234,42 @@ def read_picture(content: Any, path: object, expect_shape: tuple[int, int] | Non
     with image:
         if getattr(image, "n_frames", 1) > 1:
             raise ImageError(f"{path}: {image.n_frames} frames; expected one", "planar or multi-page")
-        if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr", "LA") and not colour:
-            raise ImageError(f"{path}: a colour image ({image.mode}); expected one grey plane per channel", "colour image")
-        if image.mode not in ("L", "P", "I;16", "I;16B", "I;16L", "I", *(("RGB", "RGBA", "1") if colour else ())):
+        deep = image.format == "PNG" and _png_bits(content) == 16
+        if image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or ("transparency" in image.info and not labels):
+            raise ImageError(
+                f"{path}: has an alpha channel or transparency ({image.mode}); expected "
+                + ("channels" if colour else "one grey plane per channel"),
+                "colour image",
+            )
+        if image.mode in ("RGB", "CMYK", "YCbCr") and not colour:
+            bits = 16 if deep else 8
+            raise ImageError(
+                f"{path}: a colour image ({image.mode}, {bits} bits a channel); expected one grey plane per channel",
+                "colour image",
+            )
+        if image.mode == "P" and not labels and bytes(image.getpalette() or ()) != _GREYS[: len(image.getpalette() or ())]:
+            raise ImageError(f"{path}: an image with a palette of colours; expected one grey plane per channel", "colour image")
+        if image.mode not in (
+            "L",
+            "P",
+            "I;16",
+            "I;16B",
+            "I;16L",
+            "I",
+            *(("RGB", "1") if colour else ()),
+            *(("1",) if labels else ()),
+        ):
             raise ImageError(f"{path}: image mode {image.mode}; expected 8- or 16-bit grey", "wrong bit depth")
         width, height = image.size
         if expect_shape is not None:
             _check(path, (height, width), np.dtype(np.uint8), expect_shape, None)
         check_claim(path, f"its image [{height}, {width}]", width * height, size, most=MOST_DEFLATED, slack=4096)
+        if image.mode == "RGB" and deep:
+            # Pillow keeps the upper 8 bits only.
+            import imagecodecs
+
+            check_claim(path, f"its image [{height}, {width}, 3]", 6 * width * height, size, most=MOST_DEFLATED, slack=4096)
+            return imagecodecs.png_decode(content.getvalue() if hasattr(content, "getvalue") else Path(content).read_bytes())
         plane = np.asarray(image)
         if image.mode == "I" and plane.size and plane.min() >= 0 and plane.max() <= 65535:
             plane = plane.astype(np.uint16)  # Pillow hands out 16-bit PNGs as 32-bit integers
@@ -219,4 +289,8 @@ def _check(
             "wrong size",
         )
     if expect_dtype is not None and dtype != expect_dtype:
-        raise ImageError(f"{path}: expected {expect_dtype} like the other fields, got {dtype}", "wrong bit depth")
+        bits, expected = 8 * dtype.itemsize, 8 * np.dtype(expect_dtype).itemsize
+        raise ImageError(
+            f"{path}: expected {expected}-bit pixels ({expect_dtype}) like the other fields, got {bits}-bit ({dtype})",
+            "wrong bit depth",
+        )

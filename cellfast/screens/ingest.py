@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from cellfast.progress import Progress
 from cellfast.screens import unfinished
 from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
+from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
 
 # Set in each worker process by `_begin_worker`: how many fields or files are done, over all workers.
@@ -33,6 +33,7 @@ class PlateTask:
     """One plate's share of an ingest; ``payload`` is for the function that does the work.
 
     ``passes``: how often the work counts each unit, 2 where every image is first searched for nuclei and then cut.
+    ``inputs``: the files it is made from, as `cellfast.screens.inputs` records them.
     """
 
     plate: str
@@ -41,11 +42,7 @@ class PlateTask:
     options: dict[str, Any]
     payload: Any
     passes: int = 1
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of ``value`` as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def plate_path(screen: Path, plate: str) -> Path:
@@ -53,28 +50,40 @@ def plate_path(screen: Path, plate: str) -> Path:
     return screen / "plates" / plate_file_name(plate)
 
 
-def finished_ledger(task: PlateTask) -> PlateLedger | None:
-    """The ledger of a plate that an earlier run finished with the same options, or None when there is none.
+def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
+    """The ledger of a plate that an earlier run finished from the same files with the same options; None, and why, where there is none to keep.
+
+    Of a plate that was made before files were recorded the ledger comes with a reason.
 
     Raises:
         CellfastError: the plate is there but was made otherwise (names the option), or it is damaged.
     """
     if not task.path.exists():
-        return None
+        return None, ""
     store = PlateStore(task.path)
     if store.ledger is not None and not store.ledger.get("fields_written"):
-        return None  # nothing of it could be used: that mistake may be mended by now, whatever it was
+        return None, ""  # nothing of it could be used: that mistake may be mended by now, whatever it was
     wanted = masked_values(json.loads(json.dumps(task.options)))
-    for name in sorted(set(wanted) | set(store.options)):
-        if wanted.get(name) != store.options.get(name):
-            raise CellfastError(
-                f"{task.path}: this plate was made with {name} = {store.options.get(name)!r}, now {name} = {wanted.get(name)!r} is asked for; "
-                "ingest into another folder, or use --force to make it again"
-            )
+    inputs, options = changed_options(store.options, wanted)
+    for name in options:
+        raise CellfastError(
+            f"{task.path}: this plate was made with {name} = {store.options.get(name)!r}, now {name} = {wanted.get(name)!r} is asked for; "
+            "ingest into another folder, or use --force to make it again"
+        )
     if store.ledger is None:
         raise CellfastError(f"{task.path}: the plate carries no ledger; use --force to make it again")
+    recorded = store.ledger.get("inputs")
+    changed = changed_files(recorded, task.inputs) if recorded is not None and not inputs else None
+    if inputs or changed:
+        return None, "; ".join([*inputs, *([changed] if changed else [])])
     known = {f.name for f in fields(PlateLedger)}
-    return PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
+    ledger = PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
+    return ledger, "" if recorded is not None else "made before files were recorded"
+
+
+def stored_ledger(ledger: PlateLedger, task: PlateTask) -> dict[str, Any]:
+    """The ledger as it is kept in the plate's store, with the files that the plate is made from."""
+    return {**asdict(ledger), "inputs": task.inputs}
 
 
 def _begin_worker(counter: Any) -> None:
@@ -111,25 +120,40 @@ def run_plates(
     force: bool,
     unit: str,
     show_progress: bool = True,
-) -> list[PlateLedger]:
-    """Do every plate that is not finished, ``workers`` at a time in processes of their own, and return all ledgers in order of ``tasks``.
+) -> tuple[list[PlateLedger], list[str]]:
+    """Do every plate that is not finished, ``workers`` at a time in processes of their own.
 
     The first error stops the plates that have not begun; those under way end, those finished stay.
+
+    Returns:
+        (ledgers, notes): all ledgers in order of ``tasks``; which plates were made again, and why.
     """
     ledgers: dict[str, PlateLedger] = {}
     todo: list[PlateTask] = []
+    notes: list[str] = []
+    unrecorded = 0
     for task in tasks:
-        ledger = None if force else finished_ledger(task)
+        ledger, why = (None, "") if force else finished_ledger(task)
         if ledger is None:
             todo.append(task)
+            if why:
+                notes.append(f"plate {task.plate} is made again: {why}")
         else:
             ledgers[task.plate] = ledger
+            unrecorded += bool(why)
+    if unrecorded:
+        notes.append(
+            f"{unrecorded} plates were made before the sizes and times of files were recorded; they are kept, whatever became of their "
+            "files: --force makes them again"
+        )
     if todo:
         unfinished.begin(todo[0].path.parent.parent, [task.plate for task in tasks])
     total = sum(task.units * task.passes for task in todo)
     unit = unit if total == sum(task.units for task in todo) else "steps"
     with Progress("ingest", total, unit, enabled=show_progress) as progress:
         shown = _Shown(progress, todo)
+        for note in notes[:12]:
+            progress.message(f"ingest: {note}")
         if ledgers:
             refused = sum(sum(ledger.fields_refused.values()) for ledger in ledgers.values())
             again = f"; {refused:,} of their fields were refused then: --force tries them again" if refused else ""
@@ -145,7 +169,7 @@ def run_plates(
                 _counter = None
         elif todo:
             _run_parallel(todo, work, ledgers, workers, shown)
-    return [ledgers[task.plate] for task in tasks]
+    return [ledgers[task.plate] for task in tasks], notes
 
 
 def _do(work: Callable[[PlateTask], PlateLedger], task: PlateTask) -> PlateLedger:

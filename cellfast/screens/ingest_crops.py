@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
 from cellfast.screens.crop_writer import PlateWriter
 from cellfast.screens.images import ImageError, read_stack
-from cellfast.screens.ingest import PlateTask, count_unit, digest, ingesting, other_plates, plate_path, run_plates
+from cellfast.screens.ingest import PlateTask, count_unit, ingesting, other_plates, plate_path, run_plates, stored_ledger
+from cellfast.screens.inputs import FileTimes, crop_inputs, digest
 from cellfast.screens.ledger import Ledger, PlateLedger
 
 # Arrays with at most this many values along an axis are taken to have their channels there.
@@ -141,7 +141,7 @@ def ingest_crops(
         raise CellfastError(
             f"--channels names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
         )
-    tasks = []
+    tasks, times = [], FileTimes()
     for plate, rows in index.table.groupby("plate", sort=True):
         options = {
             "kind": "crops",
@@ -154,11 +154,14 @@ def ingest_crops(
         }
         rows = rows.sort_values(["well", "site", "cell", "file"], kind="stable")
         payload = {"rows": rows, "shape": shape, "dtype": dtype.name, "strict": strict, "layout": index.layout}
-        tasks.append(PlateTask(str(plate), plate_path(screen, str(plate)), len(rows), options, payload))
+        inputs = crop_inputs(zip(rows["well"], rows["site"], rows["file"]), times)
+        tasks.append(PlateTask(str(plate), plate_path(screen, str(plate)), len(rows), options, payload, inputs=inputs))
     with ingesting(screen):
-        plates = run_plates(tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress)
+        plates, remade = run_plates(
+            tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress
+        )
         notes = list(index.notes) + [f"{count} rows of the index left out: {reason}" for reason, count in index.dropped.items()]
-        notes += other_plates(screen, tasks)
+        notes += [*remade, *other_plates(screen, tasks)]
         ledger = Ledger(
             source=source,
             locations=f"ready-made crops ({index.num_rows} rows)",
@@ -237,5 +240,5 @@ def ingest_crop_plate(task: PlateTask) -> PlateLedger:
         written = {well for well, count in zip(writer.well_names, writer.cells_per_well()) if count}
         ledger.wells_without_cells = sorted(set(rows["well"]) - written)
         ledger.check()
-        writer.ledger = asdict(ledger)
+        writer.ledger = stored_ledger(ledger, task)
     return ledger

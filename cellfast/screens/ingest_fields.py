@@ -17,9 +17,11 @@ from cellfast.screens.crop_writer import PlateWriter
 from cellfast.screens.cutting import BORDERS, crop_origins, inside
 from cellfast.screens.field_cells import FieldReader, count_refused, fields_by_plate
 from cellfast.screens.illumination import Illumination
+from cellfast.screens.image_files import check_files
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, image_info
-from cellfast.screens.ingest import PlateTask, count_unit, digest, ingesting, other_plates, plate_path, run_plates
+from cellfast.screens.ingest import PlateTask, count_unit, ingesting, other_plates, plate_path, run_plates, stored_ledger
+from cellfast.screens.inputs import FileTimes, digest, field_inputs
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.locations import LocationSource
 from cellfast.screens.remote import is_url
@@ -63,39 +65,37 @@ class _PlateWork:
     options: FieldIngestOptions
 
 
-def check_channels(table: ImageTable) -> None:
-    """Raise `CellfastError` when a field names one file for two channels."""
-    for field in table.fields:
-        named = [file for file in field.files if file]
-        if len(set(named)) < len(named):
-            twice = next(file for file, count in Counter(named).items() if count > 1)
-            channels = [name for name, file in zip(table.channel_names, field.files) if file == twice]
-            raise CellfastError(
-                f"plate {field.plate}, well {field.well}, site {field.site}: channels {' and '.join(channels)} name the same file, {twice}; "
-                "correct the image table, or choose other channels with --channels"
-            )
-
-
 def probe_images(table: ImageTable) -> tuple[tuple[int, int], np.dtype]:
     """The size and the pixel type most of up to 15 fields, spread over the table, have in all channels.
 
     Raises:
-        CellfastError: none of them can be read (says why for the first three).
+        CellfastError: none of them can be read (says why for the first three), or the channels have two pixel types.
     """
     positions = np.unique(np.linspace(0, len(table.fields) - 1, min(PROBED_FIELDS, len(table.fields))).astype(int))
     seen: Counter[tuple[tuple[int, int], np.dtype]] = Counter()
+    types: dict[str, Counter[np.dtype]] = {}
     errors = []
     for position in positions:
-        for file in table.fields[position].files:
+        for name, file in zip(table.channel_names, table.fields[position].files):
             try:
                 if not file:
                     raise ImageError("no file named for a channel", "file missing")
-                seen[image_info(file)] += 1
+                found = image_info(file)
+                seen[found] += 1
+                types.setdefault(name, Counter())[found[1]] += 1
             except ImageError as error:
                 errors.append(str(error))
     if not seen:
         raise CellfastError(
             f"none of {len(positions)} fields tried can be read; check --image-root. " + "; ".join(dict.fromkeys(errors[:3]))
+        )
+    bits: dict[int, list[str]] = {}
+    for name, counted in types.items():
+        bits.setdefault(8 * counted.most_common(1)[0][0].itemsize, []).append(name)
+    if len(bits) > 1:
+        told = ", ".join(f"{' and '.join(names)} {count}-bit" for count, names in sorted(bits.items()))
+        raise CellfastError(
+            f"the channels have two pixel types: {told}; save all of them with one, or choose those of one with --channels"
         )
     (shape, dtype), _ = seen.most_common(1)[0]
     return shape, np.dtype(dtype)
@@ -119,7 +119,7 @@ def ingest_fields(
 
     A field that cannot be used (missing, unreadable, planar, multi-page, colour, another size or type than the rest, constant, the same
     image in two channels) is refused with its reason and the rest goes on, unless ``options.strict``. A plate that an earlier run
-    finished with the same table and options is kept.
+    finished with the same options is kept where its tables, images and locations are unchanged, and else made again, which a note says.
 
     Args:
         table: fields and channels, treatments joined.
@@ -132,16 +132,16 @@ def ingest_fields(
         force: make plates again that are there already.
 
     Raises:
-        CellfastError: nothing usable, two channels with one file, a plate made otherwise before, or (strict) an unusable field.
+        CellfastError: nothing usable, one file for two channels or fields, a plate made otherwise before, or (strict) an unusable field.
     """
     options = options or FieldIngestOptions()
     screen = Path(screen)
     if not table.fields:
         raise CellfastError(f"{source or 'the image table'} lists no fields")
-    check_channels(table)
+    check_files(table.fields, table.channel_names)
     shape, dtype = probe_images(table)
     reader = FieldReader(table.channel_names, locations, illumination, options.crop_size, options.border, shape, dtype.name)
-    tasks = []
+    tasks, times = [], FileTimes()
     for plate, fields in fields_by_plate(table).items():
         described = {
             "kind": "fields",
@@ -150,21 +150,24 @@ def ingest_fields(
             "border": options.border,
             "pixel_size_um": options.pixel_size_um,
             "batch": schema.batch_of_plate(plate, options.batch_regex),
-            "locations": " ".join(text for text in (locations.description, locations.version(fields)) if text),
+            "locations": locations.description,
             "illumination": illumination.description if illumination else None,
             "field_table": field_table_digest(fields),
         }
         work = _PlateWork(tuple(fields), reader, options)
-        tasks.append(PlateTask(plate, plate_path(screen, plate), len(fields), described, work, 1 + locations.reads_images))
+        inputs = field_inputs(fields, locations, times)
+        tasks.append(
+            PlateTask(plate, plate_path(screen, plate), len(fields), described, work, 1 + locations.reads_images, inputs)
+        )
     with ingesting(screen):
-        plates = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
+        plates, remade = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
         elsewhere = locations.unused(table.fields)
         ledger = Ledger(
             source=source,
             locations=locations.description,
             options=asdict(options),
             plates=plates,
-            notes=[*table.notes, *([elsewhere] if elsewhere else []), *other_plates(screen, tasks)],
+            notes=[*table.notes, *remade, *([elsewhere] if elsewhere else []), *other_plates(screen, tasks)],
             unmatched_metadata=list(unmatched),
             unused_metadata=list(unused),
         )
@@ -229,7 +232,7 @@ def ingest_plate(task: PlateTask) -> PlateLedger:
         written = {well for well, count in zip(writer.well_names, writer.cells_per_well()) if count}
         ledger.wells_without_cells = sorted({f.well for f in work.fields} - written)
         ledger.check()
-        writer.ledger = asdict(ledger)
+        writer.ledger = stored_ledger(ledger, task)
     return ledger
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.paths import Place, centroid_place
 from cellfast.printable import masked
-from cellfast.screens.centroids import LocationError, Locations, files_version
+from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.detect import DEFAULT_DIAMETER_PX, detect_nuclei
+from cellfast.screens.image_files import files_under
 from cellfast.screens.image_table import COLUMN, MOST_NUMBER, PLATE, ROW, SITE, WELL, Field, ImageTable
 from cellfast.screens.label_masks import MaskLocations
 from cellfast.screens.remote import exists, is_url, read_bytes
@@ -62,8 +65,8 @@ class LocationSource(Protocol):
         """The cells of ``field``; ``planes(channel)`` reads a plane. Raises `LocationError` when the source has nothing for the field."""
         ...
 
-    def version(self, fields: Sequence[Field]) -> str:
-        """Changes when what the source knows about ``fields`` does; a plate made with another version is not kept by a restarted run."""
+    def file(self, field: Field) -> str | None:
+        """The file of this one field's cells, whose change means that they are located anew; None: there is none, or one for all fields."""
         ...
 
     def unused(self, fields: Sequence[Field]) -> str | None:
@@ -72,23 +75,39 @@ class LocationSource(Protocol):
 
 
 def open_locations(
-    spec: str, table: ImageTable, *, detect_channel: str | None = None, detect_options: dict[str, Any] | None = None
+    spec: str,
+    table: ImageTable,
+    *,
+    detect_channel: str | None = None,
+    detect_options: dict[str, Any] | None = None,
+    split_components: bool = False,
 ) -> LocationSource:
     """The source that ``spec`` names: ``detect``, a table, a folder of centroid CSVs, or a folder of label masks.
+
+    ``split_components``: every connected component of a mask is a cell, whatever its label.
 
     Raises:
         CellfastError: no such file or folder, columns missing (lists those found), nothing usable in the folder.
     """
+    source = _open(spec, table, detect_channel, detect_options or {}, split_components)
+    if split_components and not isinstance(source, MaskLocations):
+        raise CellfastError(f"--split-components is for label masks; --locations {spec} are {source.description}")
+    return source
+
+
+def _open(
+    spec: str, table: ImageTable, detect_channel: str | None, detect_options: dict[str, Any], split_components: bool
+) -> LocationSource:
     if spec == "detect":
         channel = detect_channel or table.channel_names[0]
         if channel not in table.channel_names:
             raise CellfastError(f"--detect-channel {channel}: the channels are {', '.join(table.channel_names)}")
         return DetectedLocations(
-            table.channel_names.index(channel), channel, (detect_options or {}).get("diameter_px", DEFAULT_DIAMETER_PX)
+            table.channel_names.index(channel), channel, detect_options.get("diameter_px", DEFAULT_DIAMETER_PX)
         )
     if is_url(spec):
         # Listing a bucket for masks would take longer than it is worth: a URL is a table, or a folder of centroid CSVs.
-        return TableLocations.read(spec) if exists(spec) else FolderLocations(spec.rstrip("/"))
+        return TableLocations.read(spec) if exists(spec) else FolderLocations.index(spec.rstrip("/"), table.fields)
     path = Path(spec)
     if path.is_file():
         return TableLocations.read(path)
@@ -98,9 +117,9 @@ def open_locations(
         )
     masks = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".tif", ".tiff", ".png"))
     if masks:
-        return MaskLocations.index(path, masks)
+        return MaskLocations.index(path, masks, table.fields, split=split_components)
     if any(path.rglob("*.csv")) or any(path.rglob("*.csv.gz")):
-        return FolderLocations(path)
+        return FolderLocations.index(path, table.fields)
     if any(path.rglob("*_seg.npy")):
         raise CellfastError(
             f"--locations {spec}: Cellpose's _seg.npy files need pickle, which can execute code, and are refused; "
@@ -210,9 +229,9 @@ class TableLocations:
             raise LocationError(f"the table of locations has no rows for {key}", "no locations")
         return found
 
-    def version(self, fields: Sequence[Field]) -> str:
-        """Nothing: the description has the table's digest."""
-        return ""
+    def file(self, field: Field) -> str | None:
+        """None: the description has the table's digest."""
+        return None
 
     def unused(self, fields: Sequence[Field]) -> str | None:
         """Rows of fields the image table does not list."""
@@ -231,47 +250,72 @@ class TableLocations:
 
 @dataclass
 class FolderLocations:
-    """DeepProfiler's layout: ``<plate>/<well>-<site>-Nuclei.csv``."""
+    """A CSV per field: DeepProfiler's ``<plate>/<well>-<site>-Nuclei.csv``, CellProfiler's ``<plate>-<well>-<site>/Nuclei.csv`` and their
+    kin, as `cellfast.metadata.paths.centroid_place` tells them.
+    """
 
     folder: Path | str
+    files: dict[Place, str] = dataclasses.field(default_factory=dict)
+    problems: dict[Place, str] = dataclasses.field(default_factory=dict)
+    left: list[str] = dataclasses.field(default_factory=list)
     reads_images = False
 
     @property
     def description(self) -> str:
         return f"centroid CSVs in {masked(str(self.folder)).rsplit('/', 1)[-1]}"
 
-    def _names(self, field: Field) -> list[str]:
-        row, column = field.well.rstrip("0123456789"), int(field.well.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
-        wells = dict.fromkeys([field.well, f"{row}{column}", field.well.lower(), f"{row.lower()}{column}"])
-        return [f"{well}-{field.site}{suffix}" for suffix in ("-Nuclei.csv", ".csv", "-Nuclei.csv.gz") for well in wells]
+    @classmethod
+    def index(cls, folder: Path | str, fields: Sequence[Field]) -> FolderLocations:
+        """Find each field's file in a folder or under a URL."""
+        source = cls(folder)
+        wanted = {(f.plate, f.well, f.site) for f in fields}
+        plates = {f.plate for f in fields}
+        name = folder.absolute().name if isinstance(folder, Path) else folder.rsplit("/", 1)[-1]
+        ranks: dict[Place, int] = {}
+        for relative, file in files_under(folder):
+            if not relative.lower().endswith((".csv", ".csv.gz")):
+                continue
+            found = centroid_place(f"{name}/{relative}", plates)
+            if found is None or found[0] not in wanted:
+                # Tables of other things lie beside CellProfiler's Nuclei.csv.
+                if found is not None or centroid_place(f"{name}/{relative.rpartition('/')[0]}/Nuclei.csv", plates) is None:
+                    source.left.append(relative)
+                continue
+            place, rank = found
+            if place in source.files and rank == ranks[place]:
+                source.problems[place] = (
+                    f"two centroid files of plate {place[0]}, well {place[1]}, site {place[2]}: {source.files[place]} and {file}"
+                )
+            if rank < ranks.get(place, 99):
+                source.files[place], ranks[place] = file, rank
+                source.problems.pop(place, None)
+        return source
 
-    def _file(self, field: Field) -> Path | str | None:
-        paths = (f"{self.folder}/{field.plate}/{name}" for name in self._names(field))
-        found = next((path for path in paths if exists(path)), None)
-        return found if found is None or is_url(found) else Path(found)
+    def file(self, field: Field) -> str | None:
+        """The field's file, if there is one."""
+        return self.files.get((field.plate, field.well, field.site))
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
         """The rows of the field's file."""
-        path = self._file(field)
-        if path is None:
-            raise LocationError(f"{self.folder}/{field.plate}/{self._names(field)[0]}: no such file", "no locations")
-        return _locations_of(read_table(path, "a centroid CSV"), str(path))
-
-    def version(self, fields: Sequence[Field]) -> str:
-        """The names and sizes of the fields' files."""
-        if is_url(self.folder):
-            return ""  # asking a store for each field's file would take as long as reading it
-        return files_version([path for field in fields if (path := self._file(field))], Path(self.folder))
+        if (problem := self.problems.get((field.plate, field.well, field.site))) is not None:
+            raise LocationError(problem, "several centroid files")
+        # A file may have come since the folder was listed.
+        path = self.file(field) or f"{self.folder}/{field.plate}/{field.well}-{field.site}-Nuclei.csv"
+        if not exists(path):
+            raise LocationError(f"{path}: no such file", "no locations")
+        table = read_table(path, "a centroid CSV")
+        image = find_column(table, IMAGE)
+        if image is not None and (images := table[image].nunique()) > 1:
+            raise LocationError(
+                f"{path}: expected the cells of one field, got those of {images} ({image})", "locations not usable"
+            )
+        return _locations_of(table, str(path))
 
     def unused(self, fields: Sequence[Field]) -> str | None:
         """Files of fields the image table does not list."""
-        if is_url(self.folder):
+        if not self.left:
             return None
-        files = {p for p in Path(self.folder).rglob("*") if p.name.lower().endswith((".csv", ".csv.gz"))}
-        left = sorted(files - {path for field in fields if (path := self._file(field))})
-        if not left:
-            return None
-        return f"{len(left):,} centroid CSVs are of no field of the image table, such as {left[0].relative_to(self.folder)}"
+        return f"{len(self.left):,} centroid CSVs are of no field of the image table, such as {self.left[0]}"
 
 
 @dataclass
@@ -294,9 +338,9 @@ class DetectedLocations:
             np.arange(1, len(y) + 1, dtype=np.int64), y, x, {f"detected object {name}": n for name, n in dropped.items()}
         )
 
-    def version(self, fields: Sequence[Field]) -> str:
-        """Nothing: the description says all."""
-        return ""
+    def file(self, field: Field) -> str | None:
+        """None: the description says all."""
+        return None
 
     def unused(self, fields: Sequence[Field]) -> str | None:
         """Nothing."""
