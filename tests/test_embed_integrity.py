@@ -270,29 +270,37 @@ def test_damaged_embeddings_are_refused_where_they_are_read(clean, tmp_path, lay
     np.testing.assert_array_equal(open_source([inside]).read_all()[1], before)
 
 
-def test_parquet_files_by_themselves_carry_checksums_of_their_pages(clean, tmp_path):
-    """Without embeddings.json: every byte of a value is covered; nothing ends otherwise than with the same values or one sentence."""
+def test_parquet_files_by_themselves_carry_checksums(clean, tmp_path):
+    """Without embeddings.json: a damaged file is refused, or it is read as the same rows under the same names."""
     options = ("--level", "well", "--normalize", "none")
     assert run("profile", clean / "clean", "-o", tmp_path / "wells.parquet", *options).exit_code == 0
     for source in (clean / "clean" / "P1.parquet", tmp_path / "wells.parquet"):
         path, moments = tmp_path / f"alone {source.name}", random.Random(4)
         whole = source.read_bytes()
         path.write_bytes(whole)
-        expected = open_source([path]).read_all()
+        names = open_source([path]).feature_names
+        metadata, values = open_source([path]).read_all()
+        footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
         column = pq.ParquetFile(path).metadata.row_group(0).column(len(pq.read_schema(path).names) - 1)
-        start = column.data_page_offset + column.total_compressed_size // 2
-        for at in [start, *(moments.randrange(len(whole)) for _ in range(60))]:
+        value = column.data_page_offset + column.total_compressed_size // 2
+        places = [
+            value,
+            *(moments.randrange(len(whole)) for _ in range(30)),
+            *(moments.randrange(footer, len(whole)) for _ in range(60)),
+        ]
+        for at in places:
             content = bytearray(whole)
             content[at] ^= 1 << moments.randrange(8)
             path.write_bytes(content)
             try:
                 found = open_source([path])
-                values = found.read_all()[1]
+                read = found.read_all()
             except CellfastError:
                 continue
-            assert at != start
-            if found.feature_names == open_source([source]).feature_names:
-                np.testing.assert_array_equal(values, expected[1])
+            assert at != value
+            assert found.feature_names == names
+            pd.testing.assert_frame_equal(read[0], metadata)
+            np.testing.assert_array_equal(read[1], values)
 
 
 def test_the_output_folder_refuses_to_leave_its_root(tmp_path):

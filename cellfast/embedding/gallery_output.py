@@ -14,6 +14,7 @@ from cellfast.embedding.place import Place
 from cellfast.embedding.sources import PlatePlan
 from cellfast.embeddings_folder import GALLERY, Checksum, checksum
 from cellfast.errors import CellfastError
+from cellfast.parquet_footer import leave_room, seal_footer
 
 
 class GalleryOutput(PlateOutput):
@@ -91,7 +92,9 @@ class GalleryOutput(PlateOutput):
                 writer = writer or pq.ParquetWriter(path, table.schema, write_page_checksum=True)
                 writer.write_table(table)
             assert writer is not None
+            leave_room(writer)
             writer.close()
+            seal_footer(path)
             with open(path, "rb") as handle:
                 return {name: checksum(handle)}
 

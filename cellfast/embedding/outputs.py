@@ -19,6 +19,7 @@ from cellfast.embedding.place import Place
 from cellfast.embedding.sources import PlatePlan
 from cellfast.embeddings_folder import LEDGER_KEY, RECORDS, Checksum, checksum
 from cellfast.errors import CellfastError
+from cellfast.parquet_footer import leave_room, seal_footer
 from cellfast.screens.ledger import PlateLedger
 
 # Stored in each file's schema metadata: what the rows were made from; beside it (LEDGER_KEY) what became of the plate's cells.
@@ -272,6 +273,8 @@ def write_parquet(
             columns = np.ascontiguousarray(values.reshape(len(metadata), len(names)).T)
             arrays = [metadata.column(name).combine_chunks() for name in schema.names] + [pa.array(c) for c in columns]
             writer.write_table(pa.Table.from_arrays(arrays, schema=full), row_group_size=len(metadata))
+        leave_room(writer)
+    seal_footer(path)
 
 
 def grouped_by_well(pieces: Iterator[tuple[pa.Table, np.ndarray]]) -> Iterator[tuple[pa.Table, np.ndarray]]:

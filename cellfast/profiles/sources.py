@@ -16,6 +16,7 @@ import pandas as pd
 
 from cellfast.embeddings_folder import EmbeddingsFolder, open_folder
 from cellfast.errors import CellfastError
+from cellfast.parquet_footer import check_footer
 from cellfast.profiles import columns as names
 from cellfast.profiles.table import _PROVENANCE_KEY, canonical_metadata
 
@@ -57,7 +58,7 @@ class FeatureFile(Protocol):
 
 
 class ParquetFile:
-    """A parquet file; only the asked columns of one row group are decoded at a time, and pages that carry a CRC-32 are compared with it.
+    """A parquet file; only the asked columns of one row group are decoded at a time; its footer and pages are compared with the CRC-32 they carry, if any.
 
     Raises:
         CellfastError: (from every method) the file is damaged.
@@ -69,6 +70,7 @@ class ParquetFile:
 
         self.path = path
         with self._told():
+            check_footer(path)
             self._parquet = pq.ParquetFile(
                 path, memory_map=False, pre_buffer=False, buffer_size=1 << 18, page_checksum_verification=True
             )

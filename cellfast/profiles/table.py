@@ -13,6 +13,7 @@ import pandas as pd
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
+from cellfast.parquet_footer import leave_room, seal_footer
 from cellfast.profiles import columns as names
 
 _PROVENANCE_KEY = b"cellfast.profile"
@@ -91,7 +92,10 @@ def write_profiles(table: ProfileTable, path: str | os.PathLike[str]) -> None:
     # pandas reads the frame's own schema note; ours travels beside it.
     arrow = arrow.replace_schema_metadata({_PROVENANCE_KEY: json.dumps(table.provenance).encode()})
     with atomic_path(path) as temporary:
-        pq.write_table(arrow, temporary, write_page_checksum=True)
+        with pq.ParquetWriter(temporary, arrow.schema, write_page_checksum=True) as writer:
+            writer.write_table(arrow)
+            leave_room(writer)
+        seal_footer(temporary)
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
