@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from cellfast import __version__
 from cellfast.atomic import atomic_path
-from cellfast.bounded import check_claim, check_torch_file
+from cellfast.bounded import check_claim
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import check_text
 from cellfast.models import ModelConfig, SimCLR, adapt_input_channels
+from cellfast.printable import printable
+from cellfast.tensor_file import load_tensors, write_tensors
 
 FORMAT = "cellfast-model"
 FORMAT_VERSION = 1
@@ -64,6 +67,8 @@ class ModelMetadata:
         channels = len(self.channel_names)
         if not channels or not all(isinstance(name, str) for name in self.channel_names):
             raise CellfastError(f"channel_names must be the names of one channel or more, got {self.channel_names!r}")
+        for name in self.channel_names:
+            check_text("channel", name)
         if self.bits not in (8, 16):
             raise CellfastError(f"bits must be 8 or 16, got {self.bits!r}")
         if len(self.low) != channels or len(self.high) != channels:
@@ -190,15 +195,13 @@ def format_description(description: Mapping[str, Any]) -> str:
         f"channel {i}    {c['name']}" + ("" if d["scaling"] == "plate" else f"  {c['low']:g} – {c['high']:g} → 0 – 1")
         for i, c in enumerate(d["channels"])
     ]
-    return "\n".join(
-        [
-            *lines,
-            f"digest       {d['digest']}",
-            f"trained on   {d['training_data'] or 'nothing, or unknown'}",
-            f"made by      cellfast {d['cellfast_version'] or 'of an unknown version'}"
-            + (f", commit {d['git_commit']}" if d["git_commit"] else ""),
-        ]
-    )
+    lines += [
+        f"digest       {d['digest']}",
+        f"trained on   {d['training_data'] or 'nothing, or unknown'}",
+        f"made by      cellfast {d['cellfast_version'] or 'of an unknown version'}"
+        + (f", commit {d['git_commit']}" if d["git_commit"] else ""),
+    ]
+    return "\n".join(map(printable, lines))
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -226,7 +229,7 @@ def save_model(path: str | os.PathLike[str], model: SimCLR, metadata: ModelMetad
         "state": state,
     }
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        write_tensors(temporary, content)
     return digest
 
 
@@ -237,7 +240,7 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
     keys.
 
     Raises:
-        CellfastError: no such file, not a model file, damaged (its digest does not match), or written by a newer version.
+        CellfastError: no such file, not a model file, damaged (any byte of it was changed), or written by a newer version.
     """
     path = Path(path_or_run)
     if path.is_dir():
@@ -249,7 +252,7 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
             )
     if not path.exists():
         raise CellfastError(f"the model {path} does not exist: give a run folder of cellfast train, or its model.pt")
-    content = load_weights_only(path)
+    content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CellfastError(
             f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go in with "
@@ -309,25 +312,6 @@ def _model_digest(state: Mapping[str, Tensor], config: ModelConfig, metadata: Mo
     return hashlib.sha256((state_digest(state) + text).encode()).hexdigest()
 
 
-def load_weights_only(path: Path) -> Any:
-    """``torch.load(path, map_location="cpu", weights_only=True)`` with a clear `CellfastError` for anything that cannot be
-    read that way."""
-    if not path.is_file():
-        raise CellfastError(f"the weights file {path} does not exist or is not a file")
-    check_torch_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a file that is not its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in first:
-            # torch's text recommends to run the code in the file.
-            first = "it is not a file of tensors, or it holds objects that only running code can make"
-        raise CellfastError(
-            f"{path} cannot be read as a weights file: {first[:200]}. Expected a file of tensors written by torch.save "
-            "(files that need to run code to be read are refused)"
-        ) from error
-
-
 @dataclass(frozen=True)
 class WeightsReport:
     """What was taken from a weights file: names loaded, names of the file left unused, names of the model left at their random
@@ -362,7 +346,7 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
         CellfastError: an encoder tensor missing or of another shape, all of them listed; the model is left unchanged.
     """
     path = Path(path)
-    content = load_weights_only(path)
+    content = load_tensors(path)
     for key in ("state", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -6,6 +6,8 @@ import sys
 import time
 from types import TracebackType
 
+from cellfast.printable import printable
+
 
 def format_duration(seconds: float) -> str:
     """Format a duration as ``1:02:03`` or ``02:03``."""
@@ -65,14 +67,14 @@ class Progress:
             parts.append(format_duration(elapsed))
         if self._note:
             parts.append(self._note)
-        return " · ".join(parts)
+        return printable(" · ".join(parts))
 
     def message(self, text: str) -> None:
         """Print a line of its own above the bar."""
         if self.enabled:
             if self._live and self._width:
                 sys.stderr.write("\r" + " " * self._width + "\r")
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(printable(text) + "\n")
             sys.stderr.flush()
 
     def close(self) -> None:

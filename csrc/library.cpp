@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(cellfast, m) {
   m.def(
       "ntxent_shard_backward(Tensor grad_loss, Tensor zhat, Tensor inv_norm, Tensor lse, Tensor temperature,"
       " bool normalize, int shard, int num_shards, ScalarType dtype) -> (Tensor grad_z, Tensor grad_temperature)");
+  // Chooses by name; "": asks which are chosen; "all", "supported": the names there are, and those this processor runs, with commas.
   m.def("ntxent_cpu_kernels(str instruction_set) -> str");
   // The CUDA kernels asked for in this process: "auto", "portable" or "sm90a"; "" asks without changing. Returns the one asked for.
   m.def("ntxent_cuda_kernel(str name) -> str");

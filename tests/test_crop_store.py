@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import h5py
 import numpy as np
 import pytest
 
 from cellfast.errors import CellfastError
-from cellfast.screens import PlateStore, PlateWriter, Screen
+from cellfast.screens import PlateStore, PlateWriter, Screen, crop_store, sealed, unfinished
 from cellfast.screens.crop_writer import plate_file_name, scale_from_histogram
+from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.schema import METADATA_COLUMNS, batch_of_plate
 from cellfast.screens.summary import format_summary, summarize, write_montage
 
@@ -57,6 +64,7 @@ def write_plate(
                 center_x=np.arange(n) + 100.25,
                 padded=np.arange(n) == 0,
             )
+    Ledger("test", "", {}, []).write(screen)
     return path, np.concatenate(pixels) if pixels else np.zeros((0, len(channels), SIZE, SIZE), dtype)
 
 
@@ -210,11 +218,18 @@ def damage_index(path):
         handle["cells/field"][0] = 99
 
 
+def remove_seal(path):
+    """The store as earlier versions wrote it."""
+    path.write_bytes(path.read_bytes()[sealed.USER_BLOCK :])
+    with h5py.File(path, "r") as handle:
+        assert handle.userblock_size == 0
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (damage_truncate, "damaged|truncated"),
-        (damage_garbage, "damaged or not a crop store"),
+        (damage_garbage, "cannot be read as HDF5: .* begins with b'not hdf5'"),
         (damage_newer, "schema 2.*update cellfast"),
         (damage_unfinished, "never finished"),
         (damage_foreign, "expected format"),
@@ -225,25 +240,169 @@ def damage_index(path):
         (damage_index, "cells/field must lie in 0..1"),
     ],
 )
-def test_a_damaged_store_is_refused_by_name(tmp_path, damage, says):
+@pytest.mark.parametrize("old", [False, True])
+def test_a_damaged_store_is_refused_by_name(tmp_path, damage, says, old, monkeypatch):
+    monkeypatch.setattr(sealed, "try_unsealed", lambda paths, opener: None)
     path, _ = write_plate(tmp_path)
+    if old:
+        remove_seal(path)
     damage(path)
+    if not old and damage not in (damage_truncate, damage_garbage, damage_foreign):
+        with pytest.raises(CellfastError, match=r"damaged: its tables or structure|truncated or added to"):
+            Screen.open(tmp_path)
+        sealed.seal(path, "crops")
     with pytest.raises(CellfastError, match=says) as caught:
         Screen.open(tmp_path)
     assert path.name in str(caught.value)
 
 
-def test_verify_finds_a_changed_pixel(tmp_path):
+def flip(path, place, bit=1):
+    with open(path, "r+b") as handle:
+        handle.seek(place)
+        byte = handle.read(1)[0]
+        handle.seek(place)
+        handle.write(bytes([byte ^ bit]))
+
+
+def test_every_damaged_byte_outside_the_pixels_is_an_error(tmp_path):
     path, _ = write_plate(tmp_path)
     store = PlateStore(path)
-    offset = store.crops().offset
-    with open(path, "r+b") as handle:
-        handle.seek(offset + 3 * 2 * SIZE * SIZE * 2)
-        byte = handle.read(1)
-        handle.seek(-1, 1)
-        handle.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(CellfastError, match=r"1 of 8 cells are damaged \(first: row 3\)"):
+    end = store.offset + 8 * 2 * SIZE * SIZE * 2
+    size = path.stat().st_size
+    places = [
+        *range(0, 300, 7),
+        sealed.USER_BLOCK - 1,
+        *range(sealed.USER_BLOCK, store.offset, 97),
+        *range(end, size, 97),
+        size - 1,
+    ]
+    for place in places:
+        flip(path, place)
+        with pytest.raises(CellfastError, match=r"Week1_22123\.h5.* damaged"):
+            PlateStore(path)
+        flip(path, place)
+    PlateStore(path)
+    with open(path, "ab") as handle:
+        handle.write(b"x")
+    with pytest.raises(CellfastError, match="truncated or added to"):
+        PlateStore(path)
+
+
+def test_a_store_without_a_seal_is_read_as_before(tmp_path):
+    path, pixels = write_plate(tmp_path)
+    remove_seal(path)
+    sealed._tried.clear()
+    screen = Screen.open(tmp_path)
+    np.testing.assert_array_equal(screen.plates[0].read(0, 8), pixels)
+    assert len(sealed._tried) == 1
+
+
+class Hanging:
+    def __init__(self, path):
+        time.sleep(60)
+
+
+class Crashing:
+    def __init__(self, path):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@pytest.mark.parametrize(("opener", "says"), [(Hanging, "did not open it in 3 s"), (Crashing, "ended the process .*signal 11")])
+def test_a_file_that_hangs_or_crashes_hdf5_is_an_error(tmp_path, monkeypatch, opener, says):
+    path, _ = write_plate(tmp_path)
+    remove_seal(path)
+    monkeypatch.setattr(sealed, "OPENING_S", 3)
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)
+    with pytest.raises(CellfastError, match=says):
+        sealed.open_hdf5(path, opener)
+
+
+def test_claims_larger_than_the_file_are_refused_before_anything_is_allocated(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as handle:
+        handle.create_dataset("huge", shape=(1 << 40,), dtype=np.int64, chunks=(1 << 10,))
+        handle.create_dataset("packed", data=np.zeros(1 << 20), chunks=(1 << 18,), compression="gzip")
+        with pytest.raises(CellfastError, match=r"a\.h5: damaged: /huge claims shape"):
+            sealed.check_sizes(handle["huge"], path)
+        sealed.check_sizes(handle["packed"], path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep")])
+def test_what_a_damaged_file_makes_of_memory_is_an_error(tmp_path, monkeypatch, error):
+    path, _ = write_plate(tmp_path)
+
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(crop_store, "datasets_of", failing)
+    with pytest.raises(CellfastError, match=r"22123\.h5: damaged or not a crop store"):
+        PlateStore(path)
+
+
+def test_pixels_are_compared_with_their_checksums_where_they_are_read(tmp_path):
+    path, pixels = write_plate(tmp_path)
+    store = PlateStore(path)
+    np.testing.assert_array_equal(store.read(2, 5), pixels[2:5])
+    flip(path, store.offset + 6 * 2 * SIZE * SIZE * 2 + 9)
+    store.read(0, 6)
+    found = r"Week1_22123: the pixels of 1 of 8 cells are damaged: row 6 \(well C03, site 2, object 2\)"
+    with pytest.raises(CellfastError, match=found):
+        store.read(4, 8)
+    with pytest.raises(CellfastError, match=found):
         PlateStore(path).verify()
+
+
+def test_a_store_cut_short_while_it_is_read_is_an_error_not_a_signal(tmp_path):
+    """In a process of its own: of a mapped file the system says it by SIGBUS."""
+    write_plate(tmp_path, fields=(("B02", 1, 40),))
+    code = f"""
+import os
+from cellfast.data import Loader
+from cellfast.screens import Screen
+screen = Screen.open({str(tmp_path)!r})
+store = screen.plates[0]
+batches = iter(Loader(screen, 4, prefetch=1, shuffle=False, warm=False))
+next(batches)
+os.truncate(store.path, store.offset + 100)
+for work in (lambda: list(batches), lambda: store.read(30, 40), store.verify):
+    try:
+        work()
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Week1_22123.h5: the file was cut short after it was opened") == 3
+
+
+def test_an_unfinished_ingest_is_refused_with_what_finishes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/bin/cellfast", "ingest", "fields", "a table.csv", "--image-root", "s3://me:secret@host/x"])
+    unfinished.begin(tmp_path, ["A", "B", "C"])
+    command = r"run again: cellfast ingest fields 'a table\.csv' --image-root 's3://me:\*\*\*@host/x'"
+    monkeypatch.setattr(Ledger, "write", lambda self, screen: None)
+    write_plate(tmp_path, "A")
+    with pytest.raises(
+        CellfastError, match=rf"no ledger\.json; of 3 plates .*B, C are not there\); to finish it, {command}.*--allow-unf"
+    ):
+        Screen.open(tmp_path)
+    assert "B, C are not there" in Screen.open(tmp_path, allow_unfinished=True).unfinished
+    monkeypatch.undo()
+    # Another ingest into the same folder ends well: the first is still unfinished.
+    unfinished.begin(tmp_path, ["D"])
+    write_plate(tmp_path, "D")
+    Ledger("test", "", {}, [PlateLedger("D")]).write(tmp_path)
+    with pytest.raises(CellfastError, match=rf"\(of 3 plates that were to be written B, C are not there\).*{command}"):
+        Screen.open(tmp_path)
+    write_plate(tmp_path, "B")
+    write_plate(tmp_path, "C")
+    assert Screen.open(tmp_path).unfinished == ""
+    (tmp_path / "plates" / "D.h5").unlink()
+    Ledger("test", "", {}, [PlateLedger("D")]).write(tmp_path)
+    with pytest.raises(CellfastError, match=r"ledger\.json D is not there"):
+        Screen.open(tmp_path)
+    (tmp_path / "ledger.json").write_text("[" * 5000)
+    with pytest.raises(CellfastError, match=r"ledger\.json: damaged"):
+        Screen.open(tmp_path)
 
 
 def test_plates_that_do_not_fit_together_are_refused(tmp_path):

@@ -16,6 +16,7 @@ from cellfast.data import Loader, RowSampler
 from cellfast.errors import CellfastError
 from cellfast.screens import PlateWriter, Screen
 from cellfast.screens.cutting import crop_origins, cut_crops
+from cellfast.screens.ledger import Ledger
 
 pytest.importorskip("nvidia.dali")
 
@@ -214,6 +215,7 @@ def test_a_screen_and_its_fields_give_the_same_cells(tmp_path, fields, cells, ba
                     crops, well=f"A{field + 1:02d}", site=field, object_number=np.arange(len(own)), center_y=own[:, 1],
                     center_x=own[:, 0], padded=np.zeros(len(own), bool),
                 )  # fmt: skip
+    Ledger("test", "", {}, []).write(tmp_path / "screen")
     screen = Screen.open(tmp_path / "screen")
     table = screen.metadata()
     with h5py.File(tmp_path / "fields.h5", "w") as handle:

@@ -14,6 +14,7 @@ from cellfast.data.cut_cells import cut_cells
 from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins, cut_crops
 from cellfast.screens.field_store import EncodedFields, write_field_store
+from cellfast.screens.sealed import seal
 
 pytest.importorskip("nvidia.dali")
 
@@ -172,10 +173,12 @@ def test_what_cannot_be_kept_or_read_is_refused_by_name(tmp_path):
         DeviceFieldCells(FieldDecoder(EncodedFields(path)), np.array([0, 2]), np.zeros((2, 2)), 8)
     with h5py.File(path, "r+") as file:
         file["offsets"][3] = 10**9
+    seal(path, "encoded")
     with pytest.raises(CellfastError, match="is damaged: its offsets do not fit"):
         EncodedFields(path)
     with h5py.File(path, "r+") as file:
         file.attrs["version"] = 2
+    seal(path, "encoded")
     with pytest.raises(CellfastError, match="version 2, this cellfast reads 1: upgrade"):
         EncodedFields(path)
     with h5py.File(tmp_path / "link.h5", "w") as file:

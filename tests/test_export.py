@@ -24,6 +24,7 @@ from cellfast.model_file import ModelMetadata, load_model, save_model
 from cellfast.models import ModelConfig, build_model
 from cellfast.screens import PlateWriter, Screen
 from cellfast.screens.crop_writer import plate_file_name
+from cellfast.screens.ledger import Ledger
 
 CHANNELS, SIZE, OUTPUT = ["DNA", "Tubulin", "Actin"], 25, 16
 PLATES = {"P1": 21, "P2": 13}
@@ -51,6 +52,7 @@ def make_screen(folder: Path, dtype: type = np.uint16, channels: list[str] = CHA
                 well="A01", site=1, compound="DMSO", concentration=0.0, moa="", object_number=np.arange(cells),
                 center_y=np.zeros(cells), center_x=np.zeros(cells), padded=np.zeros(cells, bool),
             )  # fmt: skip
+    Ledger("test", "", {}, []).write(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from cellfast.errors import CellfastError
 from cellfast.screens import Screen
 from cellfast.screens.field_store import EncodedFields, write_field_store
 from cellfast.screens.remote import file_system
+from cellfast.screens.sealed import USER_BLOCK, seal
 
 
 @pytest.fixture
@@ -99,6 +100,7 @@ def test_what_is_in_the_way_or_no_store_is_refused_before_any_work(work, tmp_pat
     assert ingest(work, tmp_path / "a", "--keep-fields", tmp_path / "f.h5", "--force").exit_code == 0
     with h5py.File(tmp_path / "f.h5", "r+") as file:
         del file["files"]
+    seal(tmp_path / "f.h5", "encoded")
     assert "a field store without the names of its files" in str(ingest(work, tmp_path / "b", root=tmp_path / "f.h5").exception)
     files = [[work / "images" / "P1" / f"A02_s1_{c}.tif" for c in ("DNA", "Actin")]]
     with pytest.raises(CellfastError, match=r"two files would be called x\.tif"):
@@ -116,6 +118,59 @@ def test_a_store_written_anew_is_read_anew(work, tmp_path):
         assert fs.cat_file(key) == (images / f"A02_s1_{channel}.tif").read_bytes()
         with pytest.raises(FileNotFoundError):
             fs.cat_file("two.tif")
+
+
+def flip(path, place):
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))
+
+
+def test_damage_to_a_store_is_told_by_name_where_it_lies(work, tmp_path):
+    images, store = work / "images" / "P1", tmp_path / "f.h5"
+    files = [[images / f"A02_s{site}_{channel}.tif" for channel in ("DNA", "Actin")] for site in (1, 2)]
+    write_field_store(store, files, names=[[file.name for file in field] for field in files])
+    with h5py.File(store) as file:
+        start = file["encoded"].id.get_chunk_info(0).byte_offset
+    size, length = store.stat().st_size, files[0][0].stat().st_size
+    for place in (0, 20, 100, USER_BLOCK - 1, USER_BLOCK, start - 1, start + (1 << 22), size - 1, *range(USER_BLOCK, start, 211)):
+        flip(store, place)
+        with pytest.raises(CellfastError, match=r"f\.h5.*write it again"):
+            EncodedFields(store)
+        flip(store, place)
+    flip(store, start + length + 10)
+    with EncodedFields(store) as fields:
+        assert fields.file(0, 0).tobytes() == files[0][0].read_bytes()
+        for read in (lambda: fields.file(0, 1), lambda: fields.encoded(0)):
+            with pytest.raises(CellfastError, match=r"f\.h5: the file of field 0, channel 1 differs from its checksum"):
+                read()
+    fs, key = file_system(f"fieldstore://{store}!/{files[0][1].name}")
+    with pytest.raises(OSError, match="differs from its checksum"):
+        fs.cat_file(key)
+    fs.store.close()
+
+
+def test_the_field_of_a_damaged_file_is_refused_and_counted(work, tmp_path):
+    assert ingest(work, tmp_path / "a", "--keep-fields", tmp_path / "f.h5").exit_code == 0
+    with h5py.File(tmp_path / "f.h5") as file:
+        flip(tmp_path / "f.h5", file["encoded"].id.get_chunk_info(0).byte_offset + 10)
+    again = ingest(work, tmp_path / "b", root=tmp_path / "f.h5")
+    assert again.exit_code == 0, again.output
+    totals = json.loads((tmp_path / "b" / "ledger.json").read_text())["totals"]
+    assert totals["fields_refused"] == {"not a readable image": 1}
+    assert "differs from its checksum" in again.output
+
+
+def test_a_store_without_a_seal_is_read_as_before(work, tmp_path):
+    store, file = tmp_path / "f.h5", work / "images" / "P1" / "A02_s1_DNA.tif"
+    write_field_store(store, [[file]])
+    store.write_bytes(store.read_bytes()[USER_BLOCK:])
+    with h5py.File(store, "r+") as handle:
+        del handle["crc32"]
+    with EncodedFields(store) as fields:
+        assert fields.encoded(0)[0].tobytes() == file.read_bytes()
 
 
 def test_the_documented_training_from_fields_runs(work, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -123,22 +124,26 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
-        step = make_step("cnn4", chunk_size=4)
-        step.module = torch.nn.parallel.DistributedDataParallel(
-            step.module, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
-        step = TrainingStep(step.module, step.loss, step.optimizer, device=step.device, chunk_size=4)
-        crops, low, high = minibatch()
-        two_views = TwoViews("none", 3, SIZE, OUT, memory_format=torch.channels_last)
-        half = slice(rank * CELLS // 2, (rank + 1) * CELLS // 2)
-        for _ in range(2):  # a second step starts from clean gradients
-            loss = step.compute_loss(step.views(two_views, crops[half], low, high, seed=0))
-            step._backward(loss)
-        if rank == 0:
-            gradient = {name.removeprefix("module."): p.grad for name, p in step.module.named_parameters()}
-            torch.save({"loss": float(loss.detach()), "gradient": gradient}, f"{folder}/found.pt")
+        _gradients_of_a_half(rank, folder)
     finally:
+        # What averages gradients must be gone before the group: it would drop its last exchange while Python ends, which aborts.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def _gradients_of_a_half(rank: int, folder: str) -> None:
+    step = make_step("cnn4", chunk_size=4)
+    step.module = torch.nn.parallel.DistributedDataParallel(step.module, gradient_as_bucket_view=True, broadcast_buffers=False)
+    step = TrainingStep(step.module, step.loss, step.optimizer, device=step.device, chunk_size=4)
+    crops, low, high = minibatch()
+    two_views = TwoViews("none", 3, SIZE, OUT, memory_format=torch.channels_last)
+    half = slice(rank * CELLS // 2, (rank + 1) * CELLS // 2)
+    for _ in range(2):  # a second step starts from clean gradients
+        loss = step.compute_loss(step.views(two_views, crops[half], low, high, seed=0))
+        step._backward(loss)
+    if rank == 0:
+        gradient = {name.removeprefix("module."): p.grad for name, p in step.module.named_parameters()}
+        torch.save({"loss": float(loss.detach()), "gradient": gradient}, f"{folder}/found.pt")
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 
@@ -30,26 +31,32 @@ def _rank(rank: int, world: int, port: int, folder: str, shape_differs: bool) ->
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        per_rank = 5
-        cells = _cells(world, per_rank)[:, rank * per_rank : (rank + 1) * per_rank]
-        if shape_differs and rank == 1:
-            cells = cells[:, :-1]
-        network = torch.nn.parallel.DistributedDataParallel(_network())
-        criterion = NTXentLoss(0.2, learnable=True)
-        try:
-            loss = criterion(network(cells.flatten(0, 1)))
-        except ValueError as error:
-            torch.save({"error": str(error)}, f"{folder}/{rank}.pt")
-            return
-        loss.backward()
-        temperature = criterion.temperature.grad.clone()
-        dist.all_reduce(temperature)
-        torch.save(
-            {"loss": loss.detach(), "grads": [p.grad for p in network.parameters()], "temperature": temperature / world},
-            f"{folder}/{rank}.pt",
-        )
+        _loss_of_a_part(rank, world, folder, shape_differs)
     finally:
+        # What averages gradients must be gone before the group: it would drop its last exchange while Python ends, which aborts.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def _loss_of_a_part(rank: int, world: int, folder: str, shape_differs: bool) -> None:
+    per_rank = 5
+    cells = _cells(world, per_rank)[:, rank * per_rank : (rank + 1) * per_rank]
+    if shape_differs and rank == 1:
+        cells = cells[:, :-1]
+    network = torch.nn.parallel.DistributedDataParallel(_network())
+    criterion = NTXentLoss(0.2, learnable=True)
+    try:
+        loss = criterion(network(cells.flatten(0, 1)))
+    except ValueError as error:
+        torch.save({"error": str(error)}, f"{folder}/{rank}.pt")
+        return
+    loss.backward()
+    temperature = criterion.temperature.grad.clone()
+    dist.all_reduce(temperature)
+    torch.save(
+        {"loss": loss.detach(), "grads": [p.grad for p in network.parameters()], "temperature": temperature / world},
+        f"{folder}/{rank}.pt",
+    )
 
 
 def _free_port() -> int:

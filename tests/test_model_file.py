@@ -16,6 +16,7 @@ from cellfast.errors import CellfastError
 from cellfast.model_file import ModelMetadata, load_model, save_model
 from cellfast.models import ModelConfig, build_model
 from cellfast.screens import PlateWriter, Screen
+from cellfast.screens.ledger import Ledger
 from cellfast.training.config import TrainConfig
 from cellfast.training.loop import source_commit, train
 from cellfast.training.split import data_digest
@@ -40,6 +41,7 @@ def path(tmp_path) -> Path:
 def change(path: Path, edit) -> None:
     content = torch.load(path, weights_only=True)
     edit(content)
+    content.pop("sealed", None)
     torch.save(content, path)
 
 
@@ -53,6 +55,7 @@ def make_screen(folder: Path) -> Screen:
             rng.integers(100, 5000, (40, 3, 24, 24)).astype(np.uint16), well="A01", site=1, compound="DMSO", concentration=0.0, moa="",
             object_number=np.arange(40), center_y=np.zeros(40), center_x=np.zeros(40), padded=np.zeros(40, bool),
         )  # fmt: skip
+    Ledger("test", "", {}, []).write(folder)
     return Screen.open(folder)
 
 

@@ -32,6 +32,7 @@ from cellfast.models import INPUT_TRANSFORMS, ModelConfig, build_model
 from cellfast.ops import ntxent_loss
 from cellfast.screens import PlateWriter, Screen
 from cellfast.screens.crop_writer import plate_file_name
+from cellfast.screens.ledger import Ledger
 from cellfast.training import config as training_config
 from cellfast.training.config import resolve_config
 from cellfast.training.loop import train
@@ -57,6 +58,7 @@ def screen(tmp_path_factory):
                     concentration=float(number), moa=compound.upper(), object_number=np.arange(5), center_y=np.zeros(5),
                     center_x=np.zeros(5), padded=np.zeros(5, bool),
                 )  # fmt: skip
+    Ledger("test", "", {}, []).write(folder)
     return folder
 
 
@@ -246,6 +248,7 @@ def test_cells_of_other_than_three_channels_are_refused(tmp_path):
             np.zeros((1, 1, 8, 8), np.uint8), well="A01", site=1, compound="a", concentration=1.0, moa="A", object_number=np.zeros(1, int),
             center_y=np.zeros(1), center_x=np.zeros(1), padded=np.zeros(1, bool),
         )  # fmt: skip
+    Ledger("test", "", {}, []).write(tmp_path)
     with pytest.raises(CellfastError, match="takes crops of 3 channels, found 1"):
         prepare_cells(tmp_path, tmp_path / "cells", size=8)
 

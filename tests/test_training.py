@@ -19,6 +19,7 @@ from cellfast.errors import CellfastError
 from cellfast.model_file import load_model
 from cellfast.screens import PlateWriter, Screen
 from cellfast.screens.crop_writer import plate_file_name
+from cellfast.screens.ledger import Ledger
 from cellfast.screens.schema import METADATA_COLUMNS
 from cellfast.training.config import TrainConfig, resolve_config
 from cellfast.training.loop import train
@@ -63,6 +64,7 @@ def make_screen(folder, channels=CHANNELS):
                     center_x=np.zeros(n),
                     padded=np.zeros(n, bool),
                 )
+    Ledger("test", "", {}, []).write(folder)
     return folder
 
 

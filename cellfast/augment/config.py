@@ -144,7 +144,7 @@ class AugmentConfig:
         Raises:
             CellfastError: an unknown preset or an unknown value name (the known ones are listed).
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise CellfastError(f"unknown augmentation preset {name!r}: choose one of {', '.join(PRESETS)}")
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(overrides) - set(known))

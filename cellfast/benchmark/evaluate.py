@@ -285,7 +285,7 @@ def _plain_python(features: np.ndarray, frame: Any) -> tuple[tuple[int, int], fl
     start = time.perf_counter()
     rows, profiles = [], []
     for (plate, well), _ in frame.groupby(["Metadata_Plate", "Metadata_Well"]):
-        cells = frame.query(f"Metadata_Plate == '{plate}' and Metadata_Well == '{well}'")
+        cells = frame[(frame["Metadata_Plate"] == plate) & (frame["Metadata_Well"] == well)]
         total = np.zeros(features.shape[1])
         for i in cells.index:
             total += features[i]

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 
 import click
 
@@ -60,26 +61,27 @@ def main() -> None:
 
     ``CELLFAST_DEBUG=1`` lets the exception through with its traceback.
     """
+    from cellfast.printable import printable_output
+
+    with printable_output():
+        _run()
+
+
+def _run() -> None:
     if os.environ.get("CELLFAST_DEBUG", "") not in ("", "0"):
-        cellfast(prog_name="cellfast")
+        try:
+            cellfast(prog_name="cellfast")
+        except Exception:
+            traceback.print_exc()  # here, where secrets are masked
+            sys.exit(1)
         return
     from cellfast.errors import CellfastError
+    from cellfast.printable import printable
 
     try:
         cellfast(prog_name="cellfast")
     except CellfastError as error:
         click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        # torch has no kind of its own for memory of the host.
-        if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", str(error)):
-            raise
-        said = " ".join(str(error).split())[:200]
-        click.echo(
-            f"Error: this takes more memory than there is{f' ({said})' if said else ''}. Give fewer or smaller inputs, a smaller "
-            "minibatch or fewer workers, or a machine with more memory.",
-            err=True,
-        )
         sys.exit(1)
     except BrokenPipeError:
         # `cellfast … | head`: the reader left. Point stdout elsewhere so that the interpreter's last flush stays quiet.
@@ -87,5 +89,18 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        click.echo(f"Error: {error.strerror or error}{where}. Check the path, the permissions and the free space.", err=True)
+        text = printable(f"{error.strerror or error}{where}")
+        click.echo(f"Error: {text}. Check the path, the permissions and the free space.", err=True)
+        sys.exit(1)
+    except Exception as error:
+        # torch has no kind of its own for memory of the host.
+        if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", str(error)):
+            traceback.print_exc()
+            sys.exit(1)
+        said = printable(" ".join(str(error).split())[:200])
+        click.echo(
+            f"Error: this takes more memory than there is{f' ({said})' if said else ''}. Give fewer or smaller inputs, a smaller "
+            "minibatch or fewer workers, or a machine with more memory.",
+            err=True,
+        )
         sys.exit(1)

@@ -73,6 +73,7 @@ EXIT_QUARANTINED = 3
     help="ray: Ray Data over a cluster (needs cellfast[ray]); several processes on one or more machines: torchrun -m cellfast embed …",
 )
 @click.option("--force", is_flag=True, help="Replace files of another model or other cells.")
+@click.option("--allow-unfinished", is_flag=True, help="Embed the plates that are there of a SCREEN whose ingest has not ended.")
 @field_options(required=False, crop_size=None)
 def embed(
     screen: str | None,
@@ -101,6 +102,7 @@ def embed(
     retry_quarantined: bool,
     engine: str,
     force: bool,
+    allow_unfinished: bool,
     strict: bool,
     **fields: Any,
 ) -> None:
@@ -116,6 +118,8 @@ def embed(
     if screen is None and pattern is None:
         raise click.UsageError("give a SCREEN folder, an IMAGE_CSV, or --pattern")
     if from_fields:
+        if allow_unfinished:
+            raise click.UsageError("--allow-unfinished: only for a SCREEN folder of crop stores")
         if screen is not None and not Path(screen).exists() and image_root is None:
             from cellfast.errors import CellfastError
 
@@ -187,7 +191,10 @@ def embed(
             **options,
         )
     else:
-        summary = embed_screen(Screen.open(str(screen)), model, out, device=where, **options)
+        stores = Screen.open(str(screen), allow_unfinished=allow_unfinished)
+        if stores.unfinished:
+            click.echo(f"{screen}: {stores.unfinished}", err=True)
+        summary = embed_screen(stores, model, out, device=where, **options)
     if summary.account is None:
         return  # the first of several processes tells
     click.echo(summary.account.table())

@@ -13,8 +13,13 @@ import click
 @click.option("--verify", is_flag=True, help="Read all pixels and compare them with their checksums.")
 @click.option("--montage", type=click.Path(path_type=Path, dir_okay=False), help="Write a PNG of cells drawn at random.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which cells the montage shows.")
+@click.option(
+    "--allow-unfinished", is_flag=True, help="Describe the plates that are there of a SCREEN whose ingest has not ended."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(screen: Path | None, system: bool, verify: bool, montage: Path | None, seed: int, as_json: bool) -> None:
+def info(
+    screen: Path | None, system: bool, verify: bool, montage: Path | None, seed: int, allow_unfinished: bool, as_json: bool
+) -> None:
     """Describe SCREEN: plates, wells, fields, cells, treatments, MoAs, controls, channels, size, integrity.
 
     Or MODEL, a run folder, a model file or an exported file: what it takes, and where it comes from. --json also tells where each
@@ -40,7 +45,9 @@ def info(screen: Path | None, system: bool, verify: bool, montage: Path | None, 
     from cellfast.screens.summary import format_summary, summarize, write_montage
     from cellfast.screens.summary import verify as verify_screen
 
-    opened = Screen.open(screen)
+    opened = Screen.open(screen, allow_unfinished=allow_unfinished)
+    if opened.unfinished:
+        click.echo(f"{screen}: {opened.unfinished}", err=True)
     summary = summarize(opened)
     if verify:
         with Progress("verify", opened.num_cells, "cells") as progress:
@@ -52,7 +59,11 @@ def info(screen: Path | None, system: bool, verify: bool, montage: Path | None, 
         click.echo(format_summary(summary))
         click.echo(
             "integrity    "
-            + ("every crop equals its checksum" if verify else "files are whole; --verify compares every crop with its checksum")
+            + (
+                "every crop equals its checksum"
+                if verify
+                else "files and tables are whole; --verify compares every crop with its checksum"
+            )
         )
     if montage:
         write_montage(opened, montage, seed=seed)

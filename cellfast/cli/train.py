@@ -46,8 +46,11 @@ def _configuration_options(command: click.Command) -> click.Command:
 )
 @click.option("--recipe", type=click.Choice(list(RECIPES)), help="Set of defaults to start from: perakis2021 is the reference's.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Set any value, also augment.NAME; repeatable.")
-@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint; from the beginning where there is none yet.")
 @click.option("--force", is_flag=True, help="Discard a run that is in the folder.")
+@click.option(
+    "--allow-unfinished", is_flag=True, help="Train on the plates that are there of a SCREEN whose ingest has not ended."
+)
 def train(
     screen: Path,
     run: Path,
@@ -56,6 +59,7 @@ def train(
     assignments: tuple[str, ...],
     resume: bool,
     force: bool,
+    allow_unfinished: bool,
     **options: Any,
 ) -> None:
     """Train an encoder on SCREEN's cells by contrastive learning (SimCLR) and write RUN.
@@ -72,16 +76,14 @@ def train(
         )
     overrides = {key: value for key, value in options.items() if value is not None}
     overrides.update(parse_assignment(text) for text in assignments)
-    if resume and config_file is None:
+    if resume and config_file is None and (run / "config.yaml").exists():
         config_file = run / "config.yaml"
-        if not config_file.exists():
-            raise CellfastError(f"{run} holds no run to resume (no config.yaml): leave out --resume to start one")
     config = resolve_config(recipe, config_file, overrides)
     from cellfast.training.loop import train as run_training
 
     # Of torchrun's processes one speaks.
     first = int(os.environ.get("RANK", "0")) == 0
-    result = run_training(screen, run, config, resume=resume, force=force, say=click.echo)
+    result = run_training(screen, run, config, resume=resume, force=force, allow_unfinished=allow_unfinished, say=click.echo)
     if result.interrupted:
         if first:
             click.echo(f"stopped at step {result.steps}; go on with: cellfast train {screen} -o {run} --resume")

@@ -21,6 +21,7 @@ from cellfast.data.sampler import RowSampler
 from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins
 from cellfast.screens.field_store import greyscale_tiff
+from cellfast.screens.sealed import check_sizes, open_hdf5
 
 
 def require_dali(what: str = "--loader dali", instead: str = "--loader mmap") -> Any:
@@ -200,10 +201,7 @@ class Hdf5Fields:
         import h5py
 
         self._path = Path(path)
-        try:
-            self._file = h5py.File(self._path, "r")
-        except OSError as error:
-            raise CellfastError(f"{self._path} cannot be read as HDF5 ({error})") from error
+        self._file = open_hdf5(self._path, Hdf5Fields)
         link = self._file.get(dataset, getlink=True) if dataset in self._file else None
         data = self._file[dataset] if isinstance(link, h5py.HardLink) else None
         if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
@@ -216,6 +214,7 @@ class Hdf5Fields:
             found = f"{data.dtype} of shape {data.shape}"
             self._file.close()
             raise CellfastError(f"{self._path}:{dataset} must be uint16 or uint8 of shape (N, C, H, W), got {found}")
+        check_sizes(data, self._path)
         self._data = data
         self.num_fields, self.num_channels = int(data.shape[0]), int(data.shape[1])
         self.dtype = np.dtype(data.dtype)

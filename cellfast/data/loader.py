@@ -42,20 +42,20 @@ class Loader:
         shuffle: a full permutation by (seed, epoch), or the rows in their order.
         drop_last: leave out the last, smaller minibatch.
         rank, world_size: this process's piece of each global minibatch of ``world_size * batch_size`` rows.
-        backend: ``mmap`` (memory maps and a copy; the fastest on a CPU) or ``dali`` (NVIDIA DALI); both give the same pixels.
+        backend: ``mmap`` (each row from its place in the file; the fastest on a CPU; the name is older than the way) or ``dali``
+            (NVIDIA DALI); both give the same pixels.
         device: where ``crops`` lie. For a GPU the buffers are pinned and copied on a stream of their own.
         prefetch: minibatches made ahead.
-        read: ``mmap``, ``pread`` (reads each row from the file: no mapped pages in this process's memory, fast from a cold disk),
-            or ``auto``: mmap where the store fits in free memory. For the ``mmap`` backend.
         warm: read the files into the page cache before the first minibatch: True, False, or ``auto`` (where the store fits in
             free memory). What was decided stands in :attr:`notes`.
-        threads: threads that copy; None is 1 for mmap and 8 for pread.
+        threads: threads that read; None is 1 where the store fits in free memory and is streamed, and 8 otherwise.
         feed: ``resident`` (all of the loader's rows are read once into memory of ``device`` and gathered there), ``stream`` (each
             minibatch is read when it is due, and on a GPU copied through pinned buffers), or ``auto``: resident on a GPU where the
             cells take at most half of its free memory. Both give the same batches.
 
     Raises:
-        CellfastError: options out of range (named), an empty selection, or DALI missing.
+        CellfastError: options out of range (named), an empty selection, or DALI missing; while iterating: damaged pixels, or a file
+            that was cut short (`RowGather.copy`).
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class Loader:
         backend: str = "mmap",
         device: str | torch.device = "cpu",
         prefetch: int = 2,
-        read: str = "auto",
         warm: bool | str = "auto",
         threads: int | None = None,
         feed: str = "auto",
@@ -81,8 +80,6 @@ class Loader:
             raise CellfastError(f"unknown loader {backend!r}: choose one of {', '.join(BACKENDS)}")
         if prefetch < 1:
             raise CellfastError(f"prefetch must be at least 1, got {prefetch}")
-        if read not in ("auto", "mmap", "pread"):
-            raise CellfastError(f"read must be auto, mmap or pread, got {read!r}")
         if warm not in (True, False, "auto"):
             raise CellfastError(f"warm must be True, False or 'auto', got {warm!r}")
         self.sampler = RowSampler(
@@ -96,10 +93,10 @@ class Loader:
         row_bytes = len(screen.channel_names) * screen.crop_size**2 * np.dtype(screen.dtype).itemsize
         only = "the dali loader streams" if backend == "dali" else None
         self.feed, why = choose_feed(feed, self.sampler.num_rows * row_bytes, self.device, streams_only=only)
-        self._open(screen, read, warm, threads)
+        self._open(screen, warm, threads)
         self.notes.append(f"feed {self.feed}: {why}")
 
-    def _open(self, screen: Any, read: str, warm: bool | str, threads: int | None) -> None:
+    def _open(self, screen: Any, warm: bool | str, threads: int | None) -> None:
         size = screen.num_cells * len(screen.channel_names) * screen.crop_size**2 * np.dtype(screen.dtype).itemsize
         free = available_memory()
         # Room for the process itself and the files that others keep in the page cache.
@@ -109,11 +106,10 @@ class Loader:
             from cellfast.data.dali import require_dali
 
             require_dali()
-            read = "mmap"
-        elif read == "auto":
-            read = "mmap" if fits else "pread"
-        self._gather = RowGather(screen, read=read, threads=threads or (1 if read == "mmap" else 8))
-        self.notes.append(f"loader {self.backend}, rows by {read}: {sizes}")
+        # Several threads where reads wait for a disk, or all cells are wanted at once.
+        threads = threads or (1 if fits and self.feed == "stream" else 8)
+        self._gather = RowGather(screen, threads=threads)
+        self.notes.append(f"loader {self.backend}, {threads} thread(s): {sizes}")
         # Cells that are to be resident are read once, in order: that is the warming.
         self._warm = (fits if warm == "auto" else bool(warm)) and self.feed == "stream"
         if not self._warm and self.feed == "stream":

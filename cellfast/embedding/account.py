@@ -15,6 +15,7 @@ from cellfast import __version__
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.place import Place
 from cellfast.errors import CellfastError
+from cellfast.printable import masked_values, printable
 
 if TYPE_CHECKING:
     from cellfast.embedding.encoder import CropEncoder
@@ -42,12 +43,14 @@ class Account:
         if t["fields_listed"]:
             lines.append(f"{'fields':<34}{t['fields_listed']:>14,}")
             lines.append(f"{'  used':<34}{t['fields_written']:>14,}")
-            lines += [f"{'  quarantined or refused: ' + r:<34}{n:>14,}" for r, n in sorted(t["fields_refused"].items())]
+            lines += [
+                f"{'  quarantined or refused: ' + printable(r):<34}{n:>14,}" for r, n in sorted(t["fields_refused"].items())
+            ]
         lines.append(f"{'locations':<34}{t['locations']:>14,}")
         lines.append(
             f"{'  cells embedded':<34}{t['cells']:>14,}" + (f" in {t['rows']:,} wells" if t["rows"] != t["cells"] else "")
         )
-        lines += [f"{'  dropped: ' + r:<34}{n:>14,}" for r, n in sorted(t["dropped"].items())]
+        lines += [f"{'  dropped: ' + printable(r):<34}{n:>14,}" for r, n in sorted(t["dropped"].items())]
         quarantined = [f"{q['plate']} {q['well']} site {q['site']}: {q['message']}" for q in self.content["quarantined"]]
         empty = [f"{p['plate']} {well}" for p in self.content["plates"] for well in p["wells_without_cells"]]
         warnings = [f"{p['plate']}: {w}" for p in self.content["plates"] for w in p["warnings"]]
@@ -61,7 +64,7 @@ class Account:
         ):
             if items:
                 lines.append(f"{title} ({len(items)}):")
-                lines += [f"  {item}" for item in items[:limit]]
+                lines += [f"  {printable(item)}" for item in items[:limit]]
                 if len(items) > limit:
                     lines.append(f"  … and {len(items) - limit} more in {ACCOUNT_FILE}")
         return "\n".join(lines)
@@ -158,11 +161,13 @@ def write_account(
         text = io.StringIO()
         writer = csv.DictWriter(text, _QUARANTINE_COLUMNS)
         writer.writeheader()
-        writer.writerows(quarantined)
+        writer.writerows(masked_values(quarantined))
         place.write_bytes(QUARANTINE_FILE, text.getvalue().encode())
     else:
         place.remove(QUARANTINE_FILE)
-    place.write_bytes(ACCOUNT_FILE, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    place.write_bytes(
+        ACCOUNT_FILE, (json.dumps(masked_values(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
     if source.kind == "fields" and not totals["fields_written"]:
         raise CellfastError(
             f"no field could be used; the first was refused because: {quarantined[0]['message']} "

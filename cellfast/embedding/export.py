@@ -313,5 +313,5 @@ def _screen_samples(model: LoadedModel, screen: Screen, count: int) -> list[tupl
         if len(mine):
             low, high = (store.scale_low, store.scale_high) if model.scaling == "plate" else (model.low, model.high)
             scaling = (torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32))
-            samples.append((torch.from_numpy(np.array(store.crops()[mine])), *scaling))
+            samples.append((torch.from_numpy(np.concatenate([store.read(row, row + 1) for row in mine.tolist()])), *scaling))
     return samples

@@ -10,9 +10,11 @@ import numpy as np
 
 from cellfast.embedding.sources import Chunk, EncodedField, Part, PlatePlan, cut_into_parts
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import file_name
+from cellfast.printable import masked
 from cellfast.screens import schema
 from cellfast.screens.centroids import LocationError, Locations
-from cellfast.screens.crop_writer import _add_histogram, plate_file_name, scale_from_histogram
+from cellfast.screens.crop_writer import _add_histogram, scale_from_histogram
 from cellfast.screens.field_cells import FieldPlanes, FieldReader, PlaneFacts, count_refused, fields_by_plate
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, encoded_plane
@@ -69,7 +71,7 @@ class FieldSource:
         most = int(np.clip(self.num_fields // 64, 1, MOST_FIELDS_PER_PART))
         self.plans, times = [], FileTimes()
         for plate, fields in self._fields.items():
-            plate_file_name(plate)
+            file_name("plate", plate)
             _check_treatments(plate, fields)
             self._batch[plate] = schema.batch_of_plate(plate, batch_regex)
             wells = [f.well for f in fields]
@@ -227,5 +229,5 @@ def _quarantined(unit: Field, error: ImageError | LocationError, tries: int) -> 
         "reason": error.reason,
         "tries": str(tries),
         "message": str(error),
-        "files": " ".join(file or "(none)" for file in unit.files),
+        "files": " ".join(masked(file) or "(none)" for file in unit.files),
     }

@@ -17,6 +17,8 @@ from cellfast.embedding.parts import PartFiles, feature_matrix, means_of_wells, 
 from cellfast.embedding.place import Place
 from cellfast.embedding.sources import PlatePlan
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import check_batch
+from cellfast.printable import masked_values
 from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
 
@@ -167,7 +169,7 @@ class GalleryOutput(PlateOutput):
 
     def folder(self, kind: str, plan: PlatePlan) -> str:
         """The plate's folder of embeddings or profiles."""
-        return f"workspace_dl/{kind}/{self.model}/{_folder_name(plan.batch)}/{plan.file_stem}"
+        return f"workspace_dl/{kind}/{self.model}/{check_batch(plan.batch) or 'batch'}/{plan.file_stem}"
 
     def sealing_file(self, plan: PlatePlan) -> str:
         return f"{self.folder('profiles', plan)}/{plan.file_stem}.parquet"
@@ -277,7 +279,7 @@ def sealed(origin: dict[str, Any], note: bytes, files: list[str]) -> dict[bytes,
 
 def plate_note(ledger: PlateLedger, quarantined: list[dict[str, str]], inputs: dict[str, str]) -> bytes:
     """A plate's ledger, and the files it is made from, as they are kept in its last file."""
-    return json.dumps({"ledger": asdict(ledger), "quarantined": quarantined, "inputs": inputs}).encode()
+    return json.dumps({**masked_values({"ledger": asdict(ledger), "quarantined": quarantined}), "inputs": inputs}).encode()
 
 
 def parquet_note(place: Place, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
@@ -341,12 +343,6 @@ def grouped_by_well(pieces: Iterator[tuple[pa.Table, np.ndarray]]) -> Iterator[t
                     yield flush()
     if held:
         yield flush()
-
-
-def _folder_name(batch: str) -> str:
-    """A batch as a folder name: separators become ``_``, none at all becomes ``batch``."""
-    name = "".join("_" if c in "/\\\0" else c for c in batch).strip(". ")
-    return name or "batch"
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,7 @@ from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.place import Place
 from cellfast.embedding.sources import Chunk, Part, PlatePlan
 from cellfast.errors import CellfastError
+from cellfast.printable import masked_values
 from cellfast.screens.inputs import digest
 from cellfast.screens.ledger import PlateLedger
 
@@ -100,7 +101,7 @@ class PartFiles:
 
     def origin(self, plan: PlatePlan) -> dict[str, Any]:
         """What a plate's rows are made from; kept in every file, and compared before a file is kept or replaced."""
-        return {"model": self.model_digest, **plan.origin, **self.options.origin()}
+        return masked_values({"model": self.model_digest, **plan.origin, **self.options.origin()})
 
     def folder(self, plan: PlatePlan) -> str:
         """The folder of a plate's parts: other parts, or parts of another origin or of other files, lie elsewhere."""
@@ -139,7 +140,7 @@ class PartFiles:
             "wells": sorted({str(w) for w in columns["Metadata_Well"]}),
         }
         table = pa.Table.from_arrays(arrays, names=[*schema.names, FEATURE_COLUMN])
-        table = table.replace_schema_metadata({b"part": json.dumps(note).encode()})
+        table = table.replace_schema_metadata({b"part": json.dumps(masked_values(note)).encode()})
         with self.place.writing(f"{self.folder(plan)}/{work.part.name}") as path, pa.OSFile(str(path), "wb") as sink:
             with pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)

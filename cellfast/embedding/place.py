@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -11,12 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cellfast.atomic import atomic_path
+from cellfast.atomic import atomic_path, told_when_full
 from cellfast.errors import CellfastError
 from cellfast.screens.remote import file_system, is_url
-
-# The disk is full, the quota is spent, or a file may not grow further.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Place:
@@ -67,7 +63,8 @@ class Place:
         Raises:
             CellfastError: the disk is full (nothing is left half written; a later run goes on from there).
         """
-        try:
+        where = tempfile.gettempdir() if self.remote else self._root
+        with told_when_full(self.path(name), where):
             if not self.remote:
                 with atomic_path(Path(self._root) / name) as temporary:
                     yield temporary
@@ -76,16 +73,6 @@ class Place:
                 local = Path(folder) / Path(name).name
                 yield local
                 self._fs.put_file(str(local), self._key(name))
-        except OSError as error:
-            # HDF5 tells the reason in its text only.
-            if error.errno in FULL or any(os.strerror(number) in str(error) for number in FULL):
-                where = tempfile.gettempdir() if self.remote else self._root
-                free = shutil.disk_usage(where if os.path.isdir(where) else ".").free
-                raise CellfastError(
-                    f"no space left to write {self.path(name)} ({free / 2**20:,.0f} MiB free at {where}; a quota or limit may be lower). "
-                    "Nothing is half written: make room and run the same command again, it goes on where it stopped"
-                ) from error
-            raise
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all."""

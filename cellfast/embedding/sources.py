@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import file_name
 from cellfast.screens import Screen
-from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.cutting import _cut
 from cellfast.screens.image_table import Field
 from cellfast.screens.ledger import PlateLedger
@@ -51,7 +51,7 @@ class PlatePlan:
     @property
     def file_stem(self) -> str:
         """The plate's name as a file name without suffix."""
-        return plate_file_name(self.plate).removesuffix(".h5")
+        return file_name("plate", self.plate)
 
 
 @dataclass
@@ -174,7 +174,7 @@ class StoreSource:
         return {"path": self._screen.path, "window": self.window}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(Screen.open(state["path"]), state["window"])
+        self.__init__(Screen.open(state["path"], allow_unfinished=True), state["window"])
 
     def units(self, part: Part) -> list[tuple[str, int, int]]:
         starts = range(part.start, part.stop, ROWS_PER_CHUNK)
@@ -186,7 +186,7 @@ class StoreSource:
         store = self._stores[plate]
         first = self.crop_size // 2 - self.window // 2
         window = slice(first, first + self.window)
-        pixels = np.array(store.crops()[start:stop, :, window, window])
+        pixels = np.ascontiguousarray(store.read(start, stop)[:, :, window, window])
         # One row before the chunk tells whether its first row begins a field.
         before = max(start - 1, 0)
         columns = store.metadata_columns(before, stop)

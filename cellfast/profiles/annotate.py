@@ -11,6 +11,7 @@ import pandas as pd
 
 from cellfast.bounded import open_table, read_parquet, told
 from cellfast.errors import CellfastError
+from cellfast.metadata.controls import select_rows
 from cellfast.profiles import columns as names
 from cellfast.profiles.table import canonical_metadata
 
@@ -182,34 +183,20 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
 
     Args:
         metadata: canonical metadata [N, …].
-        query: a pandas query over the metadata (short names such as ``compound`` work too); ``all``: every row; None: the
-        compound is
-            DMSO, else a control type column (``Metadata_pert_type``, ``Metadata_control_type``) says negcon, else the MoA is
-            DMSO.
+        query: a condition on the metadata in the language of `cellfast.metadata.controls` (short names such as ``compound`` work
+            too); ``all``: every row; None: the compound is DMSO, else a control type column (``Metadata_pert_type``, ``Metadata_control_type``) says negcon, else
+            the MoA is DMSO.
 
     Returns:
         (bool [N], the rule as text).
 
     Raises:
-        CellfastError: the query fails, or matches no row; no controls are found without one.
+        CellfastError: the query is not of the language, or matches no row; no controls are found without one.
     """
     if query is not None and query.strip().lower() == "all":
         return np.ones(len(metadata), bool), "all rows"
     if query is not None:
-        frame = metadata.reset_index(drop=True)
-        for short, canonical in names.SHORT_NAMES.items():
-            if canonical in frame and short not in frame:
-                frame[short] = frame[canonical]
-        try:
-            matched = frame.query(query, engine="python", local_dict={}, global_dict={}).index
-        # pandas raises a dozen kinds of exceptions for a malformed query, all of them about the user's text.
-        except Exception as error:
-            raise CellfastError(
-                f'--controls "{query}" is not a query over the metadata ({error}). Columns: {", ".join(metadata.columns)}; '
-                "example: \"Metadata_Compound == 'DMSO'\"."
-            ) from None
-        mask = np.zeros(len(metadata), bool)
-        mask[matched] = True
+        mask = select_rows(query, metadata, names.SHORT_NAMES)
         if not mask.any():
             raise CellfastError(
                 f'--controls "{query}" matches none of the {len(metadata)} rows. Compounds: {_some(metadata, names.COMPOUND)}.'

@@ -5,12 +5,13 @@ callers'.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from cellfast.compiled import njit
 
 # What the options save is compile time: no wrappers for functions that only other kernels call, no reference counting in them,
 # no checks for
 # division by zero (there is none by a variable that can be zero).
-_ENTRY = {"cache": True, "nogil": True, "no_cfunc_wrapper": True, "error_model": "numpy", "_nrt": False}
+_ENTRY = {"no_cfunc_wrapper": True, "error_model": "numpy", "_nrt": False}
 _INNER = {**_ENTRY, "no_cpython_wrapper": True}
 _FAST = {"reassoc", "nsz", "contract"}
 

@@ -145,7 +145,9 @@ def _groups(table: ProfileTable, by: str, controls: np.ndarray, step: Step, leas
 @lru_cache(maxsize=1 << 16)
 def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts Week2 before Week10."""
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part)
+    return tuple(
+        (0, int(part)) if part.isdecimal() and len(part) < 19 else (1, part) for part in re.split(r"(\d+)", text) if part
+    )
 
 
 def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
+from cellfast.printable import printable
 from cellfast.profiles import columns as names
 from cellfast.profiles.evaluate import Evaluation
 from cellfast.profiles.neighbours import prepare
@@ -19,6 +21,8 @@ MAPS = ("tsne", "umap", "pca", "none")
 
 #: Profiles drawn on a map; more are sampled, seeded, and the title says so.
 MAX_POINTS = 5000
+
+MOST_CHARACTERS = 60  # of a name in a picture
 
 _MARKERS = "osD^vP*X<>ph"
 
@@ -104,8 +108,22 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
+def literal(name: object) -> str:
+    """A name from the data as a picture shows it: on one line, of 60 characters at most; `_save` sees that it is not typeset."""
+    text = printable(name)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+
+
 def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
+    from matplotlib.text import Text
+
+    # Every text of a picture is shown as it is: `$` begins no formula, and what TeX would run is no command.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_usetex(False)
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # A letter that no font here has is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(temporary, dpi=150, metadata={"Software": "cellfast"})
 
 
@@ -131,14 +149,14 @@ def _scatter(path: Path, xy: np.ndarray, labels: np.ndarray, title: str, note: s
             s=size,
             color=[colour],
             marker=_MARKERS[i % len(_MARKERS)],
-            label=f"{label or '(none)'} ({at.sum()})",
+            label=str(i),
             linewidths=0.3,
             edgecolors="white",
         )
     axes.set_title(note, fontsize=10)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.legend(
+    legend = axes.legend(
         title=title,
         fontsize=7,
         title_fontsize=8,
@@ -147,6 +165,9 @@ def _scatter(path: Path, xy: np.ndarray, labels: np.ndarray, title: str, note: s
         frameon=False,
         ncols=1 + len(unique) // 32,
     )
+    # Afterwards: a label that begins with "_" would be left out of the legend.
+    for text, label in zip(legend.get_texts(), unique, strict=True):
+        text.set_text(f"{literal(label) or '(none)'} ({(labels == label).sum()})")
     _save(figure, path)
 
 
@@ -163,8 +184,9 @@ def _confusion(path: Path, score: dict[str, Any], rule: str) -> None:
             axes.text(
                 j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.5 else "black"
             )
-    axes.set_xticks(range(len(moas)), moas, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(len(moas)), moas, fontsize=7)
+    shown = [literal(moa) for moa in moas]
+    axes.set_xticks(range(len(moas)), shown, rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(len(moas)), shown, fontsize=7)
     axes.set_xlabel("MoA of the nearest neighbour")
     axes.set_ylabel("MoA of the treatment")
     axes.set_title(f"{rule.upper()} {_percent(score)} ({score['num_correct']}/{score['num_evaluated']})", fontsize=10)

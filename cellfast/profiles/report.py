@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cellfast.printable import printable
+
 
 def profile_lines(report: dict[str, Any]) -> list[str]:
     """What was read, joined, left out and fitted, for people."""
@@ -64,7 +66,7 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
     lines.append(
         f"written   {report['profiles']['rows']:,} {report['level']} profiles of {report['profiles']['features']} features"
     )
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _step(step: dict[str, Any]) -> str:
@@ -164,7 +166,7 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
     for what, precision in (result["mean_average_precision"] or {}).items():
         if precision:
             lines.append(f"mAP       per {what}: {precision['mean']:.4f} over {precision['num_groups']} groups")
-    return lines
+    return [printable(line) for line in lines]
 
 
 def comparison_lines(report: dict[str, Any]) -> list[str]:
@@ -182,4 +184,4 @@ def comparison_lines(report: dict[str, Any]) -> list[str]:
                 f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}; only A right {r['only_a_right']}, only B right "
                 f"{r['only_b_right']} (McNemar p = {r['mcnemar_p_value']:.2g})"
             )
-    return lines
+    return [printable(line) for line in lines]

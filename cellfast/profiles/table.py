@@ -13,6 +13,7 @@ import pandas as pd
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
+from cellfast.printable import masked_values
 from cellfast.profiles import columns as names
 
 _PROVENANCE_KEY = b"cellfast.profile"
@@ -89,7 +90,7 @@ def write_profiles(table: ProfileTable, path: str | os.PathLike[str]) -> None:
     arrays = list(metadata.columns) + [pa.array(np.ascontiguousarray(column)) for column in table.features.T]
     arrow = pa.table(dict(zip([*metadata.column_names, *table.feature_names], arrays)))
     # pandas reads the frame's own schema note; ours travels beside it.
-    arrow = arrow.replace_schema_metadata({_PROVENANCE_KEY: json.dumps(table.provenance).encode()})
+    arrow = arrow.replace_schema_metadata({_PROVENANCE_KEY: json.dumps(masked_values(table.provenance)).encode()})
     with atomic_path(path) as temporary:
         pq.write_table(arrow, temporary)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,53 +13,15 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-from h5py import h5d, h5g, h5l, h5o, h5s
 
 from cellfast.errors import CellfastError
-from cellfast.screens import schema
+from cellfast.metadata.names import check_batch, check_text, file_name
+from cellfast.screens import schema, sealed
+from cellfast.screens.hdf5_tables import datasets_of, values_of
+from cellfast.screens.unfinished import what_is_missing
+from cellfast.screens.wells import normalise_well
 
 AGAIN = "delete the file and ingest the plate again"
-
-
-# What a link that is not to an object of the same file is called.
-_LINKS = {h5l.TYPE_SOFT: "SoftLink", h5l.TYPE_EXTERNAL: "ExternalLink"}
-
-
-def _datasets(group: h5g.GroupID, path: Path, prefix: str = "") -> dict[str, h5d.DatasetID]:
-    """The datasets of a file and of its groups by name ("cells/field"); what would make HDF5 open another file or follow a path is refused.
-
-    A screen has hundreds of plates with twenty datasets each, so they are opened once and in h5py's low-level interface.
-    """
-    links: list[tuple[str, int]] = []
-    group.links.iterate(lambda name, info: links.append((name.decode(), info.type)), info=True)
-    found = {}
-    for name, kind in links:
-        if kind != h5l.TYPE_HARD:
-            raise CellfastError(
-                f"{path}: '{prefix}{name}' is a {_LINKS.get(kind, 'link of another kind')}; links are refused in a crop store, as they "
-                "can lead to other files"
-            )
-        item = h5o.open(group, name.encode())
-        if isinstance(item, h5d.DatasetID):
-            layout = item.get_create_plist()
-            if layout.get_layout() == h5d.VIRTUAL or layout.get_external_count() > 0:
-                raise CellfastError(f"{path}: '{prefix}{name}' keeps its data in other files; that is refused in a crop store")
-            found[prefix + name] = item
-        elif isinstance(item, h5g.GroupID) and not prefix:
-            found |= _datasets(item, path, f"{name}/")
-    return found
-
-
-def _values(dataset: h5d.DatasetID) -> np.ndarray:
-    """All values of a dataset; text as an array of ``str`` objects."""
-    values = np.empty(dataset.shape, dtype=dataset.dtype)
-    dataset.read(h5s.ALL, h5s.ALL, values)
-    if h5py.check_string_dtype(dataset.dtype) is None:
-        return values
-    text = np.empty(values.shape, dtype=object)
-    for place, value in np.ndenumerate(values):
-        text[place] = value.decode()
-    return text
 
 
 class PlateStore:
@@ -82,11 +44,13 @@ class PlateStore:
         if not self.path.is_file():
             raise CellfastError(f"{self.path}: no such crop store; make one with `cellfast ingest`")
         try:
-            with h5py.File(self.path, "r", locking=False) as handle:
+            with sealed.open_hdf5(self.path, PlateStore) as handle:
                 self._read(handle)
+        except sealed.DamagedFile as error:
+            raise CellfastError(f"{error}; {AGAIN}") from error
         except CellfastError:
             raise
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # what a damaged file makes of HDF5, numpy, json and of memory
             raise CellfastError(f"{self.path}: damaged or not a crop store ({error}); {AGAIN}") from error
 
     def _read(self, handle: h5py.File) -> None:
@@ -102,7 +66,7 @@ class PlateStore:
             )
         if version < 1:
             raise CellfastError(f"{self.path}: crop store schema must be 1 or more, got {version}; {AGAIN}")
-        datasets = _datasets(handle.id, self.path)
+        datasets = datasets_of(handle.id, self.path)
         crops = h5py.Dataset(datasets[schema.CROPS])
         if (
             crops.ndim != 4
@@ -114,7 +78,7 @@ class PlateStore:
                 f"{self.path}: crops must be contiguous uint8 or uint16 [N, C, S, S], got {crops.dtype} {crops.shape}"
                 f"{' in chunks' if crops.chunks else ''}; {AGAIN}"
             )
-        self.plate, self.batch, self.border = str(attributes["plate"]), str(attributes["batch"]), str(attributes["border"])
+        self.plate, self.batch, self.border = (_text(attributes[name]) for name in ("plate", "batch", "border"))
         self.options: dict[str, Any] = json.loads(attributes["options"])
         self.cellfast_version, self.created = str(attributes["cellfast_version"]), str(attributes["created"])
         self.num_cells, self.num_channels, self.crop_size = (int(v) for v in crops.shape[:3])
@@ -132,18 +96,40 @@ class PlateStore:
                     f"{self.path}: truncated: the pixels end at byte {self._offset + length:,}, the file at {self.path.stat().st_size:,}; {AGAIN}"
                 )
 
-        def table(group: str, columns: Iterable[str]) -> dict[str, np.ndarray]:
-            return {name: _values(datasets[f"{group}/{name}"]) for name in columns}
+        def table(group: str, columns: dict[str, np.dtype | None]) -> dict[str, np.ndarray]:
+            return {name: values_of(datasets[f"{group}/{name}"], self.path, dtype) for name, dtype in columns.items()}
 
-        channels = table(schema.CHANNELS, ("name", "scale_low", "scale_high"))
+        number = np.dtype(np.float64)
+        channels = table(schema.CHANNELS, {"name": None, "scale_low": number, "scale_high": number})
         self.channel_names = [str(v) for v in channels["name"]]
         self.scale_low, self.scale_high = (channels[name].astype(np.float64) for name in ("scale_low", "scale_high"))
         self._cells = table(schema.CELLS, schema.CELL_COLUMNS)
         self._fields = table(schema.FIELDS, schema.FIELD_COLUMNS)
-        self._wells = table(schema.WELLS, (*schema.WELL_TEXT, "concentration_um"))
-        self.source_files = _values(datasets[f"{schema.FIELDS}/source_files"])
-        self.ledger: dict[str, Any] | None = json.loads(_values(datasets["ledger"])[()])
+        self._wells = table(schema.WELLS, {**dict.fromkeys(schema.WELL_TEXT), "concentration_um": number})
+        self.source_files = values_of(datasets[f"{schema.FIELDS}/source_files"], self.path, None)
+        self.ledger: dict[str, Any] | None = json.loads(values_of(datasets["ledger"], self.path, None)[()])
+        if not isinstance(self.options, dict) or not isinstance(self.ledger, (dict, type(None))):
+            raise CellfastError(f"{self.path}: its options and its ledger must be JSON objects; {AGAIN}")
+        self._check_names()
         self._check_tables()
+
+    def _check_names(self) -> None:
+        """The names of another program's file meet what the ingest asks of a table's: outputs are named after them."""
+        try:
+            file_name("plate", self.plate)
+            check_batch(self.batch)
+            for well in self._wells["name"]:
+                if normalise_well(well) != well:
+                    raise CellfastError(f"well {well!r}: expected {normalise_well(well)!r}")
+            for kind, names in (
+                ("channel", self.channel_names),
+                ("compound", self._wells["compound"]),
+                ("MoA", self._wells["moa"]),
+            ):
+                for name in names:
+                    check_text(kind, name)
+        except CellfastError as error:
+            raise CellfastError(f"{self.path}: {error}; {AGAIN}") from None
 
     def _check_tables(self) -> None:
         if int(self.num_channels) != len(self.channel_names):
@@ -153,6 +139,12 @@ class PlateStore:
         for name, column in self._cells.items():
             if len(column) != self.num_cells:
                 raise CellfastError(f"{self.path}: {self.num_cells} crops but {len(column)} values of cells/{name}; {AGAIN}")
+        for name, values in {**self._cells, **self._fields, **self._wells}.items():
+            if values.ndim != 1:
+                raise CellfastError(f"{self.path}: table column {name} must have one axis, got shape {values.shape}; {AGAIN}")
+        for group in (self._fields, self._wells, dict(enumerate((self.channel_names, self.scale_low, self.scale_high)))):
+            if len({len(values) for values in group.values()}) > 1:
+                raise CellfastError(f"{self.path}: the columns of a table are not of one length; {AGAIN}")
         num_fields, num_wells = len(self._fields["well"]), len(self._wells["name"])
         for rows, bound, what in (
             (self._cells["field"], num_fields, "cells/field"),
@@ -182,7 +174,10 @@ class PlateStore:
         return int(self._offset or 0) if self.num_cells else 0
 
     def crops(self) -> np.ndarray:
-        """The pixels [N, C, S, S] as a read-only memory map (an empty array when there are no cells)."""
+        """The pixels [N, C, S, S] as a read-only memory map (an empty array when there are no cells); nothing is checked.
+
+        A file that is cut short while it is mapped ends the process (SIGBUS): `read` says it instead.
+        """
         if self.num_cells == 0:
             return np.zeros(self._shape, dtype=self.dtype)
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self._offset, shape=self._shape)
@@ -230,18 +225,72 @@ class PlateStore:
         """One row per cell in store order, with the columns `schema.METADATA_COLUMNS`."""
         return self._metadata.copy()
 
+    def check(self, rows: Sequence[int] | np.ndarray, crops: np.ndarray) -> None:
+        """Compare ``crops``, C-contiguous [n, C, S, S], with the CRC-32 that the cells ``rows`` had when they were written.
+
+        Raises:
+            CellfastError: naming the plate and the cells that differ.
+        """
+        self._refuse(self._damaged(rows, crops))
+
+    def _damaged(self, rows: Sequence[int] | np.ndarray, crops: np.ndarray) -> list[int]:
+        expected = self._cells["crc32"]
+        return [int(row) for row, crop in zip(rows, crops) if zlib.crc32(crop) != expected[row]]
+
+    def _refuse(self, rows: list[int]) -> None:
+        if not rows:
+            return
+        names = []
+        for row in rows[:5]:
+            one = {name.removeprefix("Metadata_"): values[0] for name, values in self.metadata_columns(row, row + 1).items()}
+            names.append(f"row {row} (well {one['Well']}, site {one['Site']}, object {one['ObjectNumber']})")
+        more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
+        raise CellfastError(
+            f"{self.path}: plate {self.plate}: the pixels of {len(rows):,} of {self.num_cells:,} cells are damaged: "
+            f"{', '.join(names)}{more}; {AGAIN}"
+        )
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The pixels of rows start … stop − 1, read from the file and compared with their checksums.
+
+        Raises:
+            CellfastError: damaged (`check`), or the file was cut short after it was opened.
+            OSError: it cannot be read.
+        """
+        crops = self._read_pixels(start, stop)
+        self.check(range(start, stop), crops)
+        return crops
+
+    def _read_pixels(self, start: int, stop: int) -> np.ndarray:
+        crops = np.empty((stop - start, *self._shape[1:]), dtype=self.dtype)
+        if not crops.size:
+            return crops
+        memory, done = memoryview(crops.reshape(-1).view(np.uint8)), 0
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + start * crops[0].nbytes)
+            while done < len(memory):
+                got = file.readinto(memory[done:])
+                if not got:
+                    raise self.cut_short()
+                done += got
+        return crops
+
+    def cut_short(self) -> CellfastError:
+        """What to raise where the file ends before its pixels do."""
+        return CellfastError(f"{self.path}: the file was cut short after it was opened; {AGAIN}")
+
     def verify(self) -> None:
         """Read all pixels and compare each crop's CRC-32 with the one stored when it was written.
 
         Raises:
             CellfastError: naming how many cells differ and the first of them.
         """
-        crops = self.crops()
-        bad = [i for i in range(self.num_cells) if zlib.crc32(np.ascontiguousarray(crops[i])) != int(self._cells["crc32"][i])]
-        if bad:
-            raise CellfastError(
-                f"{self.path}: the pixels of {len(bad)} of {self.num_cells} cells are damaged (first: row {bad[0]}); {AGAIN}"
-            )
+        bad: list[int] = []
+        step = max(1, (16 << 20) // max(1, int(np.prod(self._shape[1:])) * np.dtype(self.dtype).itemsize))
+        for start in range(0, self.num_cells, step):
+            stop = min(start + step, self.num_cells)
+            bad += self._damaged(range(start, stop), self._read_pixels(start, stop))
+        self._refuse(bad)
 
 
 class Screen:
@@ -253,12 +302,18 @@ class Screen:
         channel_names, crop_size, dtype: the same for all plates.
         offsets: int64 [num_plates + 1].
         num_cells: ``offsets[-1]``.
+        unfinished: what is missing of its ingest, in words; empty where it ended.
     """
+
+    unfinished = ""
 
     def __init__(self, path: str | os.PathLike[str], plates: list[PlateStore]) -> None:
         self.path = Path(path)
         self.plates = sorted(plates, key=lambda store: store.plate)
         first = self.plates[0]
+        for one, other in zip(self.plates, self.plates[1:]):
+            if one.plate == other.plate:
+                raise CellfastError(f"{one.path} and {other.path} are both of plate {one.plate}; remove one of them")
         for store in self.plates[1:]:
             for name in ("channel_names", "crop_size", "dtype"):
                 if getattr(store, name) != getattr(first, name):
@@ -271,11 +326,14 @@ class Screen:
         self.num_cells = int(self.offsets[-1])
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Screen:
+    def open(cls, path: str | os.PathLike[str], *, allow_unfinished: bool = False) -> Screen:
         """Open the screen folder ``path``.
 
+        Args:
+            allow_unfinished: take the plates that are there where the ingest has not ended; `Screen.unfinished` says what is missing.
+
         Raises:
-            CellfastError: no such folder, no plates in it, a damaged plate, or plates that do not fit together.
+            CellfastError: no such folder, no plates in it, a damaged plate, plates that do not fit together, or an unfinished ingest.
         """
         path = Path(path)
         if not path.is_dir():
@@ -286,7 +344,12 @@ class Screen:
             raise CellfastError(
                 f"{path}: no crop stores in {path / 'plates'} (found in the folder: {inside}); make them with `cellfast ingest`"
             )
-        return cls(path, [PlateStore(file) for file in files])
+        sealed.try_unsealed(files, PlateStore)
+        screen = cls(path, [PlateStore(file) for file in files])
+        screen.unfinished = what_is_missing(path, {store.plate for store in screen.plates})
+        if screen.unfinished and not allow_unfinished:
+            raise CellfastError(f"{path}: {screen.unfinished}; or take the plates that are there with --allow-unfinished")
+        return screen
 
     def metadata(self) -> pd.DataFrame:
         """One row per cell in global row order, with the columns `schema.METADATA_COLUMNS`."""
@@ -296,6 +359,10 @@ class Screen:
         """(low, high), float64 [C]: the medians over the plates with cells of their ``scale_low`` and ``scale_high``."""
         stores = [store for store in self.plates if store.num_cells] or self.plates
         return np.median([s.scale_low for s in stores], axis=0), np.median([s.scale_high for s in stores], axis=0)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _show(value: Any) -> str:

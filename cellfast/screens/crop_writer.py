@@ -12,15 +12,18 @@ from types import TracebackType
 from typing import Any
 
 import h5py
-import numba
 import numpy as np
 
 from cellfast import __version__
+from cellfast.atomic import partial_path
+from cellfast.compiled import njit
 from cellfast.errors import CellfastError
-from cellfast.screens import schema
+from cellfast.metadata.names import check_batch, check_text, file_name
+from cellfast.printable import masked, masked_values
+from cellfast.screens import schema, sealed
 
 
-@numba.njit(cache=True, nogil=True)
+@njit()
 def _add_histogram(crops, histogram, stride):  # pragma: no cover - compiled
     n, channels, height, width = crops.shape
     for i in range(n):
@@ -31,23 +34,8 @@ def _add_histogram(crops, histogram, stride):  # pragma: no cover - compiled
 
 
 def plate_file_name(plate: str) -> str:
-    """The file name of a plate's store: the plate's name + ``.h5``.
-
-    Raises:
-        CellfastError: the name is empty or cannot be a file name (separators, ``.``, NUL, over 200 bytes).
-    """
-    bad = (
-        not plate
-        or plate in (".", "..")
-        or plate.startswith(".")
-        or any(c in plate for c in "/\\\0")
-        or len(plate.encode()) > 200
-    )
-    if bad:
-        raise CellfastError(
-            f"plate name {plate!r} cannot name a file: expected 1 to 200 bytes without '/', '\\' or a leading '.'; rename it in the table"
-        )
-    return f"{plate}.h5"
+    """The file name of a plate's store: the plate's name + ``.h5``; raises `CellfastError` as `file_name` does."""
+    return f"{file_name('plate', plate)}.h5"
 
 
 class PlateWriter:
@@ -83,8 +71,8 @@ class PlateWriter:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        self.plate, self.batch = plate, batch
-        self.channel_names = tuple(channel_names)
+        self.plate, self.batch = file_name("plate", plate), check_batch(batch)
+        self.channel_names = tuple(check_text("channel", name) for name in channel_names)
         self.crop_size, self.dtype = int(crop_size), np.dtype(dtype)
         if self.dtype not in schema.PIXEL_DTYPES:
             raise CellfastError(f"{self.path.name}: pixels must be uint8 or uint16, got {self.dtype}")
@@ -103,7 +91,7 @@ class PlateWriter:
         self._treatments: list[tuple[str, float, str]] = []
         self._histogram = np.zeros((len(self.channel_names), np.iinfo(self.dtype).max + 1), dtype=np.int64)
         self._filled_histogram = np.zeros_like(self._histogram)
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial.h5")
+        self._partial = partial_path(self.path)
         self._file: h5py.File | None = None
 
     def __enter__(self) -> PlateWriter:
@@ -116,10 +104,13 @@ class PlateWriter:
             if kind is None:
                 self._finish()
         finally:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
             self._partial.unlink(missing_ok=True)
+            if self._file is not None:
+                file, self._file = self._file, None
+                try:
+                    file.close()
+                except (OSError, RuntimeError):
+                    pass  # what could not be written was told already, and the file has no name any more
 
     def append_field(
         self,
@@ -177,7 +168,7 @@ class PlateWriter:
         self._fields["well"].append(well_row)
         self._fields["site"].append(int(site))
         self._fields["image_number"].append(int(image_number))
-        self._sources.append(tuple(source_files) or ("",) * len(self.channel_names))
+        self._sources.append(tuple(map(masked, source_files)) or ("",) * len(self.channel_names))
         self.num_cells += n
 
     @property
@@ -215,6 +206,7 @@ class PlateWriter:
             libver=("earliest", "v110"),
             alignment_threshold=threshold,
             alignment_interval=schema.PAGE_BYTES,
+            userblock_size=sealed.USER_BLOCK,
             locking=False,
         )
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -251,7 +243,7 @@ class PlateWriter:
         low, high = scale_from_histogram(self._histogram if self._histogram.any() else self._filled_histogram)
         channels.create_dataset("scale_low", data=low)
         channels.create_dataset("scale_high", data=high)
-        handle.create_dataset("ledger", data=json.dumps(self.ledger, ensure_ascii=False), dtype=text)
+        handle.create_dataset("ledger", data=json.dumps(masked_values(self.ledger), ensure_ascii=False), dtype=text)
         attributes = handle.attrs
         attributes["plate"], attributes["batch"], attributes["border"] = self.plate, self.batch, self.border
         attributes["crop_size"] = self.crop_size
@@ -259,18 +251,14 @@ class PlateWriter:
         attributes["pixel_size_um"] = float("nan") if self.pixel_size_um is None else float(self.pixel_size_um)
         attributes["cellfast_version"] = __version__
         attributes["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        attributes["options"] = json.dumps(self.options, sort_keys=True)
+        attributes["options"] = json.dumps(masked_values(self.options), sort_keys=True)
         attributes["schema_version"] = schema.SCHEMA_VERSION
         # Last: a file without it was never finished.
         attributes["format"] = schema.FORMAT
         handle.flush()
         handle.close()
         self._file = None
-        descriptor = os.open(self._partial, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sealed.seal(self._partial, schema.CROPS)
         os.replace(self._partial, self.path)
 
     def _shrink(self) -> None:

@@ -7,9 +7,9 @@ The convention, here and everywhere: the crop of side S around the centroid (y, 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from cellfast.compiled import njit
 from cellfast.errors import CellfastError
 
 BORDERS = ("pad", "reflect", "drop")
@@ -27,7 +27,7 @@ def inside(origins: np.ndarray, crop_size: int, height: int, width: int) -> np.n
     return (origins >= 0).all(axis=1) & (last[:, 0] <= height) & (last[:, 1] <= width)
 
 
-@numba.njit(cache=True, nogil=True)
+@njit()
 def _cut(plane, origins, out, channel, reflect):  # pragma: no cover - compiled
     height, width = plane.shape
     size = out.shape[2]

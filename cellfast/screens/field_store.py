@@ -3,8 +3,9 @@
 Layout (attribute ``format`` = ``cellfast-fields``, ``version`` = 1): ``encoded`` uint8 [total], the files one after the other, field by
 field and channel by channel; ``offsets`` int64 [N · C + 1]; attributes ``num_fields``, ``num_channels``, ``height``, ``width``,
 ``dtype`` (``uint16`` or ``uint8``), ``channel_names``; ``files`` (optional): N · C names, by which the store stands in for the folder the
-images came from (``--image-root FIELDS.h5``). Files of others whose ``encoded`` is a variable-length uint8 dataset [N, C] are
-read too.
+images came from (``--image-root FIELDS.h5``); ``crc32`` uint32 [N · C], of each file's bytes. A seal (`cellfast.screens.sealed`) covers
+all but ``encoded``. Stores of earlier versions, without seal and ``crc32``, are read too, and files of others whose ``encoded`` is a
+variable-length uint8 dataset [N, C].
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import io
 import os
 import threading
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,10 +26,12 @@ import numpy as np
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
+from cellfast.screens import sealed
 from cellfast.screens.remote import is_url, read_bytes
 from cellfast.screens.tiff import check_page, open_tiff, read_alike
 
 FORMAT, VERSION = "cellfast-fields", 1
+AGAIN = "write it again with cellfast ingest fields --keep-fields"
 
 
 def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tuple[int, int], bool]:
@@ -80,7 +85,7 @@ def write_field_store(
 
     if not files or len({len(channels) for channels in files}) != 1 or not files[0]:
         raise CellfastError("every field needs the same number of channel files, at least one, and there must be a field")
-    num_channels, notes = len(files[0]), []
+    num_channels = len(files[0])
     channels = list(channel_names) if channel_names is not None else [f"channel{number}" for number in range(num_channels)]
     if len(channels) != num_channels:
         raise CellfastError(f"{num_channels} channels need as many names, got {', '.join(channels)}")
@@ -88,36 +93,55 @@ def write_field_store(
         twice = [name for name, count in Counter(name for field in names for name in field).items() if count > 1 and name]
         if twice:
             raise CellfastError(f"{path}: two files would be called {twice[0]} in the field store")
+    with atomic_path(path) as temporary:
+        with h5py.File(temporary, "w", userblock_size=sealed.USER_BLOCK) as file:
+            notes = _write(file, path, files, channels, names, leave_out, progress)
+        sealed.seal(temporary, "encoded")
+    return notes
+
+
+def _write(
+    file: Any,
+    path: str | os.PathLike[str],
+    files: Sequence[Sequence[str | os.PathLike[str]]],
+    channels: list[str],
+    names: Sequence[Sequence[str]] | None,
+    leave_out: bool,
+    progress: Callable[[int], None],
+) -> list[str]:
+    import h5py
+
     alike: tuple[np.dtype, tuple[int, int]] | None = None
-    offsets, kept = [0], []
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
-        encoded = file.create_dataset("encoded", shape=(0,), maxshape=(None,), dtype=np.uint8, chunks=(1 << 22,))
-        for number, field in enumerate(files):
-            try:
-                contents, alike, anew = _contents(field, alike)
-            except CellfastError as error:
-                if not leave_out:
-                    raise
-                notes.append(f"left out: {error}")
-                progress(1)
-                continue
-            notes += anew
-            for content in contents:
-                encoded.resize((offsets[-1] + len(content),))
-                encoded[offsets[-1] :] = np.frombuffer(content, np.uint8)
-                offsets.append(offsets[-1] + len(content))
-            kept.append(number)
+    offsets, kept, sums, notes = [0], [], [], []
+    encoded = file.create_dataset("encoded", shape=(0,), maxshape=(None,), dtype=np.uint8, chunks=(1 << 22,))
+    for number, field in enumerate(files):
+        try:
+            contents, alike, anew = _contents(field, alike)
+        except CellfastError as error:
+            if not leave_out:
+                raise
+            notes.append(f"left out: {error}")
             progress(1)
-        if alike is None:
-            raise CellfastError(f"none of {len(files)} fields can be kept in {path}; the first was {notes[0]}")
-        file.create_dataset("offsets", data=np.array(offsets, np.int64))
-        if names is not None:
-            flat = [name for number in kept for name in names[number]]
-            file.create_dataset("files", data=flat, dtype=h5py.string_dtype())
-        file.attrs.update(
-            format=FORMAT, version=VERSION, num_fields=len(kept), num_channels=num_channels, height=alike[1][0], width=alike[1][1],
-            dtype=alike[0].name, channel_names=channels,
-        )  # fmt: skip
+            continue
+        notes += anew
+        for content in contents:
+            encoded.resize((offsets[-1] + len(content),))
+            encoded[offsets[-1] :] = np.frombuffer(content, np.uint8)
+            offsets.append(offsets[-1] + len(content))
+            sums.append(zlib.crc32(content))
+        kept.append(number)
+        progress(1)
+    if alike is None:
+        raise CellfastError(f"none of {len(files)} fields can be kept in {path}; the first was {notes[0]}")
+    file.create_dataset("offsets", data=np.array(offsets, np.int64))
+    file.create_dataset("crc32", data=np.array(sums, np.uint32))
+    if names is not None:
+        flat = [name for number in kept for name in names[number]]
+        file.create_dataset("files", data=flat, dtype=h5py.string_dtype())
+    file.attrs.update(
+        format=FORMAT, version=VERSION, num_fields=len(kept), num_channels=len(channels), height=alike[1][0], width=alike[1][1],
+        dtype=alike[0].name, channel_names=channels,
+    )  # fmt: skip
     return notes
 
 
@@ -161,23 +185,38 @@ class EncodedFields:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with self._said():
+            self._file = sealed.open_hdf5(self.path, EncodedFields)
+            try:
+                self._open()
+            except BaseException:
+                self._file.close()
+                raise
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        """What a damaged file makes of HDF5, numpy, tifffile and memory, as one sentence."""
+        try:
+            yield
+        except sealed.DamagedFile as error:
+            raise CellfastError(f"{error}; {AGAIN}") from error
+        except CellfastError:
+            raise
+        except Exception as error:
+            raise CellfastError(
+                f"{self.path}: damaged, or not a field store ({type(error).__name__}: {error}); {AGAIN}"
+            ) from error
+
+    def _open(self) -> None:
         import h5py
 
-        self.path = Path(path)
-        try:
-            self._file = h5py.File(self.path, "r")
-        except OSError as error:
-            raise CellfastError(f"{self.path} cannot be read as HDF5 ({error})") from error
-        try:
-            self._data = self._own("encoded")
-            self._vlen = h5py.check_vlen_dtype(self._data.dtype) is not None
-            if self._vlen:
-                self._open_vlen()
-            else:
-                self._open_flat()
-        except BaseException:
-            self._file.close()
-            raise
+        self._data, self._sums = self._own("encoded"), None
+        self._vlen = h5py.check_vlen_dtype(self._data.dtype) is not None
+        if self._vlen:
+            self._open_vlen()
+        else:
+            self._open_flat()
 
     def _own(self, name: str) -> Any:
         import h5py
@@ -189,6 +228,7 @@ class EncodedFields:
             raise CellfastError(
                 f"{self.path} has no dataset {name!r} of its own: it holds {found}; links to other files are refused"
             )
+        sealed.check_sizes(data, self.path)
         return data
 
     def _open_flat(self) -> None:
@@ -201,10 +241,24 @@ class EncodedFields:
             )
         self.num_fields, self.num_channels = int(attrs["num_fields"]), int(attrs["num_channels"])
         self.shape, self.dtype = (int(attrs["height"]), int(attrs["width"])), np.dtype(str(attrs["dtype"]))
-        self._offsets = self._own("offsets")[:]
+        if self.num_fields < 1 or self.num_channels < 1 or min(self.shape) < 1 or self._data.ndim != 1:
+            raise sealed.DamagedFile(
+                f"{self.path}: damaged: {self.num_fields} fields of {self.num_channels} channels {self.shape}"
+            )
+        self._offsets = self._integers("offsets", np.int64)
+        if "crc32" in self._file:
+            self._sums = self._integers("crc32", np.uint32)
+            if len(self._sums) != self.num_fields * self.num_channels:
+                raise sealed.DamagedFile(f"{self.path}: damaged: {len(self._sums)} checksums for {self.num_fields} fields")
         rising = len(self._offsets) == self.num_fields * self.num_channels + 1 and bool((np.diff(self._offsets) > 0).all())
         if not rising or self._offsets[0] != 0 or self._offsets[-1] != self._data.shape[0] or self._data.dtype != np.uint8:
-            raise CellfastError(f"{self.path} is damaged: its offsets do not fit {self._data.shape[0]} bytes; write it again")
+            raise sealed.DamagedFile(f"{self.path} is damaged: its offsets do not fit {self._data.shape[0]} bytes")
+
+    def _integers(self, name: str, dtype: Any) -> np.ndarray:
+        data = self._own(name)
+        if data.ndim != 1 or data.dtype != dtype:
+            raise sealed.DamagedFile(f"{self.path}: damaged: {name} is {data.dtype} of shape {data.shape}")
+        return data[:]
 
     def _open_vlen(self) -> None:
         if self._data.ndim != 2 or 0 in self._data.shape:
@@ -214,19 +268,37 @@ class EncodedFields:
         self.dtype, self.shape, _ = greyscale_tiff(first, f"{self.path}:encoded[0, 0]")
 
     def encoded(self, index: int) -> list[np.ndarray]:
-        """The C files of field ``index`` as uint8 arrays."""
-        if self._vlen:
-            return [np.ascontiguousarray(part, np.uint8) for part in self._data[index]]
-        edges = self._offsets[index * self.num_channels : (index + 1) * self.num_channels + 1]
-        content = self._data[edges[0] : edges[-1]]
-        return [content[a - edges[0] : b - edges[0]] for a, b in pairwise(edges)]
+        """The C files of field ``index`` as uint8 arrays.
+
+        Raises:
+            CellfastError: as `file`.
+        """
+        return self._files(index * self.num_channels, (index + 1) * self.num_channels)
 
     def file(self, index: int, channel: int) -> np.ndarray:
-        """One file of field ``index``, uint8 [n]."""
-        if self._vlen:
-            return np.ascontiguousarray(self._data[index, channel], np.uint8)
-        first, last = self._offsets[index * self.num_channels + channel :][:2]
-        return self._data[first:last]
+        """One file of field ``index``, uint8 [n].
+
+        Raises:
+            CellfastError: it differs from its checksum, or cannot be read.
+        """
+        number = index * self.num_channels + channel
+        return self._files(number, number + 1)[0]
+
+    def _files(self, first: int, last: int) -> list[np.ndarray]:
+        """Files ``first`` … ``last`` − 1 of all."""
+        with self._said():
+            if self._vlen:
+                return [np.ascontiguousarray(self._data[divmod(n, self.num_channels)], np.uint8) for n in range(first, last)]
+            edges = self._offsets[first : last + 1]
+            content = self._data[edges[0] : edges[-1]]
+            files = [content[a - edges[0] : b - edges[0]] for a, b in pairwise(edges)]
+            for number, file in enumerate(files, first):
+                if self._sums is not None and zlib.crc32(file) != self._sums[number]:
+                    field, channel = divmod(number, self.num_channels)
+                    raise sealed.DamagedFile(
+                        f"{self.path}: the file of field {field}, channel {channel} differs from its checksum"
+                    )
+            return files
 
     def names(self) -> list[str]:
         """What the N · C files are called, field by field; empty where the store keeps no names.
@@ -236,7 +308,8 @@ class EncodedFields:
         """
         if "files" not in self._file:
             return []
-        names = [name.decode() if isinstance(name, bytes) else str(name) for name in self._own("files")[:]]
+        with self._said():
+            names = [name.decode() if isinstance(name, bytes) else str(name) for name in self._own("files")[:]]
         if len(names) != self.num_fields * self.num_channels:
             raise CellfastError(f"{self.path} is damaged: {len(names)} names for {self.num_fields * self.num_channels} files")
         return names
@@ -305,13 +378,18 @@ class FieldStoreFiles:
 
         Raises:
             FileNotFoundError: there is none of this name.
+            OSError: it is damaged.
         """
         number = self._index.get(key.strip("/"))
         if number is None:
             raise FileNotFoundError(f"{self.store.path} has no file {key}")
         field, channel = divmod(number, self.store.num_channels)
-        with self._lock:
-            return self.store.file(field, channel).tobytes()
+        try:
+            with self._lock:
+                return self.store.file(field, channel).tobytes()
+        except CellfastError as error:
+            # One file of many: who reads it refuses its field and goes on.
+            raise OSError(str(error)) from error
 
 
 @lru_cache(maxsize=4)

@@ -10,6 +10,7 @@ import numpy as np
 
 from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
+from cellfast.metadata.names import file_name
 from cellfast.screens.image_files import FileFinder, base_channel
 
 MOST_LOADED = 32
@@ -71,15 +72,19 @@ class Illumination:
         """The function of a plate's channel, divided by its mean, float32 [H, W].
 
         Raises:
-            CellfastError: none for this channel, not readable, or with values that are not positive and finite.
+            CellfastError: a name that cannot name a file, none for this channel, not readable, or with values that are not positive and finite.
         """
+        file_name("plate", plate), file_name("channel", channel)  # the folder is not left
         found = self._loaded.get(f"{plate}/{channel}")
         if found is None:
             file = self._file(plate, channel)
             values = load_npy(file)
             if values.ndim != 2 or not np.isfinite(values).all() or not (values > 0).all():
                 raise CellfastError(f"{file}: expected positive, finite values [H, W], got {values.dtype} {values.shape}")
-            found = (values / values.mean()).astype(np.float32)
+            with np.errstate(all="ignore"):
+                found = (values / values.mean(dtype=np.float64)).astype(np.float32)
+            if not np.isfinite(found).all() or not (found > 0).all():
+                raise CellfastError(f"{file}: its values lie too far apart: {values.min():g} to {values.max():g}")
             # Functions of plates that are done would pile up over a screen of thousands.
             while len(self._loaded) >= MOST_LOADED:
                 self._loaded.pop(next(iter(self._loaded)), None)
@@ -93,4 +98,5 @@ class Illumination:
             raise CellfastError(
                 f"illumination function of plate {plate}, channel {channel}: expected shape {plane.shape}, got {function.shape}"
             )
-        return np.clip(np.rint(plane / function), 0, np.iinfo(plane.dtype).max).astype(plane.dtype)
+        with np.errstate(over="ignore"):  # what is beyond the type is clipped
+            return np.clip(np.rint(plane / function), 0, np.iinfo(plane.dtype).max).astype(plane.dtype)

@@ -76,7 +76,10 @@ def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: obje
             left[why] = names
             rest[:] = [name for name in rest if name not in names]
 
-    leave("illumination functions: --illumination divides by them", [n for n in rest if re.match(r"(?i)illum(?!ina)", n) or _function(table, listed[n])])
+    leave(
+        "illumination functions: --illumination divides by them",
+        [n for n in rest if re.match(r"(?i)illum(?!ina)", n) or _function(table, listed[n])],
+    )
     leave("outlines", [n for n in rest if "outline" in n.lower()])
     inputs = [n for n in rest if any(f"{p}_{n}" in table.columns for p in ("Channel", "Frame", "Image_Channel", "Image_Frame"))]
     leave("written by CellProfiler", [n for n in rest if inputs and n not in inputs])

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cellfast.atomic import remove_abandoned, told_when_full
 from cellfast.errors import CellfastError
+from cellfast.folder_lock import FolderLock
+from cellfast.printable import masked_values
 from cellfast.progress import Progress
+from cellfast.screens import unfinished
 from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.inputs import changed_files, changed_options
@@ -59,7 +63,7 @@ def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
     store = PlateStore(task.path)
     if store.ledger is not None and not store.ledger.get("fields_written"):
         return None, ""  # nothing of it could be used: that mistake may be mended by now, whatever it was
-    wanted = json.loads(json.dumps(task.options))
+    wanted = masked_values(json.loads(json.dumps(task.options)))
     inputs, options = changed_options(store.options, wanted)
     for name in options:
         raise CellfastError(
@@ -142,6 +146,8 @@ def run_plates(
             f"{unrecorded} plates were made before the sizes and times of files were recorded; they are kept, whatever became of their "
             "files: --force makes them again"
         )
+    if todo:
+        unfinished.begin(todo[0].path.parent.parent, [task.plate for task in tasks])
     total = sum(task.units * task.passes for task in todo)
     unit = unit if total == sum(task.units for task in todo) else "steps"
     with Progress("ingest", total, unit, enabled=show_progress) as progress:
@@ -158,12 +164,17 @@ def run_plates(
             _counter = _Inline(shown)
             try:
                 for task in todo:
-                    ledgers[task.plate] = work(task)
+                    ledgers[task.plate] = _do(work, task)
             finally:
                 _counter = None
         elif todo:
             _run_parallel(todo, work, ledgers, workers, shown)
     return [ledgers[task.plate] for task in tasks], notes
+
+
+def _do(work: Callable[[PlateTask], PlateLedger], task: PlateTask) -> PlateLedger:
+    with told_when_full(task.path):
+        return work(task)
 
 
 class _Inline:
@@ -200,7 +211,7 @@ def _run_parallel(
     context = multiprocessing.get_context("spawn")
     counter = context.Array("q", 2)
     with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_begin_worker, initargs=(counter,)) as pool:
-        plate_of = {pool.submit(work, task): task.plate for task in todo}
+        plate_of = {pool.submit(_do, work, task): task.plate for task in todo}
         pending = set(plate_of)
         try:
             while pending:
@@ -223,11 +234,17 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def remove_abandoned(screen: Path, older_than_s: float = 24 * 3600.0) -> None:
-    """Remove partial files that a killed ingest left more than a day ago."""
-    for partial in (screen / "plates").glob(".*.partial.h5"):
-        if time.time() - partial.stat().st_mtime > older_than_s:
-            partial.unlink(missing_ok=True)
+@contextmanager
+def ingesting(screen: Path) -> Iterator[None]:
+    """Keep other ingests out of the screen folder inside the block, and remove what killed ones left half written.
+
+    Raises:
+        CellfastError: another ingest is writing there (names its process and host).
+    """
+    with FolderLock(screen, "cellfast ingest"):
+        remove_abandoned(screen)
+        remove_abandoned(screen / "plates")
+        yield
 
 
 def other_plates(screen: Path, tasks: Sequence[PlateTask]) -> list[str]:

@@ -17,9 +17,9 @@ from cellfast.screens.images import ImageError, read_stack
 from cellfast.screens.ingest import (
     PlateTask,
     count_unit,
+    ingesting,
     other_plates,
     plate_path,
-    remove_abandoned,
     run_plates,
     stored_ledger,
 )
@@ -149,7 +149,6 @@ def ingest_crops(
         raise CellfastError(
             f"--channels names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
         )
-    remove_abandoned(screen)
     tasks, times = [], FileTimes()
     for plate, rows in index.table.groupby("plate", sort=True):
         options = {
@@ -165,18 +164,21 @@ def ingest_crops(
         payload = {"rows": rows, "shape": shape, "dtype": dtype.name, "strict": strict, "layout": index.layout}
         inputs = crop_inputs(zip(rows["well"], rows["site"], rows["file"]), times)
         tasks.append(PlateTask(str(plate), plate_path(screen, str(plate)), len(rows), options, payload, inputs=inputs))
-    plates, remade = run_plates(tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress)
-    notes = list(index.notes) + [f"{count} rows of the index left out: {reason}" for reason, count in index.dropped.items()]
-    notes += [*remade, *other_plates(screen, tasks)]
-    ledger = Ledger(
-        source=source,
-        locations=f"ready-made crops ({index.num_rows} rows)",
-        options={"layout": index.layout, "strict": strict, "batch_regex": batch_regex, "pixel_size_um": pixel_size_um},
-        plates=plates,
-        notes=notes,
-    )
-    assert index.num_rows == sum(p.cells_found for p in plates) + sum(index.dropped.values())
-    ledger.write(screen)
+    with ingesting(screen):
+        plates, remade = run_plates(
+            tasks, ingest_crop_plate, workers=workers, force=force, unit="crops", show_progress=show_progress
+        )
+        notes = list(index.notes) + [f"{count} rows of the index left out: {reason}" for reason, count in index.dropped.items()]
+        notes += [*remade, *other_plates(screen, tasks)]
+        ledger = Ledger(
+            source=source,
+            locations=f"ready-made crops ({index.num_rows} rows)",
+            options={"layout": index.layout, "strict": strict, "batch_regex": batch_regex, "pixel_size_um": pixel_size_um},
+            plates=plates,
+            notes=notes,
+        )
+        assert index.num_rows == sum(p.cells_found for p in plates) + sum(index.dropped.values())
+        ledger.write(screen)
     if not any(p.cells_written for p in plates):
         raise CellfastError(f"no crop could be used; all reasons are in {screen / 'ledger.json'}")
     return ledger

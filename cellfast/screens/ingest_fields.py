@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cellfast.errors import CellfastError
+from cellfast.printable import masked
 from cellfast.screens import schema
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import PlateWriter
@@ -22,15 +23,16 @@ from cellfast.screens.images import ImageError, image_info
 from cellfast.screens.ingest import (
     PlateTask,
     count_unit,
+    ingesting,
     other_plates,
     plate_path,
-    remove_abandoned,
     run_plates,
     stored_ledger,
 )
 from cellfast.screens.inputs import FileTimes, digest, field_inputs
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.locations import LocationSource
+from cellfast.screens.remote import is_url
 
 PROBED_FIELDS = 15
 
@@ -146,7 +148,6 @@ def ingest_fields(
         raise CellfastError(f"{source or 'the image table'} lists no fields")
     check_files(table.fields, table.channel_names)
     shape, dtype = probe_images(table)
-    remove_abandoned(screen)
     reader = FieldReader(table.channel_names, locations, illumination, options.crop_size, options.border, shape, dtype.name)
     tasks, times = [], FileTimes()
     for plate, fields in fields_by_plate(table).items():
@@ -166,18 +167,19 @@ def ingest_fields(
         tasks.append(
             PlateTask(plate, plate_path(screen, plate), len(fields), described, work, 1 + locations.reads_images, inputs)
         )
-    plates, remade = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
-    elsewhere = locations.unused(table.fields)
-    ledger = Ledger(
-        source=source,
-        locations=locations.description,
-        options=asdict(options),
-        plates=plates,
-        notes=[*table.notes, *remade, *([elsewhere] if elsewhere else []), *other_plates(screen, tasks)],
-        unmatched_metadata=list(unmatched),
-        unused_metadata=list(unused),
-    )
-    ledger.write(screen)
+    with ingesting(screen):
+        plates, remade = run_plates(tasks, ingest_plate, workers=workers, force=force, unit="fields", show_progress=show_progress)
+        elsewhere = locations.unused(table.fields)
+        ledger = Ledger(
+            source=source,
+            locations=locations.description,
+            options=asdict(options),
+            plates=plates,
+            notes=[*table.notes, *remade, *([elsewhere] if elsewhere else []), *other_plates(screen, tasks)],
+            unmatched_metadata=list(unmatched),
+            unused_metadata=list(unused),
+        )
+        ledger.write(screen)
     if not any(p.fields_written for p in plates):
         first = plates[0].refusals[0]["message"] if plates[0].refusals else "no reason noted"
         raise CellfastError(
@@ -187,8 +189,12 @@ def ingest_fields(
 
 
 def field_table_digest(fields: Sequence[Field]) -> str:
-    """SHA-256 of where the fields were taken, their files and treatments."""
-    return digest([[f.well, f.site, f.image_number, f.files, f.compound, repr(f.concentration), f.moa] for f in fields])
+    """SHA-256 of where the fields were taken, their files (of URLs without secrets: a new signature is no new file) and treatments."""
+
+    def files(field: Field) -> list[str]:
+        return [masked(file, opaque=False) if is_url(file) else file for file in field.files]
+
+    return digest([[f.well, f.site, f.image_number, files(f), f.compound, repr(f.concentration), f.moa] for f in fields])
 
 
 def ingest_plate(task: PlateTask) -> PlateLedger:

@@ -10,8 +10,10 @@ from typing import Any
 from cellfast import __version__
 from cellfast.atomic import write_json
 from cellfast.errors import CellfastError
+from cellfast.printable import printable
+from cellfast.screens import unfinished
+from cellfast.screens.unfinished import LEDGER_FILE
 
-LEDGER_FILE = "ledger.json"
 LEDGER_VERSION = 1
 
 
@@ -99,6 +101,7 @@ class Ledger:
         path = screen / LEDGER_FILE
         body = {"ledger_version": LEDGER_VERSION, "cellfast_version": __version__, "totals": self.totals(), **asdict(self)}
         write_json(path, body)
+        unfinished.end(screen, [plate.plate for plate in self.plates])
         return path
 
     def table(self, limit: int = 12) -> str:
@@ -110,11 +113,11 @@ class Ledger:
             + (f"   without cells: {t['wells_without_cells']:,}" if t["wells_without_cells"] else ""),
             f"{'fields listed':<26}{t['fields_listed']:>10,}",
             f"{'  written':<26}{t['fields_written']:>10,}",
-            *(f"{'  refused: ' + reason:<26}{count:>10,}" for reason, count in sorted(t["fields_refused"].items())),
+            *(f"{'  refused: ' + printable(reason):<26}{count:>10,}" for reason, count in sorted(t["fields_refused"].items())),
             f"{'cells found':<26}{t['cells_found']:>10,}",
             f"{'  written':<26}{t['cells_written']:>10,}"
             + (f"   of them padded at the border: {t['cells_padded']:,}" if t["cells_padded"] else ""),
-            *(f"{'  dropped: ' + reason:<26}{count:>10,}" for reason, count in sorted(t["cells_dropped"].items())),
+            *(f"{'  dropped: ' + printable(reason):<26}{count:>10,}" for reason, count in sorted(t["cells_dropped"].items())),
         ]
         refusals = [f"{p.plate} {r['where']}: {r['message']}" for p in self.plates for r in p.refusals]
         empty = [f"{p.plate} {well}" for p in self.plates for well in p.wells_without_cells]
@@ -129,7 +132,7 @@ class Ledger:
         ):
             if items:
                 lines.append(f"{title} ({len(items)}):")
-                lines += [f"  {item}" for item in items[:limit]]
+                lines += [f"  {printable(item)}" for item in items[:limit]]
                 if len(items) > limit:
                     lines.append(f"  … and {len(items) - limit} more in {LEDGER_FILE}")
         return "\n".join(lines)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from cellfast.errors import CellfastError
 from cellfast.metadata.paths import Place, centroid_place
+from cellfast.printable import masked
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.detect import DEFAULT_DIAMETER_PX, detect_nuclei
 from cellfast.screens.image_files import files_under
@@ -190,7 +191,7 @@ class TableLocations:
         table = read_table(path, "a table of locations")
         plate, well, site, image = (find_column(table, names) for names in (PLATE, WELL, SITE, IMAGE))
         row, column = find_column(table, ROW), find_column(table, COLUMN)
-        description = f"table {str(path).rsplit('/', 1)[-1]}, sha256 {_file_digest(path)}"
+        description = f"table {masked(str(path)).rsplit('/', 1)[-1]}, sha256 {_file_digest(path)}"
         if well is None and row and column:
             table["Metadata_Well"] = table[row].astype(str) + table[column].astype(str)
             well = "Metadata_Well"
@@ -261,7 +262,7 @@ class FolderLocations:
 
     @property
     def description(self) -> str:
-        return f"centroid CSVs in {str(self.folder).rsplit('/', 1)[-1]}"
+        return f"centroid CSVs in {masked(str(self.folder)).rsplit('/', 1)[-1]}"
 
     @classmethod
     def index(cls, folder: Path | str, fields: Sequence[Field]) -> FolderLocations:

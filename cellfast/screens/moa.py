@@ -153,7 +153,7 @@ def join_metadata(table: ImageTable, path: str | Path) -> tuple[ImageTable, Join
         else:
             try:
                 key = (int(float(record[image])),)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise CellfastError(
                     f"{path}, row {number + 2}: expected a number in column {image}, got {record[image]!r}"
                 ) from None

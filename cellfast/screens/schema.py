@@ -6,6 +6,8 @@ import re
 
 import numpy as np
 
+from cellfast.metadata.names import check_batch
+
 FORMAT = "cellfast-crop-store"
 SCHEMA_VERSION = 1
 
@@ -59,11 +61,15 @@ DEFAULT_BATCH_REGEX = r"^(Week\d+)_"
 
 
 def batch_of_plate(plate: str, pattern: str | None = None) -> str:
-    """The experimental batch of a plate: group 1 (or all) of ``pattern`` in its name, ``Week1`` of ``Week1_22123`` by default; else the plate."""
+    """The experimental batch of a plate: group 1 (or all) of ``pattern`` in its name, ``Week1`` of ``Week1_22123`` by default; else the plate.
+
+    Raises:
+        CellfastError: what the pattern finds cannot name a folder.
+    """
     found = re.search(pattern or DEFAULT_BATCH_REGEX, plate)
     if not found:
         return plate
-    return found.group(1) if found.re.groups else found.group(0)
+    return check_batch(found.group(1) if found.re.groups else found.group(0))
 
 
 def is_control(compound: str) -> bool:

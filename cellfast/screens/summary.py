@@ -10,6 +10,7 @@ import numpy as np
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
+from cellfast.printable import printable
 from cellfast.screens.crop_store import PlateStore, Screen
 from cellfast.screens.schema import is_control
 
@@ -83,7 +84,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines += [
         f"channel      {c['name']:<16} 0.1–99.9 % of the pixels: {c['scale_low']:g} – {c['scale_high']:g}" for c in s["channels"]
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def verify(screen: Screen, progress: Callable[[int], None] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on as if it had not stopped: ``RUN/checkpoints/last.pt``."""
+"""Everything a run needs to go on as if it had not stopped: ``RUN/checkpoints/last.pt``, and the one before it, ``previous.pt``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from cellfast import __version__
-from cellfast.atomic import atomic_path
+from cellfast.atomic import atomic_path, partial_path
 from cellfast.errors import CellfastError
-from cellfast.model_file import load_weights_only
 from cellfast.models import SimCLR
+from cellfast.tensor_file import load_tensors, write_tensors
 
 FORMAT = "cellfast-checkpoint"
 FORMAT_VERSION = 1
@@ -28,8 +28,9 @@ def save_checkpoint(
     config: dict[str, Any],
     training_data: str,
 ) -> None:
-    """Write the state after ``step`` optimiser steps, atomically. Views depend on seed and step only, so no generator needs
-    saving."""
+    """Write the state after ``step`` optimiser steps, atomically; what ``path`` held becomes ``previous.pt`` beside it. Views depend on
+    seed and step only, so no generator needs saving."""
+    path = Path(path)
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -43,7 +44,58 @@ def save_checkpoint(
         "training_data": training_data,
     }
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        write_tensors(temporary, content)
+        if path.exists():
+            _keep(path)
+
+
+def _keep(path: Path) -> None:
+    link = partial_path(path)
+    try:
+        os.link(path, link)
+    except OSError:
+        # This file system has no hard links. A kill before the next rename leaves no last.pt, and `find_checkpoint` takes previous.pt.
+        os.replace(path, previous_of(path))
+        return
+    os.replace(link, previous_of(path))
+
+
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before ``path`` lies."""
+    return path.with_name("previous.pt")
+
+
+def find_checkpoint(path: Path) -> tuple[Path | None, str]:
+    """The newest whole checkpoint of a run, ``path`` or the one before it, and what to say about the choice; None where there is none.
+
+    A damaged ``path`` is kept as ``damaged.pt`` when the one before it is whole, so that the next checkpoint does not replace a whole one
+    by it.
+
+    Raises:
+        CellfastError: there are checkpoints, and none of them can be read.
+    """
+    earlier = previous_of(path)
+    if not path.exists():
+        if not earlier.exists():
+            return None, ""
+        load_checkpoint(earlier)
+        return earlier, f"{path} is missing, as after a stop in the middle of writing it: going on from {earlier}"
+    try:
+        load_checkpoint(path)
+        return path, ""
+    except CellfastError as error:
+        try:
+            load_checkpoint(earlier)
+        except CellfastError as other:
+            also = (
+                f"; the one before it cannot be used either: {other}" if earlier.exists() else f", and there is no {earlier.name}"
+            )
+            raise CellfastError(
+                f"{error}{also}. Copy the checkpoint back from where it was whole, or start anew with --force"
+            ) from error
+        kept = path.with_name("damaged.pt")
+        os.replace(path, kept)
+        return earlier, f"{error}. Kept as {kept}; going on from the checkpoint before it, {earlier}"
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -51,11 +103,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     damaged."""
     path = Path(path)
     if not path.exists():
-        raise CellfastError(f"there is no checkpoint {path} to resume from: start the run anew with --force")
-    content = load_weights_only(path)
+        raise CellfastError(f"there is no checkpoint {path}")
+    content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CellfastError(f"{path} is not a cellfast checkpoint")
-    if content.get("format_version", 0) > FORMAT_VERSION:
+    missing = sorted({"format_version", "step", "model", "optimizer", "loader", "training_data"} - set(content))
+    if missing:
+        raise CellfastError(f"the checkpoint {path} is damaged: it has no {', '.join(missing)}")
+    if content["format_version"] > FORMAT_VERSION:
         raise CellfastError(
             f"{path} was written by cellfast {content.get('cellfast_version')}, whose checkpoints this version "
             f"({__version__}) does not read"

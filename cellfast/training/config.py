@@ -17,6 +17,7 @@ import yaml
 
 from cellfast.atomic import write_text
 from cellfast.errors import CellfastError
+from cellfast.printable import masked_values
 
 # As in cellfast.models, which imports torch; a test compares them.
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "cnn4")
@@ -202,7 +203,7 @@ class TrainConfig:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all values as YAML, atomically; `resolve_config` with this file gives the same configuration."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=False)
+        text = yaml.safe_dump(masked_values(self.to_dict()), sort_keys=False, allow_unicode=True, default_flow_style=False)
         write_text(path, "# Every value of this run: cellfast train SCREEN -o RUN --config THIS_FILE repeats it.\n" + text)
 
 

@@ -59,6 +59,7 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
+    allow_unfinished: bool = False,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Train an encoder on a screen and write the run folder.
@@ -69,12 +70,15 @@ def train(
         screen_path: a screen folder.
         run: the run folder.
         config: every value of the run.
-        resume: go on from the run's last checkpoint; on a CPU bit-identically to a run that had not stopped.
+        resume: go on from the run's last whole checkpoint, on a CPU bit-identically to a run that had not stopped; from the beginning
+            where there is none yet.
         force: discard a run that is in the folder.
+        allow_unfinished: take the plates that are there of a screen whose ingest has not ended.
         say: prints a line.
 
     Raises:
-        CellfastError: options and data that do not fit, a run in the way, a loss that is not finite, out of memory.
+        CellfastError: options and data that do not fit, a run in the way, another training in the folder, a loss that is not finite, out
+            of memory, a full disk, another process of the training that ended or hangs.
     """
     device = choose_device(config.device)
     tune_malloc()
@@ -83,8 +87,11 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     processes = start_processes(device)
+    folder = RunFolder(Path(run))
     try:
-        return _Training(Path(screen_path), RunFolder(Path(run)), config, device, processes, resume, force, say).run()
+        # All read the checkpoint that one process has chosen.
+        checkpoint, note = processes.first_does(lambda: folder.take(resume=resume, force=force))
+        return _Training(Path(screen_path), folder, config, device, processes, checkpoint, note, allow_unfinished, say).run()
     except torch.OutOfMemoryError as error:
         raise CellfastError(
             f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
@@ -94,8 +101,12 @@ def train(
             raise CellfastError(
                 f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
             ) from error
-        raise
+        lost = processes.lost(error)
+        if lost is None:
+            raise
+        raise lost from error
     finally:
+        folder.release()
         processes.stop()
 
 
@@ -109,13 +120,16 @@ class _Training:
         config: TrainConfig,
         device: torch.device,
         processes: Processes,
-        resume: bool,
-        force: bool,
+        checkpoint: Path | None,
+        note: str,
+        allow_unfinished: bool,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.device, self.processes, self.folder = config, device, processes, folder
         self.say = say if processes.is_first else (lambda text: None)
-        self.screen = screen = Screen.open(screen_path)
+        self.screen = screen = Screen.open(screen_path, allow_unfinished=allow_unfinished)
+        if screen.unfinished:
+            self.say(f"{screen_path}: {screen.unfinished}")
         world = processes.world_size
         if config.batch_size % world:
             raise CellfastError(f"batch_size {config.batch_size} must be a multiple of the {world} processes")
@@ -156,7 +170,7 @@ class _Training:
             ),
             config.seed,
         )
-        if config.weights and not resume:
+        if config.weights and checkpoint is None:
             self.say(f"weights: {load_weights(self.model, config.weights)}")
         self.model = self.model.to(device)
         self.digest = data_digest(screen)
@@ -165,14 +179,16 @@ class _Training:
         )
         self.loader = None if self.total_is_zero else self._make_loader()
         # Last: --force discards the earlier run only when nothing else stands in the way of this one.
-        if processes.is_first:
-            folder.prepare(resume=resume, force=force)
+        if processes.is_first and checkpoint is None:
+            folder.clear()
         self.steps_per_epoch = len(self.loader) if self.loader else 0
         self.total_steps = config.steps if config.steps is not None else config.epochs * self.steps_per_epoch
-        self.first_step = self._resume() if resume else 0
+        if note:
+            self.say(note)
+        self.first_step = 0 if checkpoint is None else self._resume(checkpoint)
         if processes.is_first:
             config.save(folder.config)
-        self.interrupted, self._interrupted_at = False, 0.0
+        self.interrupted, self._interrupted_at, self._one_is_gone = False, 0.0, False
 
     def _make_loader(self) -> Loader:
         return Loader(
@@ -189,14 +205,14 @@ class _Training:
             feed=self.config.feed,
         )
 
-    def _resume(self) -> int:
-        content = load_checkpoint(self.folder.checkpoint)
+    def _resume(self, checkpoint: Path) -> int:
+        content = load_checkpoint(checkpoint)
         if content["training_data"] != self.digest:
             raise CellfastError(
                 f"{self.folder.path}: the run was trained on another screen (data digest {content['training_data'][:12]}, "
                 f"{self.screen.path} has {self.digest[:12]}); resume with the screen it began with"
             )
-        step = restore(content, self.model, self.optimizer, self.config.to_dict(), self.folder.checkpoint)
+        step = restore(content, self.model, self.optimizer, self.config.to_dict(), checkpoint)
         if self.loader is not None:
             self.loader.load_state_dict(content["loader"])
         self.say(f"resumed at step {step} of {self.total_steps}")
@@ -258,14 +274,24 @@ class _Training:
             old = {number: signal.signal(number, self._on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._loop(log)
+        except RuntimeError as error:
+            # torchrun ends all processes when one is gone; this one is to say so first.
+            if self.processes.lost(error):
+                old = {}
+                self._one_is_gone = True
+            raise
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+            # What exchanges gradients must not outlive the process group.
+            module, self.step = None, None
             log.close()
             self.loader.close()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         now = time.monotonic()
+        if self._one_is_gone:
+            return
         if self.interrupted:
             # torchrun passes on a Ctrl-C that the terminal has sent to every process already.
             if now - self._interrupted_at < 2.0:

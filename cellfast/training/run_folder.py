@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cellfast.atomic import remove_abandoned, told_when_full, write_text
 from cellfast.errors import CellfastError
+from cellfast.folder_lock import FolderLock
+from cellfast.training.checkpoint import find_checkpoint, previous_of
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """``RUN/``: config.yaml, model.pt, metrics.jsonl, checkpoints/last.pt, tensorboard/."""
+    """``RUN/``: config.yaml, model.pt, metrics.jsonl, checkpoints/last.pt and previous.pt, tensorboard/.
 
-    path: Path
+    One training at a time writes there, between `take` and `release`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FolderLock(path, "cellfast train")
 
     @property
     def config(self) -> Path:
@@ -37,52 +43,66 @@ class RunFolder:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
-    def prepare(self, *, resume: bool, force: bool) -> None:
-        """Make the folder ready for a new run or for ``resume``.
+    def _files(self) -> list[Path]:
+        checkpoints = [self.checkpoint, previous_of(self.checkpoint), self.checkpoint.with_name("damaged.pt")]
+        return [self.config, self.model, self.metrics, *checkpoints]
 
-        ``force`` removes an earlier run's files, and nothing else that may lie there.
+    def take(self, *, resume: bool, force: bool) -> tuple[Path | None, str]:
+        """Keep other trainings out of the folder and return the checkpoint to go on from (None: start anew) and what to say of it.
 
         Raises:
-            CellfastError: the folder holds a run and neither ``resume`` nor ``force`` is given; it holds none and ``resume`` is; both are.
+            CellfastError: another training writes there; the folder holds a run and neither ``resume`` nor ``force`` is given, or both are;
+                its checkpoints cannot be read.
         """
         if resume and force:
             raise CellfastError("--resume continues the run and --force discards it: give one of them")
-        ours = [self.config, self.model, self.checkpoint, self.metrics]
+        self._lock.acquire()
+        for folder in (self.path, self.checkpoint.parent):
+            remove_abandoned(folder)
         if resume:
-            if not self.config.exists():
-                raise CellfastError(f"{self.path} holds no run to resume (no config.yaml): leave out --resume to start one")
-            return
-        found = [p.relative_to(self.path).as_posix() for p in ours if p.exists()]
+            checkpoint, note = find_checkpoint(self.checkpoint)
+            if checkpoint is None and self.model.exists():
+                raise CellfastError(
+                    f"{self.path} holds a model but no checkpoint to go on from: --force discards it and starts anew, "
+                    "another -o keeps it"
+                )
+            return checkpoint, note or ("" if checkpoint else f"{self.path} holds no checkpoint yet: starting from the beginning")
+        found = [p.relative_to(self.path).as_posix() for p in self._files() if p.exists()]
         if found and not force:
             raise CellfastError(
                 f"{self.path} already holds a run ({', '.join(found)}): --resume continues it, --force discards it"
             )
-        if self.path.exists() and not self.path.is_dir():
-            raise CellfastError(f"{self.path} is a file: expected a folder for the run")
-        for path in ours:
+        return None, ""
+
+    def clear(self) -> None:
+        """Remove an earlier run's files, and nothing else that may lie there."""
+        for path in self._files():
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tensorboard, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
+
+    def release(self) -> None:
+        """Let other trainings into the folder."""
+        self._lock.release()
 
     def forget_after(self, step: int) -> None:
         """Drop lines of metrics.jsonl after ``step``: a run resumed from an older checkpoint writes them again."""
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut short when the run was killed
-        self.metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
 
 
 class MetricsLog:
     """Writes scalars to metrics.jsonl (one JSON object a line) and to TensorBoard; does nothing on other ranks."""
 
     def __init__(self, folder: RunFolder, *, enabled: bool, step: int) -> None:
-        self._file, self._board = None, None
+        self._file, self._board, self._folder = None, None, folder
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -95,14 +115,19 @@ class MetricsLog:
         if self._file is None:
             return
         values = {key: value for key, value in values.items() if value is not None}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            self._board.add_scalar(key, value, step)
+        with told_when_full(self._folder.metrics):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
-            self._file = None
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        with told_when_full(self._folder.metrics):
+            try:
+                file.close()
+            finally:
+                self._board.close()

@@ -76,7 +76,8 @@ class Side:
             return [{"out_of_memory": "the operating system ended the process"}]
         parts = ", ".join(job["part"] for job in jobs)
         raise CellfastError(
-            f"{self.name}: '{parts}' failed with status {done.status}:\n{_end_of(done.said)}{self._hint(done.said)}"
+            f"{self.name}: '{parts}' failed with status {done.status}:\n{_end_of(done.said)}{self._hint(done.said)}",
+            keep="\n",
         )
 
     def _hint(self, text: str) -> str:

@@ -1,6 +1,7 @@
 // Which instruction set's kernels run: the best this processor has, unless another is asked for (tests, measurements).
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #include "ntxent/cpu/tile.h"
 
@@ -8,6 +9,8 @@ namespace cellfast::ntxent::cpu {
 namespace {
 
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kEmulatedBf16 = 4 };
+
+const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16", "emulated_bf16"};
 
 Level supported() {
 #if defined(__x86_64__)
@@ -71,8 +74,19 @@ const TileKernels<float>* pair_kernels() {
   }
 }
 
+std::string kernel_names(bool supported_only) {
+  std::string found;
+  const int best = supported();
+  for (int candidate = 0; candidate <= kEmulatedBf16; ++candidate) {
+    // The emulated ones differ from portable ones in one instruction, and run everywhere.
+    if (!supported_only || candidate <= best || candidate == kEmulatedBf16) {
+      found += (found.empty() ? "" : ",") + std::string(names[candidate]);
+    }
+  }
+  return found;
+}
+
 const char* choose_kernels(const char* instruction_set) {
-  static const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16", "emulated_bf16"};
   if (std::strcmp(instruction_set, "") == 0) {
     return names[level()];
   }

@@ -248,6 +248,9 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor zhat, Tensor inv_no
 }
 
 std::string kernels(std::string instruction_set) {
+  if (instruction_set == "all" || instruction_set == "supported") {
+    return kernel_names(instruction_set == "supported");
+  }
   const char* const chosen = choose_kernels(instruction_set.c_str());
   if (chosen == nullptr) {
     fail("instruction_set must be auto, avx512_bf16, avx512, avx2, portable or emulated_bf16, as far as this processor has them, got ", instruction_set);

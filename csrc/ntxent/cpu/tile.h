@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace cellfast::ntxent::cpu {
 
@@ -52,6 +53,9 @@ const TileKernels<float>* pair_kernels();
 // "avx512_bf16", "avx512", "avx2", "portable", "emulated_bf16" (portable kernels of pairs, for tests), "auto" (the best this processor runs)
 // or "" (no change): what is in use then. Null where this processor does not run what is asked for.
 const char* choose_kernels(const char* instruction_set);
+
+// The sets of kernels by name, separated by commas, slowest first: all there are, or those this processor runs.
+std::string kernel_names(bool supported_only);
 
 namespace avx512 {
 extern const TileKernels<float> kFloat;
