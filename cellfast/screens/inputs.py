@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cellfast.errors import CellfastError
+from cellfast.printable import masked
 from cellfast.screens.field_store import PROTOCOL
 from cellfast.screens.remote import file_system, is_url
 
@@ -80,8 +81,8 @@ def field_inputs(fields: Sequence[Field], locations: LocationSource, times: File
     record = {}
     for one in fields:
         own = locations.file(one)
-        found = [(file, times.of(file)) for file in one.files]
-        cells = digest([own, times.of(own)])[:16] if own else ""
+        found = [(masked(file, opaque=False), times.of(file)) for file in one.files]
+        cells = digest([masked(own, opaque=False), times.of(own)])[:16] if own else ""
         record[f"{one.well} site {one.site}"] = f"{digest(found)[:16]} {cells}".strip()
     return record
 
