@@ -113,10 +113,10 @@ def write_montage(screen: Screen, path: str | Path, *, rows: int = 6, columns: i
     size, channels = screen.crop_size, len(screen.channel_names)
     cell_height, cell_width = size + 2, channels * (size + 1) + 3
     canvas = np.full((-(-count // columns) * cell_height, columns * cell_width), 64, dtype=np.uint8)
-    maps = [store.crops() for store in screen.plates]
     for position, row in enumerate(chosen):
         plate = int(np.searchsorted(screen.offsets, row, side="right")) - 1
-        crop = maps[plate][row - screen.offsets[plate]].astype(np.float64)
+        local = int(row - screen.offsets[plate])
+        crop = screen.plates[plate].read(local, local + 1)[0].astype(np.float64)
         scaled = np.clip((crop - low[:, None, None]) / (high - low)[:, None, None], 0, 1) * 255
         top, left = (position // columns) * cell_height, (position % columns) * cell_width
         for channel in range(channels):

@@ -110,10 +110,10 @@ def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int 
     ]
     if any(name.count("-") != 2 for name in names):
         raise CellfastError(f"{screen_path}: a plate's name has a '-', which the reference's file names use as separator")
-    maps = [plate.crops() for plate in screen.plates]
     for row, name in zip(rows, names):
         plate = int(np.searchsorted(screen.offsets, row, side="right")) - 1
-        crop = maps[plate][row - screen.offsets[plate]].astype(np.float32)
+        local = int(row - screen.offsets[plate])
+        crop = screen.plates[plate].read(local, local + 1)[0].astype(np.float32)
         scaled = np.clip((crop - low) / np.maximum(high - low, 1), 0, 1) * 255
         Image.fromarray(np.concatenate([_sized(c, size) for c in scaled.round().astype(np.uint8)], axis=1)).save(strips / name)
     labels = [f"{c}_{d}" for c, d in zip(metadata["Metadata_Compound"], metadata["Metadata_Concentration"])]
