@@ -26,6 +26,7 @@ from cellfast.bounded import check_claim, check_parquet, check_torch_file, load_
 from cellfast.cli import cellfast
 from cellfast.embedding.export import read_export_metadata
 from cellfast.errors import CellfastError
+from cellfast.metadata.tables import read_table
 from cellfast.model_file import load_model, load_weights
 from cellfast.models import ModelConfig, SimCLR
 from cellfast.profiles.feature_files import open_source
@@ -34,7 +35,6 @@ from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import read_image_table
 from cellfast.screens.images import ImageError, encoded_plane, image_info, read_plane, read_stack
 from cellfast.screens.locations import TableLocations
-from cellfast.screens.tables import read_table
 from cellfast.training.config import parse_assignment, resolve_config
 
 ROOT = Path(__file__).resolve().parent.parent

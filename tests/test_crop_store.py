@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.batches import batch_of_plate
 from cellfast.screens import PlateStore, PlateWriter, Screen, crop_store, sealed, unfinished
 from cellfast.screens.crop_writer import plate_file_name, scale_from_histogram
 from cellfast.screens.ledger import Ledger, PlateLedger
-from cellfast.screens.schema import METADATA_COLUMNS, batch_of_plate
+from cellfast.screens.schema import METADATA_COLUMNS
 from cellfast.screens.summary import format_summary, summarize, write_montage
 
 SIZE = 16

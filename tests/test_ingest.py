@@ -13,6 +13,7 @@ from PIL import Image
 
 from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
+from cellfast.metadata.wells import well_name
 from cellfast.screens import Screen
 from cellfast.screens.cutting import crop_origins, cut_crops
 from cellfast.screens.detect import centroids_of_labels, detect_nuclei
@@ -21,7 +22,6 @@ from cellfast.screens.images import ImageError, read_plane
 from cellfast.screens.ingest_crops import read_crop
 from cellfast.screens.locations import open_locations
 from cellfast.screens.moa import join_moa
-from cellfast.screens.wells import normalise_well
 
 HEIGHT, WIDTH, SIZE = 40, 60, 16
 CHANNELS = ("DNA", "Actin")
@@ -291,13 +291,13 @@ def test_cutting_equals_numpy_pad(size, border, mode):
     ("text", "well"), [("a1", "A01"), ("A1", "A01"), ("a01", "A01"), ("P24", "P24"), ("AF48", "AF48"), ("h012", "H12")]
 )
 def test_wells(text, well):
-    assert normalise_well(text) == well
+    assert well_name(text) == well
 
 
 @pytest.mark.parametrize("text", ["", "A", "A0", "A49", "AG01", "1A", "AAA1"])
 def test_wells_that_are_none(text):
     with pytest.raises(CellfastError, match="expected a row A–Z"):
-        normalise_well(text)
+        well_name(text)
 
 
 def test_patterns(tmp_path):

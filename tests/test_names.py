@@ -10,11 +10,11 @@ from test_crop_store import write_plate
 
 from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
+from cellfast.metadata.batches import batch_of_plate
 from cellfast.metadata.names import file_name
 from cellfast.model_file import ModelMetadata
 from cellfast.screens import PlateStore, Screen
 from cellfast.screens.illumination import Illumination
-from cellfast.screens.schema import batch_of_plate
 
 REFUSED = ["", "../x", "a/b", "a\\b", ".x", "-x", " x", "x ", "x.", "a\nb", "a\x1b[2J", "a\u202eb", "a\u200bb", "a\0b", "a*", "a?", "c:d",
            "NUL", "com1.txt", "x" * 201, "é" * 101]  # fmt: skip

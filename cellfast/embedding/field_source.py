@@ -18,7 +18,7 @@ from cellfast.screens.crop_writer import _add_histogram, scale_from_histogram
 from cellfast.screens.field_cells import FieldPlanes, FieldReader, PlaneFacts, count_refused, fields_by_plate
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, encoded_plane
-from cellfast.screens.ingest_fields import field_table_digest
+from cellfast.screens.ingest_fields import batches_of_fields, field_table_digest
 from cellfast.screens.inputs import FileTimes, field_inputs
 from cellfast.screens.ledger import PlateLedger
 
@@ -66,14 +66,13 @@ class FieldSource:
         self.crop_size = reader.crop_size
         self._fields = fields_by_plate(table)
         self.num_fields = len(table.fields)
-        self._batch: dict[str, str] = {}
+        self._batch = batches_of_fields(table.fields, batch_regex)
         self._hopeless = 0
         most = int(np.clip(self.num_fields // 64, 1, MOST_FIELDS_PER_PART))
         self.plans, times = [], FileTimes()
         for plate, fields in self._fields.items():
             file_name("plate", plate)
             _check_treatments(plate, fields)
-            self._batch[plate] = schema.batch_of_plate(plate, batch_regex)
             wells = [f.well for f in fields]
             origin = {
                 "fields": field_table_digest(fields),

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import pandas as pd
+
 from cellfast.errors import CellfastError
 
 PLATE, WELL, SITE = "Metadata_Plate", "Metadata_Well", "Metadata_Site"
@@ -245,6 +247,12 @@ def find_columns(columns: Sequence[str], overrides: Mapping[str, str] | None = N
         found.pop(ROW, None)
         found.pop(COLUMN, None)
     return found
+
+
+def find_column(table: pd.DataFrame, names: Sequence[str]) -> str | None:
+    """The first of ``names`` that is a column of a table, letter case aside."""
+    lower = {column.lower(): column for column in table.columns}
+    return next((lower[name.lower()] for name in names if name.lower() in lower), None)
 
 
 def unit_of(column: str) -> str | None:

@@ -107,6 +107,11 @@ def concentrations_um(values: Iterable[object], where: str, unit: str | None = N
     return np.array([known[text] for text in texts], np.float64)
 
 
+def concentration_um(text: object, where: str) -> float:
+    """`concentrations_um` of one value."""
+    return float(concentrations_um([text], where)[0])
+
+
 def _number(text: str) -> float:
     return float(text.replace(",", "."))
 

@@ -139,6 +139,8 @@ def join_plate_map(
         "values_replaced": replaced,
         "wells_not_joined": len(missing),
         "not_joined": [" ".join(k) for k in list(missing)[:LISTED]],
+        "all_not_joined": [" ".join(k) for k in missing],
+        "all_unused": [" ".join(_example(table, key, i)) for i in unused],
         "empty_wells": len(unused),
         "empty": [" ".join(_example(table, key, i)) for i in unused[:LISTED]],
         "columns_added": extra,
@@ -233,7 +235,7 @@ class MoaTable:
         cls,
         path: str | os.PathLike[str],
         *,
-        compounds: set[str],
+        compounds: set[str] | frozenset[str] = frozenset(),
         with_doses: bool = True,
         overrides: Mapping[str, str] | None = None,
         notes: list[str] | None = None,
@@ -337,6 +339,7 @@ def join_moa(
         "not_joined": [treatment_name(c, math.nan if d < 0 else d) for c, d in missing[:LISTED]],
         "unused_rows_of_file": len(unused),
         "unused": unused[:LISTED],
+        "all_unused": unused,
         "notes": notes,
     }
 

@@ -191,6 +191,10 @@ def annotated(
         metadata, report["metadata_join"] = join_plate_map(metadata, plate_map, overrides)
     if moa is not None:
         metadata, report["moa_join"] = join_moa(metadata, moa, overrides)
+    for join in report.values():
+        # Reports list the first names; whole lists are for the ledger of an ingest.
+        join.pop("all_not_joined", None)
+        join.pop("all_unused", None)
     placed = {name for name in overrides if any(name in join["placed"] for join in report.values())}
     unplaced_overrides(overrides, placed, "neither the input nor a joined table")
     return metadata, report

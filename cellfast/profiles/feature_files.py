@@ -36,7 +36,7 @@ class NpzFile:
     Plate, well and site are taken from the path, as the pickled metadata in the file cannot be read without executing code.
     """
 
-    def __init__(self, path: Path, root: Path) -> None:
+    def __init__(self, path: Path, root: Path | None = None) -> None:
         self.path = path
         self.schema_note: dict[bytes, bytes] = {}
         self.notes: list[str] = []
@@ -68,7 +68,7 @@ class NpzFile:
 
 def _open_file(path: Path, folder: Path | None) -> Table:
     if path.name.lower().endswith(".npz"):
-        return NpzFile(path, folder or path.parent)
+        return NpzFile(path, folder)
     if not is_table(path):
         raise CellfastError(f"{path}: expected {_KINDS}, or a folder of them.")
     return open_table(path, constants=partition_values(path, folder) if folder is not None else None)

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
-from cellfast.screens.moa import MoaTable, treatment_name
-from cellfast.screens.schema import CONTROL_COMPOUND, is_control
-from cellfast.screens.tables import concentration_um, read_table
-from cellfast.screens.wells import normalise_well
+from cellfast.metadata.doses import concentrations_um
+from cellfast.metadata.joins import MoaTable
+from cellfast.metadata.tables import read_table
+from cellfast.metadata.treatments import CONTROL_COMPOUND, is_control, treatment_name
+from cellfast.metadata.wells import well_name
 
 COLUMNS = ("file", "plate", "well", "site", "cell", "compound", "concentration", "moa")
 REFERENCE_COLUMNS = ("Image_Name", "Class_Name", "Target")
@@ -107,7 +108,7 @@ def _typed(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
     wells = {}
     for name in table["well"].unique():
         try:
-            wells[name] = normalise_well(name)
+            wells[name] = well_name(name)
         except CellfastError as error:
             row = int(np.argmax((table["well"] == name).to_numpy())) + 2
             raise CellfastError(f"{path}, row {row}: {error}") from error
@@ -126,8 +127,7 @@ def _typed(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
     for name in ("compound", "moa"):
         out[name] = table[name].str.strip() if name in table.columns else ""
     if "concentration" in table.columns:
-        doses = {text: concentration_um(text, f"{path}, column concentration") for text in table["concentration"].unique()}
-        out["concentration"] = table["concentration"].map(doses).astype(np.float64)
+        out["concentration"] = concentrations_um(table["concentration"], f"{path}, column concentration")
     else:
         out["concentration"] = np.nan
     return out
@@ -150,14 +150,16 @@ def _from_reference(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 def _join_moa(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
     """A row's own MoA stays; the others get the table's, DMSO without one ``DMSO``; treatments without any are noted."""
-    moas = MoaTable.read(path)
+    moas = MoaTable.read(
+        path, compounds=set(table["compound"]), with_doses=bool(table["concentration"].notna().any()), notes=notes
+    )
     joined, missing = [], set()
     for compound, concentration, present in zip(table["compound"], table["concentration"], table["moa"]):
         moa = moas.find(compound, concentration) or present
         if not moa and is_control(compound):
             moa = CONTROL_COMPOUND
         elif not moa:
-            missing.add(treatment_name(compound or "no compound", concentration))
+            missing.add(treatment_name(compound, concentration))
         joined.append(present or moa)
     notes.extend(f"no MoA for {treatment}" for treatment in sorted(missing))
     notes.extend(f"no crop of {treatment}, which the MoA table lists" for treatment in moas.unused())

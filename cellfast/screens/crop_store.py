@@ -16,10 +16,10 @@ import pandas as pd
 
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import check_batch, check_text, file_name
+from cellfast.metadata.wells import well_name
 from cellfast.screens import schema, sealed
 from cellfast.screens.hdf5_tables import datasets_of, values_of
 from cellfast.screens.unfinished import what_is_missing
-from cellfast.screens.wells import normalise_well
 
 AGAIN = "delete the file and ingest the plate again"
 
@@ -119,8 +119,8 @@ class PlateStore:
             file_name("plate", self.plate)
             check_batch(self.batch)
             for well in self._wells["name"]:
-                if normalise_well(well) != well:
-                    raise CellfastError(f"well {well!r}: expected {normalise_well(well)!r}")
+                if well_name(well) != well:
+                    raise CellfastError(f"well {well!r}: expected {well_name(well)!r}")
             for kind, names in (
                 ("channel", self.channel_names),
                 ("compound", self._wells["compound"]),

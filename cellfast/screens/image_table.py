@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pandas import DataFrame
-
 from cellfast.errors import CellfastError
+from cellfast.metadata.canonical import canonical_metadata
+from cellfast.metadata.columns import BATCH, COMPOUND, CONCENTRATION, IMAGE_NUMBER, MOA, PLATE, SITE, WELL, find_columns
+from cellfast.metadata.tables import read_table
+from cellfast.metadata.wells import well_name
 from cellfast.screens.image_files import (
     channel_columns,
     chosen,
@@ -22,8 +24,6 @@ from cellfast.screens.image_files import (
     illumination_columns,
     image_root_of,
 )
-from cellfast.screens.tables import concentration_um, find_column, read_table
-from cellfast.screens.wells import normalise_well
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Field:
     compound: str = ""
     concentration: float = math.nan
     moa: str = ""
+    batch: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,6 @@ class ImageTable:
 
 # Of image, site and object: what a float64 tells apart.
 MOST_NUMBER = 2**53
-
-PLATE = ("Metadata_Plate", "Image_Metadata_Plate", "Image_Metadata_Plate_DAPI", "Plate", "Metadata_PlateID", "Metadata_Barcode")
-WELL = ("Metadata_Well", "Image_Metadata_Well", "Image_Metadata_Well_DAPI", "Well", "Metadata_WellID")
-SITE = ("Metadata_Site", "Image_Metadata_Site", "Site", "Metadata_Field", "Metadata_FieldID", "Field")
-ROW = ("Metadata_Row", "Row", "Metadata_WellRow", "WellRow")
-COLUMN = ("Metadata_Column", "Metadata_Col", "Column", "Col", "Metadata_WellColumn", "WellColumn")
-COMPOUND = (
-    "Image_Metadata_Compound",
-    "Metadata_Compound",
-    "Metadata_compound",
-    "Compound",
-    "Metadata_pert_iname",
-    "Metadata_broad_sample",
-)
-CONCENTRATION = (
-    "Image_Metadata_Concentration",
-    "Metadata_Concentration",
-    "Concentration",
-    "Metadata_Dose",
-    "Dose",
-    "Doses",
-    "SBS_Doses",
-    "Metadata_mmoles_per_liter",
-)
-MOA = ("Metadata_MoA", "Image_Metadata_MoA", "MoA", "Metadata_Mechanism")
 
 
 def read_image_table(
@@ -110,22 +86,25 @@ def read_image_table(
     names = list(columns)
     functions = illumination_columns(table, names)
     illumination: dict[tuple[str, str], tuple[str, str]] = {}
-    plate_column, well_column, site_column = (find_column(table, c) for c in (PLATE, WELL, SITE))
-    # BBBC021 names these columns after its first channel.
-    plate_column = plate_column or next((c for c in table.columns if re.match(r"(?i)(image_)?metadata_plate_", c)), None)
-    well_column = well_column or next((c for c in table.columns if re.match(r"(?i)(image_)?metadata_well_", c)), None)
-    if plate_column is None and plate is None:
-        raise CellfastError(
-            f"{path}: no column with the plate (looked for {', '.join(PLATE)}; found {found_columns(table)}); name the plate with --plate"
-        )
-    if well_column is None and not (find_column(table, ROW) and find_column(table, COLUMN)):
+    found = find_columns(list(table.columns), where=str(path))
+    if PLATE not in found and plate is None:
+        raise CellfastError(f"{path}: no column with the plate (found {found_columns(table)}); name the plate with --plate")
+    known = canonical_metadata(table[list(dict.fromkeys(found.values()))], found, str(path), notes)
+    if WELL not in known:
         notes.append("the table has no wells: all fields are taken to be of well A01")
-    number_column = find_column(table, ("ImageNumber", "Metadata_ImageNumber", "Image_ImageNumber"))
-    treatment = [find_column(table, c) for c in (COMPOUND, CONCENTRATION, MOA)]
+    texts = {
+        name: known[name].to_list() if name in known else [""] * len(table) for name in (PLATE, WELL, SITE, BATCH, COMPOUND, MOA)
+    }
+    doses = known[CONCENTRATION].to_list() if CONCENTRATION in known else [math.nan] * len(table)
+    numbers = known[IMAGE_NUMBER].to_list() if IMAGE_NUMBER in known else [""] * len(table)
     finder = file_finder(root)
     fields = []
     for position, row in enumerate(table.to_dict("records")):
-        plate_name = str(row[plate_column]).strip() if plate_column else str(plate)
+        plate_name = texts[PLATE][position] if PLATE in known else str(plate)
+        if not plate_name or (WELL in known and not texts[WELL][position]):
+            raise CellfastError(
+                f"{path}, row {position + 2}: no {'well' if plate_name else 'plate'}; fill it in, or remove the row"
+            )
         files = tuple(finder.find(*named.of(row), plate_name) for named in columns.values())
         for channel, named in functions.items():
             function = named.of(row)
@@ -137,17 +116,14 @@ def read_image_table(
         fields.append(
             Field(
                 plate=plate_name,
-                well=_well_of(row, table, well_column, f"{path}, row {position + 2}"),
-                site=_site_of(row.get(site_column, "") if site_column else "", files),
-                image_number=_number_of(row[number_column], f"{path}, row {position + 2}, column {number_column}")
-                if number_column
-                else -1,
+                well=texts[WELL][position] or "A01",
+                site=_site_of(texts[SITE][position], files),
+                image_number=_number_of(numbers[position], f"{path}, row {position + 2}, column {found.get(IMAGE_NUMBER)}"),
                 files=files,
-                compound=str(row[treatment[0]]).strip() if treatment[0] else "",
-                concentration=concentration_um(row[treatment[1]], f"{path}, row {position + 2}, column {treatment[1]}")
-                if treatment[1]
-                else math.nan,
-                moa=str(row[treatment[2]]).strip() if treatment[2] else "",
+                compound=texts[COMPOUND][position],
+                concentration=doses[position],
+                moa=texts[MOA][position],
+                batch=texts[BATCH][position],
             )
         )
     if not fields:
@@ -187,9 +163,12 @@ def image_table_from_pattern(
             unmatched.append(name)
             continue
         part = match.groupdict()
-        well = part.get("well") or _join_row_column(part["row"], part["column"])
         site = _site_of(part.get("site") or "1", ())
-        key = (part.get("plate") or str(plate), normalise_well(well), site)
+        key = (
+            part.get("plate") or str(plate),
+            well_name(part["well"]) if part.get("well") else well_name(part["row"], part["column"]),
+            site,
+        )
         files = found.setdefault(key, {})
         if part["channel"] in files:
             raise CellfastError(
@@ -208,25 +187,6 @@ def image_table_from_pattern(
         for i, ((p, w, s), files) in enumerate(sorted(found.items()))
     ]
     return ImageTable(tuple(names), tuple(fields), tuple(notes))
-
-
-def _join_row_column(row: str, column: str) -> str:
-    if re.fullmatch("[0-9]{1,2}", row):
-        number = int(row) - 1
-        row = chr(65 + number) if number < 26 else "A" + chr(65 + number - 26)
-    return f"{row}{int(column):02d}" if re.fullmatch("[0-9]{1,3}", column) else f"{row}{column}"
-
-
-def _well_of(row: dict, table: DataFrame, well_column: str | None, where: str) -> str:
-    try:
-        if well_column is not None:
-            return normalise_well(str(row[well_column]))
-        row_column, column_column = find_column(table, ROW), find_column(table, COLUMN)
-        if row_column and column_column:
-            return normalise_well(_join_row_column(str(row[row_column]).strip(), str(row[column_column]).strip()))
-    except CellfastError as error:
-        raise CellfastError(f"{where}: {error}") from error
-    return "A01"
 
 
 def _site_of(text: object, files: tuple[str, ...]) -> int:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
+from cellfast.metadata.batches import batches_of_plates
 from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
 from cellfast.screens.crop_writer import PlateWriter
@@ -142,13 +143,14 @@ def ingest_crops(
             f"--channels names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
         )
     tasks, times = [], FileTimes()
+    batches, _ = batches_of_plates([str(plate) for plate in index.table["plate"].unique()], batch_regex)
     for plate, rows in index.table.groupby("plate", sort=True):
         options = {
             "kind": "crops",
             "channels": channel_names,
             "crop_size": shape[1],
             "pixel_size_um": pixel_size_um,
-            "batch": schema.batch_of_plate(str(plate), batch_regex),
+            "batch": batches[str(plate)],
             "layout": index.layout,
             "crop_table": digest(rows.astype(str).to_numpy().tolist()),
         }

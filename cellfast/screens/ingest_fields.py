@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.batches import batches_of_plates
+from cellfast.metadata.names import check_batch
 from cellfast.printable import masked
-from cellfast.screens import schema
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import PlateWriter
 from cellfast.screens.cutting import BORDERS, crop_origins, inside
@@ -142,6 +143,7 @@ def ingest_fields(
     shape, dtype = probe_images(table)
     reader = FieldReader(table.channel_names, locations, illumination, options.crop_size, options.border, shape, dtype.name)
     tasks, times = [], FileTimes()
+    batches = batches_of_fields(table.fields, options.batch_regex)
     for plate, fields in fields_by_plate(table).items():
         described = {
             "kind": "fields",
@@ -149,7 +151,7 @@ def ingest_fields(
             "crop_size": options.crop_size,
             "border": options.border,
             "pixel_size_um": options.pixel_size_um,
-            "batch": schema.batch_of_plate(plate, options.batch_regex),
+            "batch": batches[plate],
             "locations": locations.description,
             "illumination": illumination.description if illumination else None,
             "field_table": field_table_digest(fields),
@@ -178,6 +180,23 @@ def ingest_fields(
             f"no field could be used; the first was refused because: {first} (all reasons are in {screen / 'ledger.json'})"
         )
     return ledger
+
+
+def batches_of_fields(fields: Sequence[Field], batch_regex: str | None) -> dict[str, str]:
+    """Plate → batch: ``batch_regex`` in the plate's name, else as the tables say, else `cellfast.metadata.batches.batches_of_plates`.
+
+    Raises:
+        CellfastError: a plate of two batches, a name that cannot name a folder, or a regex that does not match.
+    """
+    said: dict[str, str] = {}
+    for field in fields:
+        if field.batch and said.setdefault(field.plate, field.batch) != field.batch:
+            raise CellfastError(
+                f"plate {field.plate} is of two batches, {said[field.plate]} and {field.batch}: correct the table, or use --batch-regex"
+            )
+    plates = list(dict.fromkeys(field.plate for field in fields))
+    found, _ = batches_of_plates(plates if batch_regex else [p for p in plates if p not in said], batch_regex)
+    return {plate: check_batch(found.get(plate) or said[plate]) for plate in plates}
 
 
 def field_table_digest(fields: Sequence[Field]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,17 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.canonical import canonical_metadata
+from cellfast.metadata.columns import IMAGE_NUMBER, PLATE, SITE, WELL, find_column, find_columns
 from cellfast.metadata.paths import Place, centroid_place
+from cellfast.metadata.tables import read_table
 from cellfast.printable import masked
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.detect import DEFAULT_DIAMETER_PX, detect_nuclei
 from cellfast.screens.image_files import files_under
-from cellfast.screens.image_table import COLUMN, MOST_NUMBER, PLATE, ROW, SITE, WELL, Field, ImageTable
+from cellfast.screens.image_table import MOST_NUMBER, Field, ImageTable
 from cellfast.screens.label_masks import MaskLocations
 from cellfast.screens.remote import exists, is_url, read_bytes
-from cellfast.screens.tables import find_column, read_table
-from cellfast.screens.wells import normalise_well
 
 # CellProfiler's and DeepProfiler's names; CellProfiler counts pixel centres from 0.
 CENTER_X = (
@@ -107,10 +109,10 @@ def _open(
         )
     if is_url(spec):
         # Listing a bucket for masks would take longer than it is worth: a URL is a table, or a folder of centroid CSVs.
-        return TableLocations.read(spec) if exists(spec) else FolderLocations.index(spec.rstrip("/"), table.fields)
+        return TableLocations.read(spec, table.fields) if exists(spec) else FolderLocations.index(spec.rstrip("/"), table.fields)
     path = Path(spec)
     if path.is_file():
-        return TableLocations.read(path)
+        return TableLocations.read(path, table.fields)
     if not path.is_dir():
         raise CellfastError(
             f"--locations {spec}: no such file or folder; expected a table, a folder of centroid CSVs or label masks, or 'detect'"
@@ -177,47 +179,65 @@ class TableLocations:
     """One table for many fields: CellProfiler's by ImageNumber, or any with plate, well and site columns."""
 
     description: str
-    by_image: dict[int, Locations]
-    by_place: dict[tuple[str, str, int], Locations]
+    by_image: dict[tuple[Any, ...], Locations]
+    by_place: dict[tuple[Any, ...], Locations]
     reads_images = False
 
     @classmethod
-    def read(cls, path: Path | str) -> TableLocations:
-        """Read the table and group it by field.
+    def read(cls, path: Path | str, fields: Sequence[Field]) -> TableLocations:
+        """Read the table and group it by field: by plate, well and site where it has all three, else by ImageNumber (with its plate where it
+        has one), else by plate and well where a well has one field.
 
         Raises:
-            CellfastError: no centroid columns, or neither an image number nor plate, well and site.
+            CellfastError: no centroid columns, no key, a key that fits several fields, an image number that contradicts the well.
         """
         table = read_table(path, "a table of locations")
-        plate, well, site, image = (find_column(table, names) for names in (PLATE, WELL, SITE, IMAGE))
-        row, column = find_column(table, ROW), find_column(table, COLUMN)
+        found = find_columns(list(table.columns), where=str(path))
+        known = canonical_metadata(table[list(dict.fromkeys(found.values()))], found, str(path))
         description = f"table {masked(str(path)).rsplit('/', 1)[-1]}, sha256 {_file_digest(path)}"
-        if well is None and row and column:
-            table["Metadata_Well"] = table[row].astype(str) + table[column].astype(str)
-            well = "Metadata_Well"
-        if plate and well:
-            by_place: dict[tuple[str, str, int], Locations] = {}
-            keys = [table[plate].astype(str).str.strip(), table[well].astype(str)]
-            sites = (
-                pd.to_numeric(table[site].astype(str).str.extract(r"(\d+)")[0], errors="coerce").fillna(1)
-                if site
-                else pd.Series(1, index=table.index)
-            )
-            _check_numbers(sites, table, site, path)
-            wells = {name: normalise_well(name) for name in keys[1].unique()}
-            for (p, w, s), rows in table.groupby([keys[0], keys[1].map(wells), sites.astype(int)], sort=False):
-                by_place[str(p), str(w), int(s)] = _locations_of(rows, str(path))
-            return cls(description, {}, by_place)
-        if image is None:
-            found = ", ".join(list(table.columns)[:10])
-            raise CellfastError(f"{path}: needs ImageNumber, or plate and well columns, to tell the fields apart; found {found}")
-        numbers = pd.to_numeric(table[image], errors="coerce")
-        _check_numbers(numbers, table, image, path)
-        return cls(description, {int(n): _locations_of(rows, str(path)) for n, rows in table.groupby(numbers, sort=False)}, {})
+        by_place = {PLATE, WELL, SITE} <= set(known)
+        images = None
+        if IMAGE_NUMBER in known and (known[IMAGE_NUMBER] != "").any():
+            numbers = pd.to_numeric(known[IMAGE_NUMBER], errors="coerce")
+            # By place an image number is only compared, and may be missing.
+            if not by_place:
+                _check_numbers(numbers, table, found[IMAGE_NUMBER], path)
+            images = numbers.fillna(-1).astype(np.int64)
+        if by_place:
+            sites = pd.to_numeric(known[SITE].str.extract(r"(\d+)")[0], errors="coerce")
+            _check_numbers(sites, table, found[SITE], path)
+            keys: list[tuple[Any, ...]] = list(zip(known[PLATE], known[WELL], sites.astype(np.int64)))
+            _check_images(keys, images, fields, path)
+            return cls(description, {}, _grouped(table, keys, path))
+        if images is not None and (any(f.image_number >= 0 for f in fields) or not {PLATE, WELL} <= set(known)):
+            plates = known[PLATE].to_list() if PLATE in known else [""] * len(table)
+            if PLATE not in known:
+                _check_one_plate(fields, path)
+            return cls(description, _grouped(table, list(zip(plates, images)), path), {})
+        if {PLATE, WELL} <= set(known):
+            several = [w for w, n in Counter((f.plate, f.well) for f in fields).items() if n > 1]
+            if several:
+                raise CellfastError(
+                    f"{path}: it has no column with the site, and plate {several[0][0]}, well {several[0][1]} has several fields: add that "
+                    "column, or ImageNumber to both tables"
+                )
+            site_of = {(f.plate, f.well): f.site for f in fields}
+            keys = [(p, w, site_of.get((p, w), 1)) for p, w in zip(known[PLATE], known[WELL])]
+            return cls(description, {}, _grouped(table, keys, path))
+        shown = ", ".join(list(table.columns)[:10])
+        raise CellfastError(f"{path}: needs ImageNumber, or plate and well columns, to tell the fields apart; found {shown}")
+        raise CellfastError(
+            f"{path}: it goes by ImageNumber, and the image table has none; add that column, or plate, well and site here"
+        )
+
+    def _find(self, field: Field) -> Locations | None:
+        if self.by_place:
+            return self.by_place.get((field.plate, field.well, field.site))
+        return self.by_image.get((field.plate, field.image_number)) or self.by_image.get(("", field.image_number))
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
         """The field's rows, by plate, well and site, or by image number."""
-        found = self.by_place.get((field.plate, field.well, field.site)) or self.by_image.get(field.image_number)
+        found = self._find(field)
         if found is None:
             key = (
                 f"plate {field.plate}, well {field.well}, site {field.site}"
@@ -235,17 +255,57 @@ class TableLocations:
 
     def unused(self, fields: Sequence[Field]) -> str | None:
         """Rows of fields the image table does not list."""
-        left = dict(self.by_place) or dict(self.by_image)
+        left: dict[tuple[Any, ...], Locations] = {**self.by_place, **self.by_image}
         for field in fields:
-            left.pop((field.plate, field.well, field.site) if self.by_place else field.image_number, None)
+            for key in ((field.plate, field.well, field.site), (field.plate, field.image_number), ("", field.image_number)):
+                left.pop(key, None)
         rows = sum(len(found.y) + sum(found.dropped.values()) for found in left.values())
         if not rows:
             return None
         first = next(iter(left))
-        where = f"plate {first[0]}, well {first[1]}, site {first[2]}" if self.by_place else f"ImageNumber {first}"
+        where = f"plate {first[0]}, well {first[1]}, site {first[2]}" if len(first) == 3 else f"ImageNumber {first[1]}"
         return (
             f"{rows:,} rows of the table of locations are of {len(left):,} fields the image table does not list, such as {where}"
         )
+
+
+def _grouped(table: pd.DataFrame, keys: Sequence[tuple[Any, ...]], path: Path | str) -> dict[tuple[Any, ...], Locations]:
+    codes, unique = pd.factorize(pd.Series(keys, dtype=object))
+    groups = {key: _locations_of(table.iloc[rows], str(path)) for key, rows in zip(unique, _rows_of(codes, len(unique)))}
+    return {tuple(key[:-1]) + (int(key[-1]),): found for key, found in groups.items()}
+
+
+def _rows_of(codes: np.ndarray, groups: int) -> list[np.ndarray]:
+    order = np.argsort(codes, kind="stable")
+    return np.split(order, np.searchsorted(codes[order], np.arange(1, groups)))
+
+
+def _check_images(keys: Sequence[tuple[Any, ...]], images: pd.Series | None, fields: Sequence[Field], path: Path | str) -> None:
+    """Refuse rows whose image number is that of another field than their plate, well and site.
+
+    Raises:
+        CellfastError: names the first such row.
+    """
+    if images is None:
+        return
+    of_field = {(f.plate, f.well, f.site): f.image_number for f in fields}
+    for (key, image), row in {(k, int(i)): n for n, (k, i) in reversed(list(enumerate(zip(keys, images))))}.items():
+        expected = of_field.get(key, -1)
+        if expected >= 0 and image >= 0 and image != expected:
+            raise CellfastError(
+                f"{path}, row {row + 2}: ImageNumber {image} contradicts plate {key[0]}, well {key[1]}, site {key[2]}, which is image "
+                f"{expected} of the image table; correct one, or remove the column ImageNumber from one of the tables"
+            )
+
+
+def _check_one_plate(fields: Sequence[Field], path: Path | str) -> None:
+    plates: dict[int, str] = {}
+    for field in fields:
+        if field.image_number >= 0 and plates.setdefault(field.image_number, field.plate) != field.plate:
+            raise CellfastError(
+                f"{path}: it goes by ImageNumber, and image {field.image_number} is on plates {plates[field.image_number]} and "
+                f"{field.plate}: add a column with the plate, or plate, well and site"
+            )
 
 
 @dataclass

@@ -2,189 +2,96 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from cellfast.errors import CellfastError
-from cellfast.screens.image_table import (
-    COLUMN,
-    COMPOUND,
-    CONCENTRATION,
-    MOA,
-    PLATE,
-    ROW,
-    WELL,
-    Field,
-    ImageTable,
-    _join_row_column,
-)
-from cellfast.screens.schema import CONTROL_COMPOUND, is_control
-from cellfast.screens.tables import concentration_um, find_column, read_table
-from cellfast.screens.wells import normalise_well
-
-# Tables print concentrations with few digits: 0.003 and 0.00300001 are one dose.
-RELATIVE_TOLERANCE = 1e-3
+from cellfast.metadata import joins
+from cellfast.metadata.columns import BATCH, COMPOUND, CONCENTRATION, IMAGE_NUMBER, MOA, PLATE, WELL
+from cellfast.metadata.treatments import treatment_name
+from cellfast.screens.image_table import Field, ImageTable
 
 
 @dataclass(frozen=True)
 class JoinReport:
-    """What did not join: treatments (or wells) without a row in the table, and rows that no field uses."""
+    """What did not join: wells or treatments without a row in the table, and rows that no field uses; ``placed``: the ``--column`` choices
+    that the table has.
+    """
 
     unmatched: tuple[str, ...]
     unused: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    placed: tuple[str, ...] = ()
 
 
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-12)
+def _frame(table: ImageTable) -> pd.DataFrame:
+    fields = table.fields
+    frame = pd.DataFrame(
+        {
+            PLATE: [f.plate for f in fields],
+            WELL: [f.well for f in fields],
+            IMAGE_NUMBER: [str(f.image_number) if f.image_number >= 0 else "" for f in fields],
+            BATCH: [f.batch for f in fields],
+            COMPOUND: [f.compound for f in fields],
+            MOA: [f.moa for f in fields],
+        },
+        dtype="str",
+    )
+    return frame.assign(**{CONCENTRATION: [f.concentration for f in fields]})
 
 
-class MoaTable:
-    """Compound (letter case aside) and concentration (tolerance 10⁻³; any, in a table without concentrations) → MoA; knows which rows were used."""
-
-    def __init__(self, path: Path, rows: list[tuple[str, float, str]], *, any_concentration: bool) -> None:
-        self._any, self._rows = any_concentration, rows
-        self._used: set[int] = set()
-        self._of_compound: dict[str, list[int]] = {}
-        for number, (compound, concentration, moa) in enumerate(rows):
-            same = [n for n in self._of_compound.get(compound.casefold(), []) if self._any or _close(rows[n][1], concentration)]
-            if same and rows[same[0]][2] != moa:
-                raise CellfastError(
-                    f"{path}: two MoAs for {treatment_name(compound, concentration)}, {rows[same[0]][2]!r} and {moa!r}; keep one of the rows"
-                )
-            self._of_compound.setdefault(compound.casefold(), []).append(number)
-
-    @classmethod
-    def read(cls, path: str | Path) -> MoaTable:
-        """Read a table compound, concentration, moa.
-
-        Raises:
-            CellfastError: unreadable, columns missing, a concentration that is no number, two MoAs for one treatment.
-        """
-        path = Path(path)
-        moa = read_table(path, "a table of compound, concentration, moa")
-        compound, dose, name = (find_column(moa, names) for names in (COMPOUND, CONCENTRATION, MOA))
-        if compound is None or name is None:
-            raise CellfastError(f"{path}: expected the columns compound,concentration,moa; found {', '.join(moa.columns)}")
-        rows = []
-        for number, record in enumerate(moa.to_dict("records")):
-            where = f"{path}, row {number + 2}, column {dose}"
-            value = concentration_um(record[dose], where) if dose else math.nan
-            rows.append((str(record[compound]).strip(), value, str(record[name]).strip()))
-        return cls(path, rows, any_concentration=dose is None)
-
-    def find(self, compound: str, concentration: float) -> str | None:
-        """The MoA of a treatment; None where no row has it."""
-        found = [
-            n
-            for n in self._of_compound.get(compound.strip().casefold(), [])
-            if self._any or _close(self._rows[n][1], concentration)
-        ]
-        self._used.update(found)
-        return self._rows[found[0]][2] if found else None
-
-    def unused(self) -> list[str]:
-        """The treatments of the rows that `find` never gave."""
-        return [treatment_name(c, d) for n, (c, d, _) in enumerate(self._rows) if n not in self._used]
+def _fields(table: ImageTable, frame: pd.DataFrame) -> tuple[Field, ...]:
+    columns = zip(frame[COMPOUND], frame[CONCENTRATION], frame[MOA], frame[BATCH])
+    return tuple(
+        replace(field, compound=str(c), concentration=float(d), moa=str(m), batch=str(b))
+        for field, (c, d, m, b) in zip(table.fields, columns)
+    )
 
 
-def treatment_name(compound: str, concentration: float) -> str:
-    """``compound @ 0.3 µM``, as messages name a treatment."""
-    return compound if math.isnan(concentration) else f"{compound} @ {concentration:g} µM"
-
-
-def join_moa(table: ImageTable, path: str | Path) -> tuple[ImageTable, JoinReport]:
-    """Give each field the MoA of its compound and concentration (tolerance 10⁻³, letter case aside).
-
-    A DMSO field that no row names gets the MoA ``DMSO``. A table without concentrations joins by the compound alone.
+def join_metadata(
+    table: ImageTable, path: str | Path, overrides: Mapping[str, str] | None = None
+) -> tuple[ImageTable, JoinReport]:
+    """Give each field compound, concentration, batch and MoA, as `cellfast.metadata.joins.join_plate_map`.
 
     Raises:
-        CellfastError: as `MoaTable.read`, or fields without compounds.
+        CellfastError: as there.
     """
-    moa = MoaTable.read(path)
+    frame = _frame(table)
+    if not (frame[IMAGE_NUMBER] != "").any():
+        frame = frame.drop(columns=IMAGE_NUMBER)
+    joined, report = joins.join_plate_map(frame, path, overrides)
+    where = Counter(f"plate {p}, well {w}" for p, w in zip(frame[PLATE], frame[WELL]))
+    missing = [f"plate {name.rpartition(' ')[0]}, well {name.rpartition(' ')[2]}" for name in report["all_not_joined"]]
+    unmatched = tuple(f"{name} ({where[name]} fields)" if name in where else name for name in missing)
+    unused = tuple(f"{Path(str(path)).name}: {name}" for name in report["all_unused"])
+    return replace(table, fields=_fields(table, joined)), JoinReport(unmatched, unused, _said(report), tuple(report["placed"]))
+
+
+def join_moa(table: ImageTable, path: str | Path, overrides: Mapping[str, str] | None = None) -> tuple[ImageTable, JoinReport]:
+    """Give each field the MoA of its treatment, as `cellfast.metadata.joins.join_moa`; a treatment keeps the MoA it has where no row names it.
+
+    Raises:
+        CellfastError: as there, or fields without compounds.
+    """
     if not any(f.compound for f in table.fields):
         raise CellfastError(f"{path}: the image table has no compounds to join a MoA to; join them first with --metadata")
-    missing: Counter[str] = Counter()
-    fields = []
-    for one in table.fields:
-        found = moa.find(one.compound, one.concentration)
-        if found is not None:
-            one = replace(one, moa=found)
-        elif is_control(one.compound):
-            one = replace(one, moa=CONTROL_COMPOUND)
-        elif not one.moa:
-            missing[f"{one.compound or 'no compound'} @ {one.concentration:g} µM"] += 1
-        fields.append(one)
-    unused = moa.unused()
-    unmatched = [f"{treatment} ({count} fields)" for treatment, count in sorted(missing.items())]
-    return replace(table, fields=tuple(fields)), JoinReport(tuple(unmatched), tuple(unused))
+    joined, report = joins.join_moa(_frame(table), path, overrides)
+    fields = _fields(table, joined)
+    missing = Counter(treatment_name(f.compound, f.concentration) for f in fields if not f.moa)
+    unmatched = tuple(f"{treatment} ({count} fields)" for treatment, count in sorted(missing.items()))
+    return replace(table, fields=fields), JoinReport(
+        unmatched, tuple(report["all_unused"]), tuple(report["notes"]), tuple(report["placed"])
+    )
 
 
-def join_metadata(table: ImageTable, path: str | Path) -> tuple[ImageTable, JoinReport]:
-    """Give each field compound, concentration and MoA from a table by plate and well, by well, or by image number, whichever it has.
-
-    Raises:
-        CellfastError: unreadable, no key columns, or none of compound, concentration and MoA.
-    """
-    meta = read_table(path, "a table of wells")
-    plate, well = find_column(meta, PLATE), find_column(meta, WELL)
-    row, column = find_column(meta, ROW), find_column(meta, COLUMN)
-    image = find_column(meta, ("ImageNumber", "Metadata_ImageNumber"))
-    values = {
-        "compound": find_column(meta, COMPOUND),
-        "concentration": find_column(meta, CONCENTRATION),
-        "moa": find_column(meta, MOA),
-    }
-    if not any(values.values()) or not (well or (row and column) or image):
-        raise CellfastError(
-            f"{path}: expected a well (or row and column, or ImageNumber) and at least one of compound, concentration, moa; found {', '.join(meta.columns)}"
-        )
-    by_key: dict[tuple, int] = {}
-    for number, record in enumerate(meta.to_dict("records")):
-        if well or (row and column):
-            name = str(record[well]) if well else _join_row_column(str(record[row]).strip(), str(record[column]).strip())
-            try:
-                key: tuple = (str(record[plate]).strip() if plate else None, normalise_well(name))
-            except CellfastError as error:
-                raise CellfastError(f"{path}, row {number + 2}: {error}") from error
-        else:
-            try:
-                key = (int(float(record[image])),)
-            except (ValueError, OverflowError):
-                raise CellfastError(
-                    f"{path}, row {number + 2}: expected a number in column {image}, got {record[image]!r}"
-                ) from None
-        other = by_key.setdefault(key, number)
-        if other != number and any(meta[c].iloc[other] != meta[c].iloc[number] for c in values.values() if c):
-            raise CellfastError(
-                f"{path}: rows {other + 2} and {number + 2} give different treatments for {' '.join(str(k) for k in key if k)}; "
-                "keep one of them" + ("" if plate else ", or add a column with the plate")
-            )
-    used: set[int] = set()
-    missing: Counter[str] = Counter()
-    fields = []
-    for one in table.fields:
-        keys: list[tuple] = [(one.plate, one.well), (None, one.well), (one.image_number,)]
-        number = next((by_key[key] for key in keys if key in by_key), None)
-        if number is None:
-            missing[f"plate {one.plate}, well {one.well}"] += 1
-            fields.append(one)
-            continue
-        used.add(number)
-        fields.append(_filled(one, meta.iloc[number], values, f"{path}, row {number + 2}"))
-    unmatched = tuple(f"{where} ({count} fields)" for where, count in sorted(missing.items()))
-    unused = tuple(f"row {n + 2} of {Path(path).name}" for n in range(len(meta)) if n not in used)
-    return replace(table, fields=tuple(fields)), JoinReport(unmatched, unused)
-
-
-def _filled(one: Field, record: pd.Series, values: dict[str, str | None], where: str) -> Field:
-    changes: dict[str, object] = {}
-    for name in ("compound", "moa"):
-        if values[name]:
-            changes[name] = str(record[values[name]]).strip()
-    if values["concentration"]:
-        changes["concentration"] = concentration_um(record[values["concentration"]], f"{where}, column {values['concentration']}")
-    return replace(one, **changes)
+def _said(report: dict[str, Any]) -> tuple[str, ...]:
+    replaced = [
+        f"{count:,} fields have another {c.removeprefix('Metadata_')} in the plate map, which is taken"
+        for c, count in report["values_replaced"].items()
+    ]
+    return (*report["notes"], *replaced)

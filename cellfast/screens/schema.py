@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
-from cellfast.metadata.names import check_batch
+from cellfast.metadata import columns
 
 FORMAT = "cellfast-crop-store"
 SCHEMA_VERSION = 1
@@ -42,36 +40,4 @@ FIELD_COLUMNS: dict[str, np.dtype] = {
 }
 WELL_TEXT = ("name", "compound", "moa")
 
-METADATA_COLUMNS = (
-    "Metadata_Plate",
-    "Metadata_Well",
-    "Metadata_Site",
-    "Metadata_ImageNumber",
-    "Metadata_ObjectNumber",
-    "Metadata_Center_X",
-    "Metadata_Center_Y",
-    "Metadata_Batch",
-    "Metadata_Compound",
-    "Metadata_Concentration",
-    "Metadata_MoA",
-)
-
-CONTROL_COMPOUND = "DMSO"
-DEFAULT_BATCH_REGEX = r"^(Week\d+)_"
-
-
-def batch_of_plate(plate: str, pattern: str | None = None) -> str:
-    """The experimental batch of a plate: group 1 (or all) of ``pattern`` in its name, ``Week1`` of ``Week1_22123`` by default; else the plate.
-
-    Raises:
-        CellfastError: what the pattern finds cannot name a folder.
-    """
-    found = re.search(pattern or DEFAULT_BATCH_REGEX, plate)
-    if not found:
-        return plate
-    return check_batch(found.group(1) if found.re.groups else found.group(0))
-
-
-def is_control(compound: str) -> bool:
-    """True for the default control query: the compound is DMSO, in any case."""
-    return compound.strip().upper() == CONTROL_COMPOUND
+METADATA_COLUMNS = columns.CELL_COLUMNS

@@ -10,9 +10,9 @@ import numpy as np
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
+from cellfast.metadata.treatments import is_control
 from cellfast.printable import printable
 from cellfast.screens.crop_store import PlateStore, Screen
-from cellfast.screens.schema import is_control
 
 
 def summarize(screen: Screen) -> dict[str, Any]:
