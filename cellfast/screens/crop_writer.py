@@ -96,7 +96,11 @@ class PlateWriter:
 
     def __enter__(self) -> PlateWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self._crops = self._create(self._partial, self.capacity)
+        try:
+            self._file, self._crops = self._create(self._partial, self.capacity)
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
