@@ -15,6 +15,7 @@ from cellfast.metadata.names import file_name
 from cellfast.model_file import ModelMetadata
 from cellfast.screens import PlateStore, Screen
 from cellfast.screens.illumination import Illumination
+from cellfast.screens.sealed import seal
 
 REFUSED = ["", "../x", "a/b", "a\\b", ".x", "-x", " x", "x ", "x.", "a\nb", "a\x1b[2J", "a\u202eb", "a\u200bb", "a\0b", "a*", "a?", "c:d",
            "NUL", "com1.txt", "x" * 201, "é" * 101]  # fmt: skip
@@ -36,6 +37,7 @@ def _damaged(tmp_path, change):
     path, _ = write_plate(tmp_path / "screen", "P1")
     with h5py.File(path, "r+") as file:
         change(file)
+    seal(path, "crops")
     return path
 
 
