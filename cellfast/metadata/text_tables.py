@@ -128,7 +128,7 @@ def read_text(file: Path, shown: str, form: TextFormat | None = None, columns: S
         for name in frame.columns[1:]:
             if not empty.any():
                 break
-            empty &= (frame[name] == "").to_numpy(dtype=bool)
+            empty = empty & (frame[name] == "").to_numpy(dtype=bool)
         frame = frame[~empty] if empty.any() else frame
     return frame if columns is None else frame[list(columns)]
 

@@ -252,7 +252,7 @@ def _provenance(file: Table) -> dict[str, Any]:
     note = file.schema_note.get(PROVENANCE_KEY)
     try:
         value = json.loads(note) if note else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CellfastError(f"{file.path}: its note of how the profiles were made is damaged. Make or copy it again.") from None
     return value if isinstance(value, dict) else {}
 

@@ -198,13 +198,13 @@ class TableLocations:
         by_place = {PLATE, WELL, SITE} <= set(known)
         images = None
         if IMAGE_NUMBER in known and (known[IMAGE_NUMBER] != "").any():
-            numbers = pd.to_numeric(known[IMAGE_NUMBER], errors="coerce")
+            numbers = pd.to_numeric(known[IMAGE_NUMBER].astype(object), errors="coerce")
             # By place an image number is only compared, and may be missing.
             if not by_place:
                 _check_numbers(numbers, table, found[IMAGE_NUMBER], path)
             images = numbers.fillna(-1).astype(np.int64)
         if by_place:
-            sites = pd.to_numeric(known[SITE].str.extract(r"(\d+)")[0], errors="coerce")
+            sites = pd.to_numeric(known[SITE].str.extract(r"(\d+)")[0].astype(object), errors="coerce")
             _check_numbers(sites, table, found[SITE], path)
             keys: list[tuple[Any, ...]] = list(zip(known[PLATE], known[WELL], sites.astype(np.int64)))
             _check_images(keys, images, fields, path)
