@@ -119,7 +119,7 @@ _BOOKKEEPING_NAMES = {
     "index",
     "index_level_0",
     "level_0",
-    "unnamed: 0",
+    "unnamed:_0",
     "",
     "label",
     "image_name",
