@@ -136,11 +136,17 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
         else:
             interval = score["interval_95"]
             lines.append(
-                f"{rule.upper():<9} {100 * score['accuracy']:.1f} %  ({score['num_correct']}/{score['num_evaluated']})  "
+                f"{rule.upper():<9} {100 * score['accuracy']:.1f} %  ({score['num_correct']:.6g}/{score['num_evaluated']})  "
                 f"95 % interval {100 * interval[0]:.1f} to "
                 f"{100 * interval[1]:.1f} %, p = {score['p_value']:.2g}; over compounds "
                 f"{100 * score['compound_macro_accuracy']:.1f} %; "
                 f"always '{score['majority_baseline']['moa']}': {100 * score['majority_baseline']['accuracy']:.1f} %"
+            )
+        ties = score["ties"]
+        if ties["num_profiles"]:
+            lines.append(
+                f"          ties: {ties['num_profiles']:,} profiles have equally near neighbours (up to "
+                f"{ties['most_equally_near']:,}); {ties['num_undecided']:,} of them count by the share of random choices that is right"
             )
         for reason, named in score["excluded"].items():
             if named:
@@ -165,7 +171,11 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
         )
     for what, precision in (result["mean_average_precision"] or {}).items():
         if precision:
-            lines.append(f"mAP       per {what}: {precision['mean']:.4f} over {precision['num_groups']} groups")
+            ties = precision["num_queries_with_ties"]
+            lines.append(
+                f"mAP       per {what}: {precision['mean']:.4f} over {precision['num_groups']} groups"
+                + (f"; {ties:,} queries with ties, expected over random orders" if ties else "")
+            )
     return [printable(line) for line in lines]
 
 
