@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pandas as pd
@@ -97,7 +97,7 @@ def test_votes_equal_the_mean_over_all_orders_of_ties(seed):
     m = int(rng.integers(1, 7))
     labels, groups = rng.integers(0, 3, m), np.sort(rng.integers(0, 3, m))
     k = int(rng.integers(1, m + 1))
-    orders = [o for o in permutations(range(m)) if all(groups[a] <= groups[b] for a, b in zip(o, o[1:]))]
+    orders = [o for o in permutations(range(m)) if all(groups[a] <= groups[b] for a, b in pairwise(o))]
     won = [majority_vote(labels, np.array([order[:k]]))[0] for order in orders]
     for label in range(3):
         assert vote_share(labels, groups, k, label) == pytest.approx(np.mean([w == label for w in won]))
@@ -120,7 +120,7 @@ def test_average_precision_is_the_mean_over_all_orders_of_ties(seed):
     ranked = list(range(1, 7))
     values = []
     for order in permutations(ranked):
-        if all(rungs[a] <= rungs[b] for a, b in zip(order, order[1:])):
+        if all(rungs[a] <= rungs[b] for a, b in pairwise(order)):
             hits = np.array([group[i] == 0 for i in order])
             values.append((np.cumsum(hits) / np.arange(1, 7))[hits].mean())
     assert ours == pytest.approx(np.mean(values))

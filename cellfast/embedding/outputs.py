@@ -100,6 +100,8 @@ class PlateOutput(ABC):
         mended = self.parts.options.retry_quarantined and note is not None and note["quarantined"]
         if mended and set(changed) <= {"fields", "locations"}:
             return None if changed else self._finished(note, rows)
+        if changed and note is not None and not note["ledger"].get("cells_written"):
+            return None  # nothing is lost: there is no cell in it
         if changed:
             different = "; ".join(
                 f"{k} was {_short(before.get(k, defaults.get(k)))}, is {_short(origin.get(k))}" for k in changed

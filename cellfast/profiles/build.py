@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.counts import CELL_COUNT
 from cellfast.profiles import columns as names
 from cellfast.profiles.aggregate import METHODS, aggregate
 from cellfast.profiles.annotate import find_controls, join_moa, join_plate_map
 from cellfast.profiles.normalize import DEFAULT_STEPS, Step, natural_key, normalize_profiles, parse_steps
 from cellfast.profiles.select import drop_missing, select_features
 from cellfast.profiles.sources import open_source
-from cellfast.profiles.streaming import CELL_COUNT, read_cells, read_units
+from cellfast.profiles.streaming import read_cells, read_units
 from cellfast.profiles.table import ProfileTable, add_batch
 
 LEVELS = ("cell", "site", "well", "treatment")
@@ -126,10 +127,10 @@ def build_profiles(inputs: Sequence[str | os.PathLike[str]], options: ProfileOpt
     wells: ProfileTable | None = table
     if at in ("cell", "site"):
         wells = None
-        if options.level in ("well", "treatment") and at == "cell":
-            table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate, CELL_COUNT, report)
-        elif options.level == "well":
-            table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate, None, report)
+        if options.level == "well" or (options.level == "treatment" and at == "cell"):
+            if at == "cell" and "cells" in counts and CELL_COUNT not in table.metadata:
+                table = ProfileTable(table.metadata.assign(**{CELL_COUNT: 1}), table.features, table.feature_names)
+            table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate)
     if options.level == "treatment":
         table = treatments(table, options.aggregate, report)
     if wells is not None:
@@ -160,18 +161,22 @@ def _check_options(options: ProfileOptions) -> None:
         raise CellfastError(f"--missing-cutoff must be between 0 and 1, got {options.missing_cutoff}.")
 
 
-def collapse(table: ProfileTable, key: Sequence[str], method: str, count: str | None, report: dict[str, Any]) -> ProfileTable:
+def collapse(table: ProfileTable, key: Sequence[str], method: str) -> ProfileTable:
     """One profile per distinct value of the ``key`` columns; other metadata columns stay where they are constant within every
     group.
+
+    Counts of cells are summed, and weigh in means.
     """
     lacking = [c for c in key if c not in table.metadata]
     if lacking:
         raise CellfastError(f"The input has no column {', '.join(lacking)}, needed for these profiles: name it with --column.")
     codes, groups = group_codes(table.metadata, key)
-    result = aggregate(table.features, codes, len(groups), method)
+    counts = table.metadata[CELL_COUNT].to_numpy() if CELL_COUNT in table.metadata else None
+    weights = counts if counts is not None and (counts != 1).any() else None
+    result = aggregate(table.features, codes, len(groups), method, weights)
     metadata = groups.copy()
     for column in table.metadata.columns:
-        if column in key or column == count:
+        if column in key or column == CELL_COUNT:
             continue
         values = constant_within(table.metadata[column], codes, len(groups))
         if values is not None:
@@ -180,8 +185,8 @@ def collapse(table: ProfileTable, key: Sequence[str], method: str, count: str | 
             raise CellfastError(
                 f"{_first_conflict(table.metadata, column, codes, groups)}: a well holds one treatment. Look at the metadata."
             )
-    if count is not None:
-        metadata[count] = result.counts
+    if counts is not None:
+        metadata[CELL_COUNT] = np.bincount(codes, counts, len(groups)).astype(np.int64)
     first = [c for c in names.CANONICAL if c in metadata]
     metadata = metadata[[*first, *[c for c in metadata.columns if c not in first]]]
     return ProfileTable(metadata, result.values, table.feature_names, table.provenance)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
+from cellfast.metadata.counts import CELL_COUNT
 from cellfast.profiles import columns as names
 from cellfast.profiles.annotate import find_controls
 from cellfast.profiles.build import CONTROL, SEPARATOR, treatments
@@ -20,7 +21,7 @@ from cellfast.profiles.intervals import (
     permutation_p_value,
 )
 from cellfast.profiles.mean_average_precision import moa_precision, replicate_precision
-from cellfast.profiles.neighbours import BATCH_RULES, METRICS, AllowedPairs, batch_codes, nearest_neighbours
+from cellfast.profiles.neighbours import BATCH_RULES, METRICS, AllowedPairs, Neighbours, batch_codes, nearest_neighbours
 from cellfast.profiles.replicates import replicate_reproducibility
 from cellfast.profiles.table import ProfileTable, add_batch
 from cellfast.profiles.votes import correct_shares, majority_vote, number, vote_shares
@@ -173,7 +174,8 @@ def evaluate_profiles(
     result["one_batch_moas"] = [moa_names[m] for m in one_batch]
     result["one_compound_moas"] = [moa_names[m] for m in range(len(moas)) if per_moa[m] == 1]
     result["counts"] = {**counts, "profiles": len(profiles), "compounds": len(compounds), "moas": len(moas),
-                        "batches": len({b for s in batches for b in s}), "features": len(profiles.feature_names)}  # fmt: skip
+                        "batches": len({b for s in batches for b in s}), "features": len(profiles.feature_names),
+                        "cells": int(metadata[CELL_COUNT].sum()) if CELL_COUNT in metadata else None}  # fmt: skip
     result["replicate_reproducibility"] = None
     result["mean_average_precision"] = None
     if options.average_precision:

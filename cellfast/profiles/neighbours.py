@@ -268,7 +268,9 @@ def tie_tolerance(x: np.ndarray, offset: np.ndarray, rows: np.ndarray, best: np.
     return 2 * np.finfo(np.float64).eps * (8 + np.sqrt(x.shape[1])) * (norm + np.sqrt(np.maximum(square, 0.0))) ** 2
 
 
-def _exact(x: np.ndarray, offset: np.ndarray, pairs: AllowedPairs, rows: np.ndarray, k: int, index: list[np.ndarray]) -> list[Ties]:
+def _exact(
+    x: np.ndarray, offset: np.ndarray, pairs: AllowedPairs, rows: np.ndarray, k: int, index: list[np.ndarray]
+) -> list[Ties]:
     """Search ``rows`` in float64: fills their rows of ``index`` (NSC, NSCB) and returns the ties."""
     step = max(1, (1 << 24) // len(x))
     ties: list[list[tuple[int, np.ndarray, np.ndarray]]] = [[], []]

@@ -10,16 +10,21 @@ from cellfast.printable import printable
 def profile_lines(report: dict[str, Any]) -> list[str]:
     """What was read, joined, left out and fitted, for people."""
     rows, inputs = report["rows"], report["inputs"]
+    cells = f" of {rows['cells']:,} cells" if "cells" in rows and rows["cells"] != inputs["rows"] else ""
     lines = [
-        f"read      {inputs['rows']:,} rows of {inputs['features']} features from {inputs['files']} "
+        f"read      {inputs['rows']:,} rows{cells}, {inputs['features']} features, from {inputs['files']} "
         f"file{'s' if inputs['files'] != 1 else ''}"
     ]
     for unit in ("well", "site"):
         if f"{unit}s" in rows:
-            low, middle, high = rows[f"cells_per_{unit}"]
-            one = f"; {rows[f'one_cell_{unit}s']:,} {unit}s have one" if rows[f"one_cell_{unit}s"] and high > 1 else ""
-            per = f"rows per {unit}: {low:,} to {high:,}, median {middle:g}{one}" if high > 1 else f"one row per {unit}"
-            lines.append(f"{unit}s     {rows[f'{unit}s']:,}; {per}")
+            what = "cells" if f"cells_per_{unit}" in rows else "rows"
+            low, middle, high = rows[f"{what}_per_{unit}"]
+            one = f"; {rows[f'one_cell_{unit}s']:,} {unit}s have one" if rows.get(f"one_cell_{unit}s") and high > 1 else ""
+            total = f" of {rows['cells']:,} cells" if what == "cells" else ""
+            per = f"{what} per {unit}: {low:,} to {high:,}, median {middle:g}{one}" if high > 1 else f"one row per {unit}"
+            lines.append(f"{unit}s     {rows[f'{unit}s']:,}{total}; {per}")
+    if rows.get("count_column"):
+        lines.append(f"note      {rows['count_column']}")
     if rows.get("note"):
         lines.append(f"note      {rows['note']}")
     if rows.get("nan_values_left_out") or rows.get("infinite_values_left_out"):
@@ -117,7 +122,9 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
     counts = result["counts"]
     lines = [
         f"profiles  {counts['profiles']:,} {result['options']['level']}s of {counts['compounds']} compounds, "
-        f"{counts['moas']} MoAs, {counts['batches']} batches; "
+        f"{counts['moas']} MoAs, {counts['batches']} batches"
+        + (f", {counts['cells']:,} cells" if counts["cells"] is not None else "")
+        + "; "
         f"{counts['controls']:,} control rows left out ({counts['controls_rule']})"
     ]
     if counts["without_moa"] or counts["without_compound"]:

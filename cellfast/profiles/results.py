@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cellfast.atomic import atomic_path, write_json
+from cellfast.metadata.counts import with_counts
 from cellfast.profiles import columns as names
 from cellfast.profiles.annotate import join_moa, join_plate_map
 from cellfast.profiles.evaluate import Evaluation
@@ -29,7 +30,7 @@ def read_annotated(
         CellfastError: as ``read_profiles``, ``join_plate_map`` and ``join_moa``.
     """
     table = read_profiles(path, tuple(features), columns)
-    frame = table.metadata
+    frame = with_counts(table.metadata)
     if metadata is not None:
         frame, _ = join_plate_map(frame, metadata)
     if moa is not None:

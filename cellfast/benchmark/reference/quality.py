@@ -91,19 +91,13 @@ def score_features(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, An
     frame = metadata.drop(columns="Replicate")
     known, _ = add_batch(canonical_metadata(frame, find_metadata_columns(list(frame.columns))))
     table = ProfileTable(known, np.ascontiguousarray(features), [f"h{i:03d}" for i in range(features.shape[1])])
-    wells = collapse(table, ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
-    steps: tuple[str, ...] = DEFAULT_STEPS
-    try:
-        wells, _ = normalize_profiles(wells, parse_steps(steps))
-    except CellfastError:
-        # A thousand cells can leave a batch without a control well: sphering over all instead, on every side alike.
-        steps = (DEFAULT_STEPS[0], "sphering")
-        wells, _ = normalize_profiles(wells, parse_steps(steps))
+    wells = collapse(table, ["Metadata_Plate", "Metadata_Well"], "mean")
+    wells, _ = normalize_profiles(wells, parse_steps(DEFAULT_STEPS))
     result = evaluate_profiles(wells, EvaluationOptions(num_permutations=0, average_precision=False)).result
     scores = {
         key: {k: result[key][k] for k in ("accuracy", "num_correct", "num_evaluated", "interval_95")} for key in ("nsc", "nscb")
     }
-    return {**scores, "normalize": list(steps), **_retrieval(features, metadata)}
+    return {**scores, "normalize": list(DEFAULT_STEPS), **_retrieval(features, metadata)}
 
 
 def _retrieval(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, Any]:
