@@ -139,7 +139,7 @@ def demo_summary(out: Path, seconds: float, *, amp: bool) -> str:
         for key in ("nsc", "nscb"):
             score = result[key]
             share = "n/a" if score["accuracy"] is None else f"{100 * score['accuracy']:.1f} %"
-            cells.append(f"{share} ({score['num_correct']}/{score['num_evaluated']})")
+            cells.append(f"{share} ({score['num_correct']:.6g}/{score['num_evaluated']})")
         drop = "n/a" if result["drop"] is None else f"{100 * result['drop']:.1f} %"
         lines.append(f"{name:<10} {cells[0]:>16} {cells[1]:>16} {drop:>8}")
     lines.append("")

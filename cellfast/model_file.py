@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -380,6 +381,13 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
         convolution = given.get("conv1.weight")
         if convolution is not None and convolution.ndim == 4 and convolution.shape[-1] == 7 and model.config.stem != "imagenet":
             hint = ". The file's first convolution is 7×7: use --stem imagenet"
+        if not new and (prefixes := _prefixes(given, encoder)):
+            shown = _shorten([f"'{printable(prefix)}' ({count} tensors)" for prefix, count in prefixes])
+            raise CellfastError(
+                f"the weights {path}: no tensor has a name of the encoder {model.config.encoder} (expected {next(iter(encoder))} "
+                f"and so on); the names in the file begin with {shown}. Of prefixes only {', '.join(map(repr, _PREFIXES))} are removed: "
+                "save the file again without the others, with the tensors of one encoder only"
+            )
         raise CellfastError(
             f"the weights {path} do not fit the encoder {model.config.encoder} with stem {model.config.stem}: "
             f"{_shorten(problems, 8, '; ')}{hint}"
@@ -396,10 +404,28 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
     return WeightsReport(loaded, unused, [] if head_fits else sorted(target_head), adapted)
 
 
+_PREFIXES = ("module.", "encoder.", "backbone.")
+
+
 def _plain_name(name: str) -> str:
-    for prefix in ("module.", "encoder.", "backbone."):
+    for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return name
+
+
+def _prefixes(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """What stands before the wanted names in the names of a file, or where they do not occur, what these begin with; most
+    frequent first."""
+    found: Counter[str] = Counter()
+    for name in given:
+        # The longest wanted name that this one ends with: layer1.0.conv1.weight ends with conv1.weight too.
+        parts = name.split(".")
+        ends = [i for i in range(1, len(parts)) if ".".join(parts[i:]) in wanted]
+        if ends:
+            found[".".join(parts[: ends[0]]) + "."] += 1
+    if not found:
+        found.update(name.partition(".")[0] + "." for name in given if "." in name)
+    return found.most_common()
 
 
 def _first_convolution(encoder: nn.Module) -> str:

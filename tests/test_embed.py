@@ -61,6 +61,15 @@ def make_fields(
     return folder
 
 
+def draw_nuclei(folder):
+    """Bright discs of 8 px on a dark background in place of the DNA planes: cells that detection finds."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    for number, path in enumerate(sorted((folder / "images").rglob("*_DNA.tif"))):
+        noise = np.random.default_rng(number).integers(0, 100, (HEIGHT, WIDTH))
+        discs = sum((((y - cy) ** 2 + (x - cx) ** 2) < 16) for cy, cx in ((20, 20), (40, 30 + number), (25, 60)))
+        tifffile.imwrite(path, (noise + 20_000 * discs).astype(np.uint16))
+
+
 def make_model(path, *, channels=CHANNELS, crop=CROP, view=VIEW, scaling="screen", bits=16, seed=0, encoder="cnn4"):
     model = build_model(ModelConfig(encoder=encoder, num_channels=len(channels), projection_dim=8), seed=seed)
     top = 255.0 if bits == 8 else 60000.0
@@ -161,10 +170,11 @@ def test_results_that_are_collected_later_are_the_same(work, tmp_path, monkeypat
 def test_each_file_is_read_once(work, tmp_path, monkeypatch):
     from cellfast.screens import field_cells
 
+    draw_nuclei(make_fields(tmp_path))
     seen = []
     real = field_cells.read_plane
     monkeypatch.setattr(field_cells, "read_plane", lambda path, **k: (seen.append(str(path)), real(path, **k))[1])
-    arguments = [work / "load_data.csv", "--image-root", work / "images", "--locations", "detect"]
+    arguments = [tmp_path / "load_data.csv", "--image-root", tmp_path / "images", "--locations", "detect"]
     result = run("embed", *arguments, "--model", work / "model.pt", "-o", tmp_path / "e", "--diameter", 8)
     assert result.exit_code == 0, result.output
     assert len(seen) == len(set(seen)) == 2 * 3 * 2 * 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
+from test_embed import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding import decoding
 from cellfast.embedding.dali_reading import plane_facts
@@ -74,10 +74,11 @@ def test_the_same_rows_on_a_gpu(work, tmp_path, border):
 
 
 def test_illumination_and_detection_see_the_decoded_pixels(work, tmp_path):
+    draw_nuclei(make_fields(tmp_path, sites=3))
     (tmp_path / "illumination").mkdir()
     for channel in ("DNA", "Actin"):
         np.save(tmp_path / "illumination" / f"{channel}.npy", np.linspace(0.5, 2, 60 * 80).reshape(60, 80))
-    arguments = [work / "load_data.csv", "--image-root", work / "images", "--locations", "detect", "--diameter", 8]
+    arguments = [tmp_path / "load_data.csv", "--image-root", tmp_path / "images", "--locations", "detect", "--diameter", 8]
     arguments += ["--illumination", tmp_path / "illumination", "--model", work / "model.pt"]
     for decode in ("host", "dali"):
         result = run("embed", *arguments, "-o", tmp_path / decode, "--decode", decode)

@@ -15,8 +15,9 @@ from cellfast.errors import CellfastError
 from cellfast.profiles.compare import compare_results, mcnemar
 from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
 from cellfast.profiles.feature_files import read_profiles
-from cellfast.profiles.intervals import majority_vote, permutation_p_value
+from cellfast.profiles.intervals import permutation_p_value
 from cellfast.profiles.table import ProfileTable, write_profiles
+from cellfast.profiles.votes import majority_vote
 
 FAST = {"num_resamples": 300, "num_permutations": 50}
 

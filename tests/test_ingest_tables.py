@@ -96,6 +96,14 @@ def make_fields(folder, plates=("P",), wells=("A01", "A02"), **columns):
     return table
 
 
+def draw_nuclei(folder):
+    """One bright square on a dark background in place of every image: a cell that detection finds."""
+    for number, path in enumerate(sorted((folder / "my images").rglob("*.TIF"))):
+        plane = np.random.default_rng(number).integers(100, 200, (40, 50))
+        plane[16:24, 20:28] += 20_000
+        tifffile.imwrite(path, plane.astype(np.uint16))
+
+
 def ingest(folder, locations, *more):
     return run(
         *("ingest", "fields", folder / "load data.csv", "--image-root", folder / "my images", "--locations", locations),
@@ -199,15 +207,18 @@ def test_detection_counts_as_progress(tmp_path, monkeypatch):
     from cellfast.screens import ingest as room
 
     make_fields(tmp_path)
+    draw_nuclei(tmp_path)
     seen = []
     monkeypatch.setattr(room._Shown, "update", lambda self, searched, done: seen.append((searched, done)))
-    assert ingest(tmp_path, "detect").exit_code == 0
+    assert ingest(tmp_path, "detect", "--diameter", 8).exit_code == 0
     assert seen == [(1, 0), (2, 0), (2, 1), (2, 2)]
 
 
 def test_plates_of_an_earlier_ingest_are_named(tmp_path):
     make_fields(tmp_path, plates=("P", "Q"))
-    assert ingest(tmp_path, "detect").exit_code == 0
+    draw_nuclei(tmp_path)
+    assert ingest(tmp_path, "detect", "--diameter", 8).exit_code == 0
     make_fields(tmp_path, plates=("P",))
-    result = ingest(tmp_path, "detect")
+    draw_nuclei(tmp_path)
+    result = ingest(tmp_path, "detect", "--diameter", 8)
     assert "plates of earlier ingests in the folder, part of the screen but not of this ledger: Q" in result.output

@@ -118,7 +118,7 @@ def test_streamed_units_equal_pandas(tmp_path, method, unit, monkeypatch):
     expected = getattr(whole.astype(dict.fromkeys(features, float)).groupby(key)[features], method)()
     np.testing.assert_allclose(table.features, expected.to_numpy(), rtol=1e-12, atol=1e-14)
     assert list(table.metadata["Metadata_Well"]) == list(expected.index.get_level_values("Metadata_Well"))
-    assert table.metadata["Metadata_NumCells"].sum() == len(whole) == report["cells"]
+    assert table.metadata["Metadata_Cell_Count"].sum() == len(whole) == report["cells"]
     assert "Metadata_ObjectNumber" not in table.metadata
     assert all(c.startswith("Metadata_") for c in table.metadata.columns)
 

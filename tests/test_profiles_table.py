@@ -166,7 +166,7 @@ def test_deepprofiler_npz_folder(tmp_path):
         np.savez(folder / f"{site}.npz", features=rng.normal(size=(5, 4)).astype(np.float32), locations=np.zeros((5, 2)))
     built = build_profiles([tmp_path], ProfileOptions(level="well", steps=parse_steps(["none"])))
     assert list(built.profiles.metadata["Metadata_Well"]) == ["A01", "B02"]
-    assert list(built.profiles.metadata["Metadata_NumCells"]) == [10, 5]
+    assert list(built.profiles.metadata["Metadata_Cell_Count"]) == [10, 5]
 
 
 @pytest.mark.parametrize(

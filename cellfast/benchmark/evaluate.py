@@ -247,7 +247,7 @@ def _plain(num_cells: int, num_features: int, repeats: int, reference_dir: str |
     def ours() -> tuple[int, int]:
         metadata, _ = fill_batches(canonical_metadata(frame, find_columns(list(frame.columns))))
         cells = ProfileTable(metadata, features, [f"h{i:03d}" for i in range(num_features)])
-        wells = collapse(cells, ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
+        wells = collapse(cells, ["Metadata_Plate", "Metadata_Well"], "mean")
         table = treatments(wells.rows((wells.metadata["Metadata_Compound"] != "DMSO").to_numpy()), "median")
         names = {c: i for i, c in enumerate(sorted(set(table.metadata["Metadata_Compound"])))}
         words, overlap = batch_codes([(b,) for b in table.metadata["Metadata_Batch"]], "joined")

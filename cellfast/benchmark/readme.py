@@ -151,7 +151,7 @@ def _reference(r: dict[str, Any]) -> Iterator[Row]:
 
 def _scores(run: dict[str, Any]) -> str:
     shares = " and ".join(
-        f"{100 * run[k]['accuracy']:.1f} % ({run[k]['num_correct']}/{run[k]['num_evaluated']})" for k in ("nsc", "nscb")
+        f"{100 * run[k]['accuracy']:.1f} % ({run[k]['num_correct']:.6g}/{run[k]['num_evaluated']})" for k in ("nsc", "nscb")
     )
     return f"{shares} after {run['steps']} steps in {run['seconds']:.0f} s"
 

@@ -111,7 +111,7 @@ def embed(
     Fields take the options of `cellfast ingest fields` and need no crop store: each field is read once. Both ways give the same rows in
     the same order. A run that was stopped goes on where it stopped; finished plates are kept.
 
-    Exit status: 0 all cells embedded; 3 finished, but fields were quarantined (listed in quarantine.csv); 1 stopped by an error; 2 wrong
+    Exit status: 0 all cells embedded; 3 finished, but fields were quarantined (listed in quarantine.csv); 1 stopped by an error, or no cell to embed; 2 wrong
     options.
     """
     from_fields = pattern is not None or (screen is not None and not Path(screen).is_dir())

@@ -45,7 +45,7 @@ import click
     help="Distance between profiles.",
 )
 @click.option(
-    "-k", type=click.IntRange(min=1), default=1, show_default=True, help="Nearest neighbours that vote; the nearer wins a tie."
+    "-k", type=click.IntRange(min=1), default=1, show_default=True, help="Nearest neighbours that vote; the nearer wins a draw."
 )
 @click.option(
     "--batch-rule",
@@ -136,7 +136,8 @@ def evaluate(profiles: tuple[Path, ...], output: Path | None, compare: tuple[Pat
     """Score profiles by mechanism of action: NSC, NSCB and drop.
 
     NSC asks whether the nearest profile of another compound has the same MoA; NSCB leaves out the same batch as well. Every
-    score comes with its counts, a 95 % bootstrap interval over compounds, and what was left out and why.
+    score comes with its counts, a 95 % bootstrap interval over compounds, and what was left out and why. Equally near neighbours
+    count by the expectation over a random choice among them; identical profiles of different treatments are refused.
     """
     if compare:
         if profiles:

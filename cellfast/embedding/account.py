@@ -17,6 +17,7 @@ from cellfast.embedding.place import Place
 from cellfast.embeddings_folder import ACCOUNT_FILE
 from cellfast.errors import CellfastError
 from cellfast.printable import masked_values, printable
+from cellfast.screens.ledger import why_no_cell
 
 if TYPE_CHECKING:
     from cellfast.embedding.encoder import CropEncoder
@@ -87,7 +88,7 @@ def write_account(
     """Check that every location is a row or dropped with a reason, and write ``embeddings.json`` and ``quarantine.csv``.
 
     Raises:
-        CellfastError: the sums do not agree (a defect of this program), or no field at all could be used.
+        CellfastError: the sums do not agree (a defect of this program), or there is no cell at all.
     """
     rows: list[dict[str, Any]] = []
     quarantined: list[dict[str, str]] = []
@@ -174,9 +175,8 @@ def write_account(
     place.write_bytes(
         ACCOUNT_FILE, (json.dumps(masked_values(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
-    if source.kind == "fields" and not totals["fields_written"]:
-        raise CellfastError(
-            f"no field could be used; the first was refused because: {quarantined[0]['message']} "
-            f"(all reasons are in {place.path(QUARANTINE_FILE)})"
-        )
+    if not totals["cells"]:
+        first = quarantined[0]["message"] if quarantined else "no reason noted"
+        why = why_no_cell(totals["fields_listed"], totals["fields_refused"], totals["locations"], totals["dropped"], first)
+        raise CellfastError(f"{why} (all reasons are in {place.path(QUARANTINE_FILE if quarantined else ACCOUNT_FILE)})")
     return Account(content)

@@ -171,6 +171,8 @@ class PlateOutput(ABC):
         origin = json.loads(json.dumps(self.parts.origin(plan)))
         before = {"tta": 1, "dtype": "float32", "aggregate": "none", **before}
         inputs, changed = changed_options(before, origin)
+        if changed and note is not None and not note["ledger"].get("cells_written"):
+            return False  # nothing is lost: there is no cell in it
         if changed:
             changed.sort(key=lambda k: (k != "model", k))
             different = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(origin.get(k))}" for k in changed)

@@ -17,6 +17,7 @@ from cellfast.embedding.place import Place
 from cellfast.embedding.sources import Chunk, Part, PlatePlan
 from cellfast.embeddings_folder import PARTS
 from cellfast.errors import CellfastError
+from cellfast.metadata.counts import CELL_COUNT
 from cellfast.printable import masked_values
 from cellfast.screens.inputs import digest
 from cellfast.screens.ledger import PlateLedger
@@ -33,7 +34,6 @@ WELL_COLUMNS = (
     "Metadata_Concentration",
     "Metadata_MoA",
 )
-COUNT_COLUMN = "Metadata_Cell_Count"
 _TYPES = {
     "Metadata_Plate": pa.string(),
     "Metadata_Well": pa.string(),
@@ -46,7 +46,7 @@ _TYPES = {
     "Metadata_Compound": pa.string(),
     "Metadata_Concentration": pa.float64(),
     "Metadata_MoA": pa.string(),
-    COUNT_COLUMN: pa.int64(),
+    CELL_COUNT: pa.int64(),
 }
 
 
@@ -54,7 +54,7 @@ def metadata_schema(*, wells: bool) -> pa.Schema:
     """Names and types of the metadata columns, of cells or of wells."""
     from cellfast.screens.schema import METADATA_COLUMNS
 
-    names = (*WELL_COLUMNS, COUNT_COLUMN) if wells else METADATA_COLUMNS
+    names = (*WELL_COLUMNS, CELL_COUNT) if wells else METADATA_COLUMNS
     return pa.schema([(name, _TYPES[name]) for name in names])
 
 
@@ -252,7 +252,7 @@ def _sums_of_wells(columns: dict[str, np.ndarray], values: np.ndarray) -> tuple[
     sums = np.zeros((len(order), values.shape[1]))
     np.add.at(sums, code, values.astype(np.float64))
     out = {name: column[first[order]] for name, column in columns.items()}
-    out[COUNT_COLUMN] = np.bincount(code, minlength=len(order)).astype(np.int64)
+    out[CELL_COUNT] = np.bincount(code, minlength=len(order)).astype(np.int64)
     return out, sums
 
 
@@ -279,10 +279,10 @@ def means_of_wells(tables: Iterator[pa.Table], dtype: str) -> tuple[pa.Table, np
             if known is None:
                 rows[record["Metadata_Well"]] = [record, values[row].copy()]
             else:
-                known[0][COUNT_COLUMN] += record[COUNT_COLUMN]
+                known[0][CELL_COUNT] += record[CELL_COUNT]
                 known[1] += values[row]
     records = [record for record, _ in rows.values()]
-    means = [values / record[COUNT_COLUMN] for record, values in rows.values()]
+    means = [values / record[CELL_COUNT] for record, values in rows.values()]
     width = len(means[0]) if means else 0
     matrix = _as_stored(np.array(means, np.float32).reshape(len(records), width), dtype, "")
     arrays = [pa.array([r[name] for r in records], type=schema.field(name).type) for name in schema.names]

@@ -99,7 +99,7 @@ def embed_source(
 
     Raises:
         CellfastError: source and model do not fit, another run holds the output, files of something else are in the way, no space left,
-            or no field at all could be used.
+            or no cell at all.
     """
     bits = 8 * np.dtype(source.dtype).itemsize
     model.check_screen(source.name, source.channel_names, source.crop_size, bits)
@@ -242,9 +242,8 @@ class _Run:
     def _is_enough(self, one: Finished | None) -> bool:
         if one is None:
             return False
-        if one.quarantined and (self.options.retry_quarantined or one.ledger.fields_written == 0):
-            return False
-        return True
+        # A plate without a cell was a mistake that may be mended by now.
+        return one.ledger.cells_written > 0 and not (one.quarantined and self.options.retry_quarantined)
 
     def go(self, todo: list[tuple[PlatePlan, list[Part]]]) -> None:
         """Do what is left."""

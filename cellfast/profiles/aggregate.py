@@ -22,7 +22,7 @@ class GroupedProfiles:
 
     Attributes:
         values: float64 [groups, D]; NaN where a group has no finite value of a feature.
-        counts: int64 [groups], rows per group.
+        counts: int64 [groups], rows per group, or the sum of their weights.
         num_nan: NaN values left out.
         num_inf: infinite values left out.
     """
@@ -44,7 +44,7 @@ class GroupSums:
     """Running sums of groups over blocks of rows, in float64.
 
     Equivalent to ``pandas.DataFrame.groupby(codes).mean()`` over everything added: values that are not finite are left out,
-    feature by feature.
+    feature by feature. With weights, the means of rows that are means of so many cells themselves.
     """
 
     def __init__(self, num_groups: int, num_features: int) -> None:
@@ -53,14 +53,20 @@ class GroupSums:
         self._missing: np.ndarray | None = None
         self.num_nan = self.num_inf = 0
 
-    def add(self, block: np.ndarray, codes: np.ndarray, first_column: int = 0) -> None:
-        """Add block float [n, d] of columns first_column…; codes int32 [n] are the groups, negative ones are skipped."""
+    def add(self, block: np.ndarray, codes: np.ndarray, first_column: int = 0, weights: np.ndarray | None = None) -> None:
+        """Add block float [n, d] of columns first_column…; codes int32 [n] are the groups, negative ones are skipped; weights
+        int64 [n], 1 by default."""
         from cellfast.profiles import kernels
 
         stop = first_column + block.shape[1]
         sums = self.sums[:, first_column:stop]
         if first_column == 0:
-            self.counts += np.bincount(codes[codes >= 0], minlength=len(self.counts))
+            known = codes >= 0
+            of_rows = None if weights is None else weights[known]
+            self.counts += np.bincount(codes[known], of_rows, minlength=len(self.counts)).astype(np.int64)
+        if weights is not None:
+            self._add_weighted(block, codes, weights, first_column)
+            return
         # Finite sums mean finite input (a sum cannot become finite again): the careful pass is only for blocks that need it.
         with np.errstate(all="ignore"):
             total = block.sum(dtype=np.float64)
@@ -72,6 +78,20 @@ class GroupSums:
         num_nan, num_inf = kernels.add_finite_rows(block, codes, sums, self._missing[:, first_column:stop])
         self.num_nan += num_nan
         self.num_inf += num_inf
+
+    def _add_weighted(self, block: np.ndarray, codes: np.ndarray, weights: np.ndarray, first_column: int) -> None:
+        from cellfast.profiles import kernels
+
+        columns = slice(first_column, first_column + block.shape[1])
+        finite = np.isfinite(block)
+        kernels.add_rows(np.where(finite, block, 0.0) * weights[:, None], codes, self.sums[:, columns])
+        if not finite.all():
+            if self._missing is None:
+                self._missing = np.zeros(self.sums.shape, np.int64)
+            np.add.at(self._missing[:, columns], codes[codes >= 0], np.where(finite, 0, weights[:, None])[codes >= 0])
+            num_nan = int(np.isnan(block[codes >= 0]).sum())
+            self.num_nan += num_nan
+            self.num_inf += int((~finite[codes >= 0]).sum()) - num_nan
 
     def result(self) -> GroupedProfiles:
         """The means so far."""
@@ -161,10 +181,16 @@ def _by_rows(starts: np.ndarray, size: int, work: Callable[[int, int], Any]) -> 
         return list(pool.map(lambda share: work(*share), pairwise(edges)))
 
 
-def aggregate(values: np.ndarray, codes: np.ndarray, num_groups: int, method: str) -> GroupedProfiles:
-    """``group_means`` or ``group_medians`` by name."""
+def aggregate(
+    values: np.ndarray, codes: np.ndarray, num_groups: int, method: str, weights: np.ndarray | None = None
+) -> GroupedProfiles:
+    """``group_means`` or ``group_medians`` by name; ``weights`` int64 [n] are those of the means."""
     if method not in METHODS:
         raise ValueError(f"method must be mean or median, got {method!r}")
+    if method == "mean" and weights is not None:
+        sums = GroupSums(num_groups, values.shape[1])
+        sums.add(values, np.ascontiguousarray(codes, np.int32), weights=weights)
+        return sums.result()
     return group_means(values, codes, num_groups) if method == "mean" else group_medians(values, codes, num_groups)
 
 

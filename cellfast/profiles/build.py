@@ -14,6 +14,7 @@ from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
 from cellfast.metadata.batches import SEPARATOR, fill_batches
 from cellfast.metadata.canonical import ordered
+from cellfast.metadata.counts import CELL_COUNT
 from cellfast.metadata.doses import unify_doses
 from cellfast.metadata.joins import join_moa, join_plate_map, unplaced_overrides
 from cellfast.metadata.treatments import find_controls, treatment_key
@@ -22,7 +23,7 @@ from cellfast.profiles.aggregate import METHODS, aggregate
 from cellfast.profiles.feature_files import open_source
 from cellfast.profiles.normalize import DEFAULT_STEPS, Step, natural_key, normalize_profiles, parse_steps
 from cellfast.profiles.select import drop_missing, select_features
-from cellfast.profiles.streaming import CELL_COUNT, read_cells, read_units
+from cellfast.profiles.streaming import read_cells, read_units
 from cellfast.profiles.table import ProfileTable
 
 LEVELS = ("cell", "site", "well", "treatment")
@@ -152,10 +153,10 @@ def build_profiles(
     wells: ProfileTable | None = table
     if at in ("cell", "site"):
         wells = None
-        if options.level in ("well", "treatment") and at == "cell":
-            table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate, CELL_COUNT, report)
-        elif options.level == "well":
-            table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate, None, report)
+        if options.level == "well" or (options.level == "treatment" and at == "cell"):
+            if at == "cell" and "cells" in counts and CELL_COUNT not in table.metadata:
+                table = ProfileTable(table.metadata.assign(**{CELL_COUNT: 1}), table.features, table.feature_names)
+            table = wells = collapse(table, [names.PLATE, names.WELL], options.cell_aggregate)
     if options.level == "treatment":
         table = treatments(table, options.aggregate, report, options.group_by, options.pool)
     if wells is not None:
@@ -222,18 +223,22 @@ def _check_options(options: ProfileOptions) -> None:
         raise CellfastError(f"--missing-cutoff must be between 0 and 1, got {options.missing_cutoff}.")
 
 
-def collapse(table: ProfileTable, key: Sequence[str], method: str, count: str | None, report: dict[str, Any]) -> ProfileTable:
+def collapse(table: ProfileTable, key: Sequence[str], method: str) -> ProfileTable:
     """One profile per distinct value of the ``key`` columns; other metadata columns stay where they are constant within every
     group.
+
+    Counts of cells are summed, and weigh in means.
     """
     lacking = [c for c in key if c not in table.metadata]
     if lacking:
         raise CellfastError(f"The input has no column {', '.join(lacking)}, needed for these profiles: name it with --column.")
     codes, groups = group_codes(table.metadata, key)
-    result = aggregate(table.features, codes, len(groups), method)
+    counts = table.metadata[CELL_COUNT].to_numpy() if CELL_COUNT in table.metadata else None
+    weights = counts if counts is not None and (counts != 1).any() else None
+    result = aggregate(table.features, codes, len(groups), method, weights)
     metadata = groups.copy()
     for column in table.metadata.columns:
-        if column in key or column == count:
+        if column in key or column == CELL_COUNT:
             continue
         values = constant_within(table.metadata[column], codes, len(groups))
         if values is not None:
@@ -242,8 +247,8 @@ def collapse(table: ProfileTable, key: Sequence[str], method: str, count: str | 
             raise CellfastError(
                 f"{_first_conflict(table.metadata, column, codes, groups)}: a well holds one treatment. Look at the metadata."
             )
-    if count is not None:
-        metadata[count] = result.counts
+    if counts is not None:
+        metadata[CELL_COUNT] = np.bincount(codes, counts, len(groups)).astype(np.int64)
     return ProfileTable(ordered(metadata), result.values, table.feature_names, table.provenance)
 
 

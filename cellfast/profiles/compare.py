@@ -57,17 +57,18 @@ def compare_results(a: dict[str, Any], b: dict[str, Any], num_resamples: int = 1
     }
     for rule in ("nsc", "nscb"):
         both = np.array([rows_a[i][f"{rule}_evaluated"] and rows_b[i][f"{rule}_evaluated"] for i in common])
-        right = [np.array([rows[i][f"{rule}_correct"] for i in common], bool) & both for rows in (rows_a, rows_b)]
+        right = [np.array([rows[i][f"{rule}_correct"] for i in common], np.float64) * both for rows in (rows_a, rows_b)]
         total = int(both.sum())
-        only_a, only_b = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+        # With ties: right more often than in the other.
+        only_a, only_b = int((right[0] > right[1]).sum()), int((right[1] > right[0]).sum())
         resampled = bootstrap_accuracies(right[1], both, compound, weights) - bootstrap_accuracies(
             right[0], both, compound, weights
         )
         report[rule] = {
             "num_evaluated_in_both": total,
-            "accuracy_a": int(right[0].sum()) / total if total else None,
-            "accuracy_b": int(right[1].sum()) / total if total else None,
-            "difference": (int(right[1].sum()) - int(right[0].sum())) / total if total else None,
+            "accuracy_a": float(right[0].sum()) / total if total else None,
+            "accuracy_b": float(right[1].sum()) / total if total else None,
+            "difference": float(right[1].sum() - right[0].sum()) / total if total else None,
             "interval_95": percentile_interval(resampled) if total else None,
             "only_a_right": only_a,
             "only_b_right": only_b,

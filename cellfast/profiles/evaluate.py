@@ -12,19 +12,21 @@ import pandas as pd
 from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
 from cellfast.metadata.batches import SEPARATOR, fill_batches
+from cellfast.metadata.counts import CELL_COUNT
 from cellfast.metadata.treatments import find_controls, treatment_key
 from cellfast.profiles.build import CONTROL, treatments
+from cellfast.profiles.identical import refuse_identical
 from cellfast.profiles.intervals import (
     bootstrap_accuracies,
     bootstrap_weights,
-    majority_vote,
     percentile_interval,
     permutation_p_value,
 )
 from cellfast.profiles.mean_average_precision import moa_precision, replicate_precision
-from cellfast.profiles.neighbours import BATCH_RULES, METRICS, AllowedPairs, batch_codes, nearest_neighbours
+from cellfast.profiles.neighbours import BATCH_RULES, METRICS, AllowedPairs, Neighbours, batch_codes, nearest_neighbours
 from cellfast.profiles.replicates import replicate_reproducibility
 from cellfast.profiles.table import ProfileTable
+from cellfast.profiles.votes import correct_shares, majority_vote, number, vote_shares
 
 UNKNOWN_BATCH = "(unknown)"
 
@@ -90,7 +92,8 @@ def evaluate_profiles(
     """Score profiles by the MoA of their nearest allowed neighbours.
 
     NSC: candidates of the same compound are left out. NSCB: those of the same batch as well. Drop = NSC − NSCB. A profile
-    without candidates is not evaluated under that rule, and counted.
+    without candidates is not evaluated under that rule, and counted. Where several neighbours are equally near, the score counts
+    the expectation over a random choice among them, and says for how many profiles.
 
     Args:
         profiles: treatments or wells with compound and MoA.
@@ -99,7 +102,8 @@ def evaluate_profiles(
         holds wells.
 
     Raises:
-        CellfastError: no MoA, fewer than two compounds, profiles that are not finite or have no direction.
+        CellfastError: no MoA, fewer than two compounds, profiles that are not finite or have no direction, identical
+        profiles of different treatments.
 
     Source: Ljosa et al. 2013 (NSC), Ando et al. 2017 (NSCB).
     """
@@ -125,6 +129,7 @@ def evaluate_profiles(
         raise CellfastError(
             f"NSC needs profiles of at least two compounds with a MoA; found {len(compounds)} ({', '.join(compounds)})."
         )
+    refuse_identical(profiles)
     batches = batch_sets(metadata, options.batch_rule)
     words, overlap = batch_codes(batches, options.batch_rule)
     one_batch = [] if batches[0] == (UNKNOWN_BATCH,) else _one_batch_moas(moa, len(moas), batches)
@@ -142,13 +147,15 @@ def evaluate_profiles(
         if rule == "nscb":
             evaluated &= ~excluded
         called = majority_vote(moa, neighbours.index)
-        correct = evaluated & (called == moa)
-        score = _score(correct, evaluated, compound, moa, moa_names, called)
+        correct = evaluated * correct_shares(moa, neighbours.index, neighbours.ties)
+        score = _score(correct, evaluated, compound, moa, moa_names, _called(moa, called, evaluated, neighbours, len(moas)))
+        score["ties"], num_tied = _ties(neighbours, correct, evaluated)
         resampled.append(bootstrap_accuracies(correct, evaluated, compound, weights))
         score["interval_95"] = percentile_interval(resampled[-1])
         score["p_value"] = permutation_p_value(
-            moa, compound, neighbours.index, evaluated, int(correct.sum()), options.num_permutations, options.seed
-        )
+            moa, compound, neighbours.index, evaluated, float(correct.sum()), options.num_permutations, options.seed,
+            neighbours.ties,
+        )  # fmt: skip
         no_candidates = neighbours.index[:, 0] < 0
         score["excluded"] = {
             "no_candidates": _named(labels, no_candidates & ~(excluded if rule == "nscb" else False)),
@@ -160,12 +167,13 @@ def evaluate_profiles(
         nearest = neighbours.index[:, 0].tolist()
         columns |= {
             f"{rule}_evaluated": evaluated,
-            f"{rule}_correct": correct,
+            f"{rule}_correct": correct if (correct % 1).any() else correct.astype(bool),
             f"{rule}_called_moa": [moa_names[c] if e else "" for c, e in zip(called.tolist(), evaluated.tolist())],
             f"{rule}_neighbour": [labels[i] if i >= 0 else "" for i in nearest],
             f"{rule}_neighbour_moa": [moa_names[moa[i]] if i >= 0 else "" for i in nearest],
             f"{rule}_distance": neighbours.distance[:, 0],
             f"{rule}_pool_size": pool,
+            f"{rule}_equally_near": num_tied,
         }
     table = pd.concat([_identity(metadata), pd.DataFrame(columns)], axis=1)
     if result["nsc"]["accuracy"] is not None and result["nscb"]["accuracy"] is not None:
@@ -175,13 +183,15 @@ def evaluate_profiles(
     result["one_batch_moas"] = [moa_names[m] for m in one_batch]
     result["one_compound_moas"] = [moa_names[m] for m in range(len(moas)) if per_moa[m] == 1]
     result["counts"] = {**counts, "profiles": len(profiles), "compounds": len(compounds), "moas": len(moas),
-                        "batches": len({b for s in batches for b in s}), "features": len(profiles.feature_names)}  # fmt: skip
+                        "batches": len({b for s in batches for b in s}), "features": len(profiles.feature_names),
+                        "cells": int(metadata[CELL_COUNT].sum()) if CELL_COUNT in metadata else None}  # fmt: skip
     result["replicate_reproducibility"] = None
     result["mean_average_precision"] = None
     if options.average_precision:
         result["mean_average_precision"] = {"moa": moa_precision(profiles, options.metric)}
     if wells is not None and options.average_precision:
         chosen, _ = _choose_rows(wells, options)
+        refuse_identical(chosen)
         result["replicate_reproducibility"] = replicate_reproducibility(chosen, options.metric, options.seed)
         result["mean_average_precision"]["treatment"] = replicate_precision(chosen, options.metric)
     result["options"] = {k: v for k, v in vars(options).items()}
@@ -266,28 +276,58 @@ def _one_batch_moas(moa: np.ndarray, num: int, batches: list[tuple[str, ...]]) -
     return [m for m in range(num) if len(found[m]) == 1]
 
 
+def _called(moa: np.ndarray, called: np.ndarray, evaluated: np.ndarray, neighbours: Neighbours, num: int) -> np.ndarray:
+    """float64 [num, num]: how often profiles of MoA i are expected to be called MoA j."""
+    sure = evaluated.copy()
+    sure[neighbours.ties.rows] = False
+    counts = np.bincount(moa[sure] * num + called[sure], minlength=num**2).reshape(num, num).astype(np.float64)
+    for i, row in enumerate(neighbours.ties.rows):
+        if evaluated[row]:
+            for label, share in vote_shares(moa, neighbours.ties, i, neighbours.index.shape[1]).items():
+                counts[moa[row], label] += share
+    return counts
+
+
+def _ties(neighbours: Neighbours, correct: np.ndarray, evaluated: np.ndarray) -> tuple[dict[str, int], np.ndarray]:
+    """What is reported of ties, and for each profile how many candidates are as near as its nearest."""
+    ties = neighbours.ties
+    as_near = (neighbours.index[:, 0] >= 0).astype(np.int64)
+    concerned, most = 0, 1
+    for i, row in enumerate(ties.rows):
+        sizes = np.bincount(ties.of(i)[1])
+        as_near[row] = sizes[0]
+        if evaluated[row]:
+            concerned, most = concerned + 1, max(most, int(sizes.max()))
+    undecided = int((correct % 1 != 0).sum())
+    return {"num_profiles": concerned, "num_undecided": undecided, "most_equally_near": most}, as_near
+
+
 def _score(
-    correct: np.ndarray, evaluated: np.ndarray, compound: np.ndarray, moa: np.ndarray, moas: list[str], called: np.ndarray
+    correct: np.ndarray, evaluated: np.ndarray, compound: np.ndarray, moa: np.ndarray, moas: list[str], counts: np.ndarray
 ) -> dict[str, Any]:
     total = int(evaluated.sum())
-    counts = np.bincount(moa[evaluated] * len(moas) + called[evaluated], minlength=len(moas) ** 2).reshape(len(moas), len(moas))
     present = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
-    of_moa, correct_of_moa = counts.sum(axis=1), np.bincount(moa[correct], minlength=len(moas)).tolist()
+    of_moa = np.bincount(moa[evaluated], minlength=len(moas))
+    correct_of_moa = np.bincount(moa, weights=correct, minlength=len(moas)).tolist()
     of_compound = np.bincount(compound[evaluated])
-    by_compound = (np.bincount(compound[correct], minlength=len(of_compound)) / np.maximum(of_compound, 1))[of_compound > 0]
+    right = np.bincount(compound[evaluated], weights=correct[evaluated], minlength=len(of_compound))
+    by_compound = (right / np.maximum(of_compound, 1))[of_compound > 0]
     most = int(of_moa.argmax())
     return {
-        "accuracy": int(correct.sum()) / total if total else None,
-        "num_correct": int(correct.sum()),
+        "accuracy": float(correct.sum()) / total if total else None,
+        "num_correct": number(correct.sum()),
         "num_evaluated": total,
         "num_excluded": int((~evaluated).sum()),
         "compound_macro_accuracy": float(np.mean(by_compound)) if len(by_compound) else None,
         "majority_baseline": {"moa": moas[most], "accuracy": float(of_moa[most] / total)} if total else None,
         "per_moa": {
-            name: {"num_correct": right, "num_evaluated": number}
-            for name, right, number in zip(moas, correct_of_moa, of_moa.tolist())
+            name: {"num_correct": number(right), "num_evaluated": evaluated}
+            for name, right, evaluated in zip(moas, correct_of_moa, of_moa.tolist())
         },
-        "confusion": {"moas": [moas[m] for m in present], "counts": counts[np.ix_(present, present)].tolist()},
+        "confusion": {
+            "moas": [moas[m] for m in present],
+            "counts": [[number(c) for c in row] for row in counts[np.ix_(present, present)]],
+        },
     }
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from cellfast.profiles.neighbours import Ties
+from cellfast.profiles.votes import correct_shares
+
 
 def bootstrap_weights(compound: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
     """How often each compound is drawn: int16 [num_resamples, compounds], each row a draw with replacement of as many compounds.
@@ -24,13 +27,13 @@ def bootstrap_accuracies(correct: np.ndarray, evaluated: np.ndarray, compound: n
     """Accuracy in each resample, float64 [num_resamples]; NaN where no evaluated treatment was drawn.
 
     Args:
-        correct: bool [n].
+        correct: bool or float [n]: right or wrong, or how probably right.
         evaluated: bool [n].
         compound: int [n], codes into the columns of weights.
         weights: from ``bootstrap_weights``.
     """
     num = weights.shape[1]
-    right = np.bincount(compound, weights=correct & evaluated, minlength=num)
+    right = np.bincount(compound, weights=correct * evaluated, minlength=num)
     total = np.bincount(compound, weights=evaluated, minlength=num)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (weights @ right) / (weights @ total)
@@ -51,9 +54,10 @@ def permutation_p_value(
     compound: np.ndarray,
     neighbours: np.ndarray,
     evaluated: np.ndarray,
-    num_correct: int,
+    num_correct: float,
     num_permutations: int,
     seed: int,
+    ties: Ties | None = None,
 ) -> float | None:
     """Share of random assignments of MoAs to compounds that are right at least as often: (1 + #{≥}) / (1 + permutations).
 
@@ -61,7 +65,7 @@ def permutation_p_value(
     compound stay together.
 
     Args:
-        moa: int [n]; compound: int [n]; neighbours: int [n, k], −1 for none; evaluated: bool [n].
+        moa: int [n]; compound: int [n]; neighbours: int [n, k], −1 for none; evaluated: bool [n]; ties: of the neighbours.
     """
     if not evaluated.any():
         return None
@@ -71,24 +75,9 @@ def permutation_p_value(
     np.minimum.at(low, compound, moa)
     np.maximum.at(high, compound, moa)
     whole = bool((low[compound] == high[compound]).all())
-    rows = np.flatnonzero(evaluated)
     as_good = 0
     present, codes = np.unique(compound, return_inverse=True)
     for _ in range(num_permutations):
         labels = low[present][rng.permutation(len(present))][codes.reshape(-1)] if whole else moa[rng.permutation(len(moa))]
-        as_good += int((majority_vote(labels, neighbours[rows]) == labels[rows]).sum() >= num_correct)
+        as_good += bool(correct_shares(labels, neighbours, ties)[evaluated].sum() >= num_correct - 1e-9)
     return (1 + as_good) / (1 + num_permutations)
-
-
-def majority_vote(labels: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-    """The most frequent label among each row's neighbours, the nearer one on a tie; −1 without neighbours.
-
-    Args:
-        labels: int [n].
-        neighbours: int [q, k], nearest first, −1 for none.
-    """
-    votes = np.where(neighbours >= 0, labels[np.maximum(neighbours, 0)], -1)
-    if votes.shape[1] == 1:
-        return votes[:, 0]
-    counts = ((votes[:, :, None] == votes[:, None, :]) & (votes >= 0)[:, :, None]).sum(axis=2)
-    return np.take_along_axis(votes, counts.argmax(axis=1)[:, None], axis=1)[:, 0]

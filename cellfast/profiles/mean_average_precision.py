@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast.metadata import columns as names
-from cellfast.profiles.neighbours import prepare
+from cellfast.profiles.neighbours import prepare, tie_tolerance
 from cellfast.profiles.table import ProfileTable
 
 
@@ -22,11 +22,13 @@ class AveragePrecision:
         values: float64 [n], NaN for a query without a positive.
         num_positive: int64 [n], profiles to be found.
         num_total: int64 [n], profiles ranked.
+        tied: bool [n], some positive is as near as some negative.
     """
 
     values: np.ndarray
     num_positive: np.ndarray
     num_total: np.ndarray
+    tied: np.ndarray
 
 
 def average_precision(
@@ -41,8 +43,10 @@ def average_precision(
     """Rank, for every profile, its positives among its negatives by similarity, and average the precision at each positive.
 
     Equivalent to ``copairs.map.average_precision`` with the same column lists: a pair is positive when it agrees in every
-    ``pos_sameby`` and differs in every ``pos_diffby`` column, negative likewise by ``neg_sameby`` and ``neg_diffby``. On equal
-    similarity positives come first.
+    ``pos_sameby`` and differs in every ``pos_diffby`` column, negative likewise by ``neg_sameby`` and ``neg_diffby``. Unlike
+    there, equal similarities count by their expectation over random orders, so that positives win no tie.
+
+    Source: McSherry & Najork 2008 (average precision with ties).
 
     Args:
         metadata: [n, …]; features: float [n, D].
@@ -54,7 +58,7 @@ def average_precision(
     n = len(x)
     codes = {c: pd.factorize(metadata[c])[0] for c in {*pos_sameby, *pos_diffby, *neg_sameby, *neg_diffby}}
     values = np.full(n, np.nan)
-    num_positive, num_total = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    num_positive, num_total, tied = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, bool)
     step = max(1, (1 << 22) // max(n, 1))
     for start in range(0, n, step):
         rows = np.arange(start, min(n, start + step))
@@ -76,11 +80,39 @@ def average_precision(
             if len(good) == 0:
                 continue
             # Only the positives' ranks matter: each is 1 + the positives before it + the negatives strictly nearer.
-            good = np.sort(good)[::-1]
-            above = len(bad) - np.searchsorted(np.sort(bad), good, side="right")
+            good, bad = np.sort(good)[::-1], np.sort(bad)
+            tolerance = tie_tolerance(x, offset, rows[i : i + 1], good[None])[0]
+            above = len(bad) - np.searchsorted(bad, good + tolerance, side="right")
+            as_near = len(bad) - above - np.searchsorted(bad, good - tolerance, side="left")
             order = np.arange(1, len(good) + 1)
-            values[row] = float((order / (order + above)).mean())
-    return AveragePrecision(values, num_positive, num_total)
+            precision = order / (order + above)
+            if as_near.any():
+                tied[row] = True
+                _expect_ties(precision, good, bad, tolerance)
+            values[row] = float(precision.mean())
+    return AveragePrecision(values, num_positive, num_total, tied)
+
+
+def _expect_ties(precision: np.ndarray, good: np.ndarray, bad: np.ndarray, tolerance: np.ndarray) -> None:
+    """Put the expectation over random orders in place of the precision at positives that are as near as some negative.
+
+    Args:
+        precision: float64 [p], at each positive; changed.
+        good: float64 [p], similarity of the positives, falling; bad: float64 [m], of the negatives, rising.
+        tolerance: float64 [p], by which equal similarities can differ.
+    """
+    edges = np.flatnonzero(-np.diff(good) > tolerance[:-1]) + 1
+    for first, last in zip([0, *edges], [*edges, len(good)]):
+        r = last - first
+        nearer = len(bad) - np.searchsorted(bad, good[first] + tolerance[first], side="right")
+        negatives = len(bad) - nearer - np.searchsorted(bad, good[last - 1] - tolerance[last - 1], side="left")
+        if negatives == 0:
+            continue
+        n = r + negatives
+        # A positive at place i of the n tied ones has on average (i − 1)(r − 1)/(n − 1) of the other r − 1 before it.
+        place = np.arange(n)
+        before = first + place * ((r - 1) / (n - 1))
+        precision[first:last] = ((before + 1) / (first + nearer + place + 1)).mean()
 
 
 def grouped_precision(metadata: pd.DataFrame, precision: AveragePrecision, groupby: Sequence[str]) -> pd.DataFrame:
@@ -127,6 +159,7 @@ def _summary(metadata: pd.DataFrame, precision: AveragePrecision, key: list[str]
         "mean": float(grouped["mean_average_precision"].mean()),
         "num_groups": len(grouped),
         "num_queries": int(np.isfinite(precision.values).sum()),
+        "num_queries_with_ties": int(precision.tied.sum()),
         "num_queries_without_positive": int((~np.isfinite(precision.values)).sum()),
         "per_group": {label(list(row[: len(key)])): float(row[len(key)]) for row in grouped.itertuples(index=False, name=None)},
     }

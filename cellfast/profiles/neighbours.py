@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -87,18 +87,54 @@ class AllowedPairs:
 
 
 @dataclass
+class Ties:
+    """The rows for which the k nearest, or their order, is a matter of choice: equal distances among them, or at the k-th.
+
+    Attributes:
+        rows: int64 [t], profiles with ties.
+        starts: int64 [t + 1]: the candidates of the i-th are entries starts[i]:starts[i + 1] of the next two.
+        members: int64, all candidates not farther than the k-th nearest, nearest first.
+        groups: int64, 0 for the nearest and those as near, 1 for the next, …
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    members: np.ndarray
+    groups: np.ndarray
+
+    @classmethod
+    def collect(cls, found: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> Ties:
+        """From (row, members, groups) of each row."""
+        none = [np.zeros(0, np.int64)]
+        sizes = [len(members) for _, members, _ in found]
+        return cls(
+            np.array([row for row, _, _ in found], np.int64),
+            np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            np.concatenate([members for _, members, _ in found] or none),
+            np.concatenate([groups for _, _, groups in found] or none),
+        )
+
+    def of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(members, groups) of the i-th row."""
+        part = slice(self.starts[i], self.starts[i + 1])
+        return self.members[part], self.groups[part]
+
+
+@dataclass
 class Neighbours:
     """The nearest allowed profiles of each profile.
 
     Attributes:
-        index: int64 [n, k], nearest first; −1 where there are fewer candidates than k.
+        index: int64 [n, k], nearest first, of equally near ones the first row; −1 where there are fewer candidates than k.
         distance: float64 [n, k]: 1 − cosine, 1 − Pearson correlation, or Euclidean distance; NaN where index is −1.
         pool_size: int64 [n], number of candidates.
+        ties: rows whose neighbours are a matter of choice.
     """
 
     index: np.ndarray
     distance: np.ndarray
     pool_size: np.ndarray
+    ties: Ties = field(default_factory=lambda: Ties.collect([]))
 
 
 def batch_codes(batches: Sequence[Sequence[str]], rule: str) -> tuple[np.ndarray, bool]:
@@ -170,9 +206,9 @@ def nearest_neighbours(
 ) -> tuple[Neighbours, Neighbours]:
     """The k nearest allowed profiles of every profile under NSC and NSCB.
 
-    Equivalent to a float64 distance matrix with forbidden pairs set to infinity and a stable sort of each row. Products are
-    made in float32 blocks, of the upper triangle only; rows whose order float32 cannot tell are done again in float64, so the
-    result is float64's.
+    Equivalent to a float64 distance matrix with forbidden pairs set to infinity and a stable sort of each row; distances that
+    are equal to rounding (``tie_tolerance``) are ties. Products are made in float32 blocks, of the upper triangle only; rows
+    whose order float32 cannot tell are done again in float64, so the result is float64's.
 
     Args:
         features: float [n, D].
@@ -196,14 +232,14 @@ def nearest_neighbours(
         index = [np.full((n, k), -1, np.int64) for _ in range(2)]
     else:
         index, unsure = _blocked(x, offset, pairs, k_found, k)
-    _exact(x, offset, pairs, unsure, k_found, index)
+    ties = _exact(x, offset, pairs, unsure, k_found, index)
     results = []
     for rule, found in enumerate(index):
         distance = np.full((n, k), np.nan)
         for column in range(k_found):
             have = found[:, column] >= 0
             distance[have, column] = _distance(x, np.flatnonzero(have), found[have, column], metric)
-        results.append(Neighbours(found, distance, pairs.pool_sizes(rule == 1)))
+        results.append(Neighbours(found, distance, pairs.pool_sizes(rule == 1), ties[rule]))
     return results[0], results[1]
 
 
@@ -218,8 +254,26 @@ def _distance(x: np.ndarray, rows: np.ndarray, others: np.ndarray, metric: str) 
     return result
 
 
-def _exact(x: np.ndarray, offset: np.ndarray, pairs: AllowedPairs, rows: np.ndarray, k: int, index: list[np.ndarray]) -> None:
+def tie_tolerance(x: np.ndarray, offset: np.ndarray, rows: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """What the similarities of equally near candidates can differ by through rounding, float64 of the shape of ``best``.
+
+    Args:
+        x, offset: from ``prepare``.
+        rows: the queries, one for each row of ``best``.
+        best: float64 [rows, …], similarity of the candidates; −inf where there is none.
+    """
+    norm = np.sqrt(np.einsum("ij,ij->i", x[rows], x[rows])).reshape(-1, *[1] * (best.ndim - 1))
+    # A candidate's distance bounds its length, and so the rounding of its product.
+    square = np.where(np.isfinite(best), norm**2 + (0.0 if offset.any() else 1.0) - 2 * best, 0.0)
+    return 2 * np.finfo(np.float64).eps * (8 + np.sqrt(x.shape[1])) * (norm + np.sqrt(np.maximum(square, 0.0))) ** 2
+
+
+def _exact(
+    x: np.ndarray, offset: np.ndarray, pairs: AllowedPairs, rows: np.ndarray, k: int, index: list[np.ndarray]
+) -> list[Ties]:
+    """Search ``rows`` in float64: fills their rows of ``index`` (NSC, NSCB) and returns the ties."""
     step = max(1, (1 << 24) // len(x))
+    ties: list[list[tuple[int, np.ndarray, np.ndarray]]] = [[], []]
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         similarity = x[part] @ x.T - offset
@@ -232,6 +286,20 @@ def _exact(x: np.ndarray, offset: np.ndarray, pairs: AllowedPairs, rows: np.ndar
                 order = np.argsort(-masked, axis=1, kind="stable")[:, :k]
             found = np.take_along_axis(allowed, order, axis=1)
             index[rule][part, :k] = np.where(found, order, -1)
+            best = np.take_along_axis(masked, order, axis=1)
+            last = np.where(found, best, np.inf).min(axis=1)
+            tolerance = tie_tolerance(x, offset, part, np.where(found.any(axis=1), last, -np.inf))
+            with np.errstate(invalid="ignore"):
+                tied = (best[:, :-1] - best[:, 1:] <= tolerance[:, None]).any(axis=1)
+            tied |= (masked >= (last - tolerance)[:, None]).sum(axis=1) > found.sum(axis=1)
+            for i in np.flatnonzero(tied):
+                members = np.flatnonzero(masked[i] >= last[i] - tolerance[i])
+                members = members[np.argsort(-masked[i, members], kind="stable")]
+                groups = np.concatenate([[0], np.cumsum(-np.diff(masked[i, members]) > tolerance[i])])
+                members = members[np.lexsort((members, groups))]
+                index[rule][part[i], : min(k, len(members))] = members[:k]
+                ties[rule].append((int(part[i]), members, groups))
+    return [Ties.collect(found) for found in ties]
 
 
 def _blocked(x: np.ndarray, offset: np.ndarray, pairs: AllowedPairs, k: int, width: int) -> tuple[list[np.ndarray], np.ndarray]:

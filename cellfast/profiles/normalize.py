@@ -137,9 +137,16 @@ def _groups(table: ProfileTable, by: str, controls: np.ndarray, step: Step, leas
         raise CellfastError(
             f"--normalize {step.method} --by {by}: {len(short)} of {len(groups)} {kind}{'es' if kind == 'batch' else 's'} "
             f"have {have}: {listed}. "
-            f"Choose {wider}, or other controls (--controls QUERY; --controls all takes every well)."
+            f"Choose {wider}{_other_controls(step)}."
         )
     return groups
+
+
+def _other_controls(step: Step) -> str:
+    """The way out by other controls, where not every well is one already."""
+    if (step.controls or "").strip().lower() == "all":
+        return ""
+    return ", or other controls (--controls QUERY; --controls all takes every well)"
 
 
 @lru_cache(maxsize=1 << 16)
@@ -178,9 +185,11 @@ def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
             result[rows] = (x[rows] - center) / spread
     keep = np.setdiff1d(np.arange(x.shape[1]), list(flat))
     if len(keep) == 0:
+        wider = {"plate": "--by batch, --by all", "batch": "--by all", "all": "--normalize none"}[by]
         raise CellfastError(
-            f"--normalize {step.method} --by {by}: the controls of no feature vary in every group ({len(groups)} groups, "
-            f"{int(controls.sum())} control wells). Use --by all, or --normalize sphering."
+            f"--normalize {step.method} --by {by}: of no feature do the controls vary"
+            + (f" in each of the {len(groups)} groups" if by != "all" else "")
+            + f" ({int(controls.sum())} control wells). Choose {wider}{_other_controls(step)}."
         )
     entry = {
         "step": step.method,

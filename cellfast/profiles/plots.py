@@ -84,7 +84,12 @@ def write_pictures(evaluation: Evaluation, stem: str | os.PathLike[str], method:
                 [b if names_ == 1 else "several" for b, names_ in ((str(v), len(str(v).split(";"))) for v in shown[names.BATCH])]
             )
             colours["batch"] = ("Batch", batches)
-        verdict = np.where(shown["nsc_evaluated"], np.where(shown["nsc_correct"], "right (NSC)", "wrong (NSC)"), "not evaluated")
+        right = shown["nsc_correct"].to_numpy(dtype=float)
+        verdict = np.select(
+            [~shown["nsc_evaluated"], right == 1, right == 0],
+            ["not evaluated", "right (NSC)", "wrong (NSC)"],
+            "undecided (ties)",
+        )
         colours["correct"] = ("Nearest neighbour", verdict)
         for name, (title, labels) in colours.items():
             path = stem.with_name(f"{stem.name}_map_{name}.png")
@@ -133,7 +138,7 @@ def _scatter(path: Path, xy: np.ndarray, labels: np.ndarray, title: str, note: s
     figure = _figure(8.5, 6)
     axes = figure.subplots()
     unique = sorted(set(labels), key=natural_key)
-    fixed = {"right (NSC)": "#1b7837", "wrong (NSC)": "#c51b7d", "not evaluated": "#999999"}
+    fixed = {"right (NSC)": "#1b7837", "wrong (NSC)": "#c51b7d", "undecided (ties)": "#e08214", "not evaluated": "#999999"}
     size = 40 if len(xy) <= 500 else 12 if len(xy) <= 2000 else 5
     for i, label in enumerate(unique):
         at = labels == label
@@ -182,14 +187,14 @@ def _confusion(path: Path, score: dict[str, Any], rule: str) -> None:
     if len(moas) <= 40:
         for i, j in zip(*np.nonzero(counts)):
             axes.text(
-                j, i, str(counts[i, j]), ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.5 else "black"
+                j, i, f"{counts[i, j]:.4g}", ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.5 else "black"
             )
     shown = [literal(moa) for moa in moas]
     axes.set_xticks(range(len(moas)), shown, rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(len(moas)), shown, fontsize=7)
     axes.set_xlabel("MoA of the nearest neighbour")
     axes.set_ylabel("MoA of the treatment")
-    axes.set_title(f"{rule.upper()} {_percent(score)} ({score['num_correct']}/{score['num_evaluated']})", fontsize=10)
+    axes.set_title(f"{rule.upper()} {_percent(score)} ({score['num_correct']:.6g}/{score['num_evaluated']})", fontsize=10)
     _save(figure, path)
 
 

@@ -41,7 +41,11 @@ def replicate_reproducibility(
             draws.append(_median_similarity(x[[rng.choice(by_treatment[t]) for t in chosen]], metric))
         thresholds[size] = float(np.percentile(draws, 95))
     similarity = {int(t): _median_similarity(x[by_treatment[t]], metric) for t in tested}
-    passed = {t: s > thresholds[int(min(sizes[t], len(sizes)))] for t, s in similarity.items()}
+    passed = {}
+    for t, s in similarity.items():
+        # Equal similarities differ by rounding; a treatment passes only where its own is truly higher.
+        threshold = thresholds[int(min(sizes[t], len(sizes)))]
+        passed[t] = s > threshold + 1e-12 * max(1.0, abs(threshold))
     first = pd.Series(np.arange(len(codes))).groupby(codes).first().to_numpy()
     labels = [
         " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row)

@@ -11,17 +11,22 @@ from cellfast.printable import printable
 def profile_lines(report: dict[str, Any]) -> list[str]:
     """What was read, joined, left out and fitted, for people."""
     rows, inputs = report["rows"], report["inputs"]
+    cells = f" of {rows['cells']:,} cells" if "cells" in rows and rows["cells"] != inputs["rows"] else ""
     lines = [
-        f"read      {inputs['rows']:,} rows of {inputs['features']} features from {inputs['files']} "
+        f"read      {inputs['rows']:,} rows{cells}, {inputs['features']} features, from {inputs['files']} "
         f"file{'s' if inputs['files'] != 1 else ''}"
     ]
     lines += [f"missing   {one}" for one in inputs.get("unfinished", [])]
     for unit in ("well", "site"):
         if f"{unit}s" in rows:
-            low, middle, high = rows[f"cells_per_{unit}"]
-            one = f"; {rows[f'one_cell_{unit}s']:,} {unit}s have one" if rows[f"one_cell_{unit}s"] and high > 1 else ""
-            per = f"rows per {unit}: {low:,} to {high:,}, median {middle:g}{one}" if high > 1 else f"one row per {unit}"
-            lines.append(f"{unit}s     {rows[f'{unit}s']:,}; {per}")
+            what = "cells" if f"cells_per_{unit}" in rows else "rows"
+            low, middle, high = rows[f"{what}_per_{unit}"]
+            one = f"; {rows[f'one_cell_{unit}s']:,} {unit}s have one" if rows.get(f"one_cell_{unit}s") and high > 1 else ""
+            total = f" of {rows['cells']:,} cells" if what == "cells" else ""
+            per = f"{what} per {unit}: {low:,} to {high:,}, median {middle:g}{one}" if high > 1 else f"one row per {unit}"
+            lines.append(f"{unit}s     {rows[f'{unit}s']:,}{total}; {per}")
+    if rows.get("count_column"):
+        lines.append(f"note      {rows['count_column']}")
     if rows.get("note"):
         lines.append(f"note      {rows['note']}")
     if rows.get("nan_values_left_out") or rows.get("infinite_values_left_out"):
@@ -134,7 +139,9 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
     counts = result["counts"]
     lines = [
         f"profiles  {counts['profiles']:,} {result['options']['level']}s of {counts['compounds']} compounds, "
-        f"{counts['moas']} MoAs, {counts['batches']} batches; "
+        f"{counts['moas']} MoAs, {counts['batches']} batches"
+        + (f", {counts['cells']:,} cells" if counts["cells"] is not None else "")
+        + "; "
         f"{counts['controls']:,} control rows left out ({counts['controls_rule']})"
     ]
     if counts["without_moa"] or counts["without_compound"]:
@@ -153,11 +160,17 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
         else:
             interval = score["interval_95"]
             lines.append(
-                f"{rule.upper():<9} {100 * score['accuracy']:.1f} %  ({score['num_correct']}/{score['num_evaluated']})  "
+                f"{rule.upper():<9} {100 * score['accuracy']:.1f} %  ({score['num_correct']:.6g}/{score['num_evaluated']})  "
                 f"95 % interval {100 * interval[0]:.1f} to "
                 f"{100 * interval[1]:.1f} %, p = {score['p_value']:.2g}; over compounds "
                 f"{100 * score['compound_macro_accuracy']:.1f} %; "
                 f"always '{score['majority_baseline']['moa']}': {100 * score['majority_baseline']['accuracy']:.1f} %"
+            )
+        ties = score["ties"]
+        if ties["num_profiles"]:
+            lines.append(
+                f"          ties: {ties['num_profiles']:,} profiles have equally near neighbours (up to "
+                f"{ties['most_equally_near']:,}); {ties['num_undecided']:,} of them count by the share of random choices that is right"
             )
         for reason, named in score["excluded"].items():
             if named:
@@ -182,7 +195,11 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
         )
     for what, precision in (result["mean_average_precision"] or {}).items():
         if precision:
-            lines.append(f"mAP       per {what}: {precision['mean']:.4f} over {precision['num_groups']} groups")
+            ties = precision["num_queries_with_ties"]
+            lines.append(
+                f"mAP       per {what}: {precision['mean']:.4f} over {precision['num_groups']} groups"
+                + (f"; {ties:,} queries with ties, expected over random orders" if ties else "")
+            )
     return [printable(line) for line in lines]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from cellfast.atomic import atomic_path, write_json
 from cellfast.metadata import columns as names
+from cellfast.metadata.counts import with_counts
 from cellfast.metadata.values import spelling_notes, unify_spellings
 from cellfast.profiles.build import annotated
 from cellfast.profiles.evaluate import Evaluation
@@ -31,7 +32,7 @@ def read_annotated(
         CellfastError: as ``read_profiles`` and ``build.annotated``.
     """
     table = read_profiles(path, tuple(features), columns)
-    frame, joins = annotated(table.metadata, metadata, moa, table.later)
+    frame, joins = annotated(with_counts(table.metadata), metadata, moa, table.later)
     frame, spellings = unify_spellings(frame, (names.PLATE, names.BATCH, names.COMPOUND, names.MOA))
     notes = [*table.notes, *(note for join in joins.values() for note in join["notes"]), *spelling_notes(spellings)]
     return ProfileTable(frame, table.features, table.feature_names, table.provenance, notes)

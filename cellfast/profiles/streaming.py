@@ -9,13 +9,12 @@ import pandas as pd
 
 from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
+from cellfast.metadata.counts import CELL_COUNT, rows_are_cells, take_counts
 from cellfast.metadata.values import Spellings, folded
 from cellfast.profiles.aggregate import GroupSums, group_medians
 from cellfast.profiles.feature_files import FeatureSource
 from cellfast.profiles.table import ProfileTable
 from cellfast.progress import Progress
-
-CELL_COUNT = "Metadata_NumCells"
 
 #: Bytes of cell features held at a time for exact medians; at least one column of all files that share a well is held.
 MEDIAN_BLOCK_BYTES = 64 << 20
@@ -36,7 +35,7 @@ _PER_CELL = {
 
 
 def read_cells(source: FeatureSource) -> tuple[ProfileTable, dict[str, Any]]:
-    """All rows as they are, in memory.
+    """All rows as they are, in memory; the cells that a row stands for are in its count, where it has one.
 
     Raises:
         CellfastError: they would not fit in the memory that is free.
@@ -48,10 +47,20 @@ def read_cells(source: FeatureSource) -> tuple[ProfileTable, dict[str, Any]]:
         raise CellfastError(
             f"Cell profiles are made in memory: {source.num_rows:,} cells of {len(source.feature_names)} features need "
             f"about {needed / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free. Use --level well or treatment (streamed), or give fewer plates at a time."
+            f"{free / 2**30:.1f} GiB are free. Use --level well or treatment with --normalize-at well (streamed), or give fewer plates at a time."
         )
     metadata, values = source.read_all()
-    return ProfileTable(metadata, values, source.feature_names), {"cells": len(metadata)}
+    metadata, report = _counted_rows(metadata)
+    return ProfileTable(metadata, values, source.feature_names), report
+
+
+def _counted_rows(metadata: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The rows' metadata with their counts under the one name, and what is known of the number of cells."""
+    rest, counts, wrong = take_counts(metadata)
+    report: dict[str, Any] = {"rows": len(metadata)} | ({"count_column": wrong} if wrong else {})
+    if counts is not None:
+        return rest.assign(**{CELL_COUNT: counts}), {**report, "cells": int(counts.sum())}
+    return metadata, {**report, **({"cells": len(metadata)} if rows_are_cells(metadata) else {})}
 
 
 def _available_bytes() -> int | None:
@@ -65,6 +74,7 @@ def _available_bytes() -> int | None:
 def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTable, dict[str, Any]]:
     """Aggregate the rows of all files to sites or wells.
 
+    A row is a cell, or stands for as many as its count says: counts are summed, and weigh in means (medians are of rows).
     A table without wells (treatment profiles, or features of anything else) is taken row by row.
 
     Args:
@@ -82,6 +92,8 @@ def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTa
     key = [names.PLATE, names.WELL] + ([names.SITE] if unit == "site" else [])
     groups = _Groups(key)
     codes: list[np.ndarray] = []
+    counted: list[np.ndarray | None] = []
+    cells, wrong = False, ""
     rowwise = False
     wells_without_plate: set[str] = set()
     for index in range(len(source.files)):
@@ -104,25 +116,32 @@ def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTa
             raise CellfastError(
                 f"{source.files[index].path}: no site column, needed for site profiles. Name it with --column site=COLUMN."
             )
+        metadata, of_rows, why = take_counts(metadata)
+        cells |= of_rows is None and rows_are_cells(metadata)
+        wrong = wrong or why
+        counted.append(of_rows)
         codes.append(groups.add(metadata, index))
     if rowwise:
         metadata, values = source.read_all()
+        metadata, report = _counted_rows(metadata)
         return ProfileTable(metadata, values, source.feature_names), {
-            "rows": len(metadata),
+            **report,
             "note": "no well column: each row is taken as a well",
         }
     num_groups = len(groups.frames_rows)
+    rows = sum((np.bincount(c, minlength=num_groups) for c in codes), np.zeros(num_groups, np.int64))
+    # Of one row each nothing is to be weighed: its values stay as they are, to the last bit.
+    weights = counted if rows.max(initial=0) > 1 else [None] * len(codes)
     with Progress(
         f"{method} of cells", source.num_rows * len(source.feature_names), "values", enabled=source.num_rows > 100_000
     ) as progress:
         if method == "mean":
             sums = GroupSums(num_groups, len(source.feature_names))
             for index, file_codes in enumerate(codes):
-                _add_means(source, index, file_codes, sums, progress)
-            values, counts, num_nan, num_inf = sums.result().values, sums.counts, sums.num_nan, sums.num_inf
+                _add_means(source, index, file_codes, weights[index], sums, progress)
+            values, num_nan, num_inf = sums.result().values, sums.num_nan, sums.num_inf
         else:
             values = np.empty((num_groups, len(source.feature_names)))
-            counts = sum((np.bincount(c, minlength=num_groups) for c in codes), np.zeros(num_groups, np.int64))
             num_nan = num_inf = 0
             for members in groups.file_sets(len(codes)):
                 found = _set_medians(source, members, [codes[m] for m in members], values, progress)
@@ -130,12 +149,20 @@ def read_units(source: FeatureSource, unit: str, method: str) -> tuple[ProfileTa
     metadata = groups.metadata()
     order = groups.order(metadata)
     metadata = metadata.iloc[order].reset_index(drop=True)
-    metadata[CELL_COUNT] = counts[order]
-    report = {
-        "cells": int(counts.sum()),
-        unit + "s": num_groups,
-        f"cells_per_{unit}": [int(counts.min()), float(np.median(counts)), int(counts.max())],
-        f"one_cell_{unit}s": int((counts == 1).sum()),
+    report: dict[str, Any] = {"rows": int(rows.sum()), unit + "s": num_groups}
+    if cells or any(one is not None for one in counted):
+        counts = np.zeros(num_groups, np.int64)
+        for file_codes, of_rows in zip(codes, counted):
+            np.add.at(counts, file_codes, 1 if of_rows is None else of_rows)
+        metadata[CELL_COUNT] = counts[order]
+        report |= {
+            "cells": int(counts.sum()),
+            f"cells_per_{unit}": [int(counts.min()), float(np.median(counts)), int(counts.max())],
+            f"one_cell_{unit}s": int((counts == 1).sum()),
+        }
+    report |= {
+        f"rows_per_{unit}": [int(rows.min()), float(np.median(rows)), int(rows.max())],
+        **({"count_column": wrong} if wrong else {}),
         "nan_values_left_out": num_nan,
         "infinite_values_left_out": num_inf,
         "metadata_not_constant": sorted(groups.varying),
@@ -167,14 +194,17 @@ def _check_wells(metadata: pd.DataFrame, path: object, without_plate: set[str]) 
         without_plate |= wells
 
 
-def _add_means(source: FeatureSource, index: int, codes: np.ndarray, sums: GroupSums, progress: Progress) -> None:
+def _add_means(
+    source: FeatureSource, index: int, codes: np.ndarray, weights: np.ndarray | None, sums: GroupSums, progress: Progress
+) -> None:
     # A block of columns at a time: a row group of a wide file then never has to be decoded whole.
     d = len(source.feature_names)
     width = max(16, min(d, (64 << 20) // (8 * max(1, min(source.files[index].num_rows, 1 << 17)))))
     for first in range(0, d, width):
         start = 0
         for block in source.blocks(index, source.feature_names[first : first + width]):
-            sums.add(block, codes[start : start + len(block)], first)
+            part = slice(start, start + len(block))
+            sums.add(block, codes[part], first, None if weights is None else weights[part])
             start += len(block)
             progress.advance(block.size)
 

@@ -144,6 +144,7 @@ class FieldReader:
 
         Raises:
             ImageError: a plane is missing, unreadable, unlike the rest, constant, or the same as another channel's.
+            LocationError: more than half of the centroids lie outside the field; the rest are then no better.
         """
         read = planes or FieldPlanes(self, field)
         images = [read(channel) for channel in range(len(self.channel_names))]
@@ -156,6 +157,13 @@ class FieldReader:
         y, x = found.y.astype(np.float64), found.x.astype(np.float64)
         # A centroid beyond the field is a mistake in the locations (another field's file, swapped axes), not a border cell.
         in_field = (np.rint(y) >= 0) & (np.rint(y) < height) & (np.rint(x) >= 0) & (np.rint(x) < width)
+        if 2 * int((~in_field).sum()) > len(y):
+            raise LocationError(
+                f"{int((~in_field).sum())} of {len(y)} centroids lie outside the {height} × {width} px field: y from {_reach(y)}, "
+                f"x from {_reach(x)} px. Centroids must be pixels of these very images: were they measured before binning or "
+                "stitching, in µm, or with x and y exchanged?",
+                "centroids outside the field",
+            )
         whole = inside(crop_origins(y, x, self.crop_size), self.crop_size, height, width)
         keep = in_field & whole if self.border == "drop" else in_field
         dropped = dict(found.dropped)
@@ -189,6 +197,10 @@ class FieldReader:
             raise ImageError(
                 f"channels {names} hold the same image; is one file listed or saved twice?", "same image in two channels"
             )
+
+
+def _reach(centroids: np.ndarray) -> str:
+    return f"{centroids.min():.1f} to {centroids.max():.1f}"
 
 
 def _facts(planes: list[np.ndarray]) -> PlaneFacts:

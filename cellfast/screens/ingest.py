@@ -61,8 +61,8 @@ def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
     if not task.path.exists():
         return None, ""
     store = PlateStore(task.path)
-    if store.ledger is not None and not store.ledger.get("fields_written"):
-        return None, ""  # nothing of it could be used: that mistake may be mended by now, whatever it was
+    if store.ledger is not None and not store.ledger.get("cells_written"):
+        return None, ""  # no cell is in it: that mistake may be mended by now, whatever it was
     wanted = masked_values(json.loads(json.dumps(task.options)))
     inputs, options = changed_options(store.options, wanted)
     for name in options:

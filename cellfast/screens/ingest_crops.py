@@ -173,8 +173,7 @@ def ingest_crops(
         )
         assert index.num_rows == sum(p.cells_found for p in plates) + sum(index.dropped.values())
         ledger.write(screen)
-    if not any(p.cells_written for p in plates):
-        raise CellfastError(f"no crop could be used; all reasons are in {screen / 'ledger.json'}")
+    ledger.check_written(screen)
     return ledger
 
 

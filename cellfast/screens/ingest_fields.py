@@ -133,7 +133,7 @@ def ingest_fields(
         force: make plates again that are there already.
 
     Raises:
-        CellfastError: nothing usable, one file for two channels or fields, a plate made otherwise before, or (strict) an unusable field.
+        CellfastError: no cell written, one file for two channels or fields, a plate made otherwise before, or (strict) an unusable field.
     """
     options = options or FieldIngestOptions()
     screen = Path(screen)
@@ -174,11 +174,7 @@ def ingest_fields(
             unused_metadata=list(unused),
         )
         ledger.write(screen)
-    if not any(p.fields_written for p in plates):
-        first = plates[0].refusals[0]["message"] if plates[0].refusals else "no reason noted"
-        raise CellfastError(
-            f"no field could be used; the first was refused because: {first} (all reasons are in {screen / 'ledger.json'})"
-        )
+    ledger.check_written(screen)
     return ledger
 
 
@@ -259,7 +255,7 @@ def _ingest_field(work: _PlateWork, field: Field, found: Locations, writer: Plat
     """Cut one field's cells; returns the highest pixel value seen (0 when the field was refused)."""
     try:
         cells = work.reader.read(field, found)
-    except ImageError as error:
+    except (ImageError, LocationError) as error:
         count_refused(ledger, field, error, found, strict=work.options.strict)
         count_unit()
         return 0

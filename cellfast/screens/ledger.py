@@ -17,6 +17,25 @@ from cellfast.screens.unfinished import LEDGER_FILE
 LEDGER_VERSION = 1
 
 
+def why_no_cell(
+    fields_listed: int, fields_refused: dict[str, int], cells_found: int, cells_dropped: dict[str, int], first: str
+) -> str:
+    """A sentence that says why no cell was written, with the counts by reason; ``first``: the first refusal's message."""
+    refused, dropped = (
+        ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        for counts in (fields_refused, cells_dropped)
+    )
+    left = fields_listed - sum(fields_refused.values())
+    if refused and not left:
+        why = f"no field could be used; the first was refused because: {first} Fields refused: {refused}"
+    elif not cells_found:
+        why = "no cell was written: none is located" + (f" in the {left:,} fields that could be used" if fields_listed else "")
+        why += f" (refused: {refused})" if refused else ""
+    else:
+        why = f"no cell was written: of {cells_found:,} located all were dropped"
+    return why + (f"; cells dropped: {dropped}" if dropped else "")
+
+
 @dataclass
 class PlateLedger:
     """What became of one plate's fields and cells.
@@ -93,6 +112,14 @@ class Ledger:
             "cells_padded": sum(p.cells_padded for p in self.plates),
             "cells_dropped": dict(dropped),
         }
+
+    def check_written(self, screen: Path) -> None:
+        """Raise `CellfastError` when the ingest wrote no cell at all."""
+        t = self.totals()
+        if not t["cells_written"]:
+            first = next((refusal["message"] for plate in self.plates for refusal in plate.refusals), "no reason noted")
+            why = why_no_cell(t["fields_listed"], t["fields_refused"], t["cells_found"], t["cells_dropped"], first)
+            raise CellfastError(f"{why} (all reasons are in {screen / LEDGER_FILE})")
 
     def write(self, screen: Path) -> Path:
         """Check the sums and write ``ledger.json`` in the screen folder, atomically."""

@@ -127,7 +127,7 @@ class TrainConfig:
     epochs: int = _value(100, "Passes over the training cells.", minimum=0, group="Optimisation")
     steps: int | None = _value(
         None,
-        "Minibatches in all, instead of epochs; 0 writes a randomly initialised model (the baseline).",
+        "Minibatches in all, instead of epochs; 0 writes the model as it starts: random (the baseline), or with --weights.",
         minimum=0,
         group="Optimisation",
     )

@@ -236,7 +236,8 @@ class _Training:
             )
         if self.total_is_zero:
             self._save_model(0)
-            self.say(f"no steps asked for: {self.folder.model} is randomly initialised")
+            start = f"holds the weights of {config.weights} as they are" if config.weights else "is randomly initialised"
+            self.say(f"no steps asked for: {self.folder.model} {start}")
             return TrainResult(0, False, self.folder.model)
         module: torch.nn.Module = TwoViewModel(self.model, config.batch_norm == "per-view")
         if config.compile:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
+from cellfast.screens.schema import batch_of_plate, is_control
 
 # What the reference's evaluation wants of a cell; its index gives the first three only.
 EVALUATION_COLUMNS = ("Metadata_Plate", "Metadata_Well", "compound", "concentration", "moa", "Replicate")
@@ -76,10 +77,10 @@ def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int 
     bilinearly, as the reference does with strips of another size.
 
     Args:
-        num_cells: so many cells, drawn by ``seed`` with all controls' share kept; None takes all.
+        num_cells: so many cells, drawn by ``seed`` as `drawn_cells` does; None takes all it may.
 
     Raises:
-        CellfastError: fewer cells than asked for, or not three channels (all the reference takes).
+        CellfastError: fewer cells than asked for, not three channels (all the reference takes), or as `drawn_cells`.
     """
     from PIL import Image
 
@@ -95,10 +96,9 @@ def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int 
         )
     if num_cells is not None and screen.num_cells < num_cells:
         raise CellfastError(f"{screen_path}: {num_cells} cells were asked for, it has {screen.num_cells}: ask for fewer")
-    rows = np.arange(screen.num_cells)
-    if num_cells is not None:
-        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:num_cells])
-    metadata = screen.metadata().iloc[rows].reset_index(drop=True)
+    metadata = screen.metadata()
+    rows = drawn_cells(metadata, num_cells or screen.num_cells, seed, str(screen_path))
+    metadata = metadata.iloc[rows].reset_index(drop=True)
     low, high = (np.asarray(v, np.float32)[:, None, None] for v in screen.channel_scaling())
     strips = folder / "strips"
     strips.mkdir(parents=True, exist_ok=True)
@@ -147,6 +147,32 @@ def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int 
     )
     evaluation.iloc[order].to_csv(folder / "metadata.csv", index=False)
     return Cells(folder, strips, index, folder / "metadata.csv", store, len(rows), size, f"screen {Path(screen_path).name}")
+
+
+def drawn_cells(metadata: pd.DataFrame, num_cells: int, seed: int, where: str) -> np.ndarray:
+    """Rows of at most ``num_cells`` cells drawn by ``seed``, in ascending order, among them a control of every batch and two at least.
+
+    TVN is fitted on controls, batch by batch: batches without one are left out, and others where there is not room for all.
+
+    Raises:
+        CellfastError: the screen has fewer than two control wells.
+    """
+    order = np.random.default_rng(seed).permutation(len(metadata))
+    batch = metadata["Metadata_Plate"].map(lambda plate: batch_of_plate(str(plate), None)).to_numpy()[order]
+    well = (metadata["Metadata_Plate"].astype(str) + "\0" + metadata["Metadata_Well"].astype(str)).to_numpy()[order]
+    control = np.flatnonzero(metadata["Metadata_Compound"].map(is_control).to_numpy(dtype=bool)[order])
+    # The first control of each batch as drawn, and the first in another well than the very first.
+    _, first = np.unique(batch[control], return_index=True)
+    other = control[well[control] != well[control[0]]] if len(control) else control
+    if len(other) == 0:
+        raise CellfastError(
+            f"{where}: {len(set(well[control]))} control wells (compound DMSO); the comparison normalises on controls and needs two"
+        )
+    room = max(1, num_cells // 4)
+    needed = [*control[np.sort(first)[:room]], other[0]][: max(2, min(room, len(first)))]
+    allowed = np.flatnonzero(np.isin(batch, batch[needed]))
+    rest = allowed[~np.isin(allowed, needed)]
+    return np.sort(order[[*needed, *rest[: max(0, num_cells - len(needed))]]])
 
 
 def _sized(channel: np.ndarray, size: int) -> np.ndarray:

@@ -202,7 +202,7 @@ class Implementation:
         from cellfast.profiles.evaluate import evaluate_profiles
         from cellfast.profiles.normalize import normalize_profiles, parse_steps
 
-        wells = collapse(profile_table(features, metadata), ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
+        wells = collapse(profile_table(features, metadata), ["Metadata_Plate", "Metadata_Well"], "mean")
         wells, _ = normalize_profiles(wells, parse_steps(["tvn:lambda=1"]))
         evaluation = evaluate_profiles(wells, two_numbers())
         if self.job.get("pictures"):

@@ -92,19 +92,13 @@ def score_features(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, An
     frame = metadata.drop(columns="Replicate")
     known, _ = fill_batches(canonical_metadata(frame, find_columns(list(frame.columns))))
     table = ProfileTable(known, np.ascontiguousarray(features), [f"h{i:03d}" for i in range(features.shape[1])])
-    wells = collapse(table, ["Metadata_Plate", "Metadata_Well"], "mean", None, {})
-    steps: tuple[str, ...] = DEFAULT_STEPS
-    try:
-        wells, _ = normalize_profiles(wells, parse_steps(steps))
-    except CellfastError:
-        # A thousand cells can leave a batch without a control well: sphering over all instead, on every side alike.
-        steps = (DEFAULT_STEPS[0], "sphering")
-        wells, _ = normalize_profiles(wells, parse_steps(steps))
+    wells = collapse(table, ["Metadata_Plate", "Metadata_Well"], "mean")
+    wells, _ = normalize_profiles(wells, parse_steps(DEFAULT_STEPS))
     result = evaluate_profiles(wells, EvaluationOptions(num_permutations=0, average_precision=False)).result
     scores = {
         key: {k: result[key][k] for k in ("accuracy", "num_correct", "num_evaluated", "interval_95")} for key in ("nsc", "nscb")
     }
-    return {**scores, "normalize": list(steps), **_retrieval(features, metadata)}
+    return {**scores, "normalize": list(DEFAULT_STEPS), **_retrieval(features, metadata)}
 
 
 def _retrieval(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, Any]:
@@ -116,10 +110,11 @@ def _retrieval(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, Any]:
     query = (metadata["compound"] != "DMSO").to_numpy() & same.any(axis=1)
     if not query.any():
         return {"retrieval": None, "retrieval_chance": None, "retrieval_queries": 0}
-    nearest = np.where(other, unit @ unit.T, -np.inf).argmax(axis=1)
+    similarity = np.where(other, unit @ unit.T, -np.inf)
+    nearest = similarity >= similarity.max(axis=1, keepdims=True) - 1e-6  # several where float32 cannot tell them apart
     rows = np.flatnonzero(query)
     return {
-        "retrieval": float(same[rows, nearest[rows]].mean()),
+        "retrieval": float(((same & nearest)[rows].sum(axis=1) / nearest[rows].sum(axis=1)).mean()),
         "retrieval_chance": float((same[rows].sum(axis=1) / other[rows].sum(axis=1)).mean()),
         "retrieval_queries": int(query.sum()),
     }
@@ -131,5 +126,5 @@ def _line(run: dict[str, Any]) -> str:
         if run["retrieval"] is None
         else f"  retrieval {100 * run['retrieval']:.1f} % (chance {100 * run['retrieval_chance']:.1f} %)"
     )
-    scores = "  ".join(f"{k.upper()} {run[k]['num_correct']}/{run[k]['num_evaluated']}" for k in ("nsc", "nscb"))
+    scores = "  ".join(f"{k.upper()} {run[k]['num_correct']:.6g}/{run[k]['num_evaluated']}" for k in ("nsc", "nscb"))
     return f"{run['limit']:<14} {run['side']:<26} {run['steps']:>4} steps {run['seconds']:6.0f} s  {scores}{retrieval}"

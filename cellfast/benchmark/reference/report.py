@@ -129,7 +129,7 @@ def _quality(q: dict[str, Any]) -> Iterator[str]:
         retrieval = "" if run["retrieval"] is None else f"{100 * run['retrieval']:.1f} % ({100 * run['retrieval_chance']:.1f} %)"
         yield (
             f"| {run['limit']} | {run['side']} | {run['seed']} | {run['steps']} | {run['seconds']:.0f} "
-            f"| {run['nsc']['num_correct']}/{run['nsc']['num_evaluated']} | {run['nscb']['num_correct']}/{run['nscb']['num_evaluated']} | {retrieval} |"
+            f"| {run['nsc']['num_correct']:.6g}/{run['nsc']['num_evaluated']} | {run['nscb']['num_correct']:.6g}/{run['nscb']['num_evaluated']} | {retrieval} |"
         )
 
 
