@@ -143,12 +143,12 @@ def _kinds() -> Iterator[Kind]:
         "last.pt",
         "half/checkpoints/last.pt",
         ("few", "half"),
-        _train("--resume", "--epochs", 3, out="half"),
+        _train("--resume", out="half"),
         _weights("half"),
         checksum=True,
     )
     yield Kind("config.yaml, new", "half/config.yaml", ("few", "half"), _train("--config", "half/config.yaml"), _weights("out"), text=True)  # fmt: skip
-    yield Kind("config.yaml, resumed", "half/config.yaml", ("few", "half"), _train("--resume", "--epochs", 3, out="half"), _weights("half"), text=True)  # fmt: skip
+    yield Kind("config.yaml, resumed", "half/config.yaml", ("few", "half"), _train("--resume", out="half"), _weights("half"), text=True)  # fmt: skip
     yield Kind("pt2", "model.pt2", ("model.pt2",), lambda case: ["info", case / "model.pt2"], _text)
     yield Kind("part", "parts", ("few", "run", "parts"), _embed_on, _rows, checksum=True)
     yield Kind(
@@ -297,12 +297,14 @@ class Mutant:
 
 
 def prepare(folder: Path) -> Path:
-    """The undamaged files, made by the commands themselves in a process of their own, and a run of embed that died before its end."""
+    """The undamaged files, made by the commands themselves in processes of their own, and runs of embed and train that were killed."""
     base, context = folder / "base", runs.context()
     if not base.exists():
         _in_process(context, material.make, base)
-        arguments = [str(a) for a in _embed("few")(base)]
-        _in_process(context, runs.run_and_exit, arguments, str(folder / "log"), (".parquet", 1, False), status=-9)
+        embed = [str(a) for a in _embed("few")(base)]
+        train = ["train", str(base / "few"), "-o", str(base / "half"), *map(str, EPOCHS[:-1]), "3"]
+        for arguments, die_at in ((embed, (".parquet", 1, False)), (train, ("last.pt", 4, True))):
+            _in_process(context, runs.run_and_exit, arguments, str(folder / "log"), die_at, status=-9)
         (base / "out").rename(base / "parts")
     return base
 

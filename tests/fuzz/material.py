@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,15 +100,13 @@ def make(folder: Path, plates: Sequence[str] = ("Week1_P1", "Week2_P2"), sites: 
     cut = ["--crop-size", CROP, "--workers", 1]
     run("ingest", "fields", *fields_of(folder), *cut, "--moa", folder / "moa.csv", "-o", store)
     run("ingest", "fields", *fields_of(folder, "few.csv"), *cut, "-o", folder / "few", "--keep-fields", folder / "FIELDS.h5")
-    for out, epochs in (("half", 2), ("run", 3)):
-        run("train", folder / "few", "-o", folder / out, *TRAIN, epochs)
+    run("train", folder / "few", "-o", folder / "run", *TRAIN, 3)
     run("embed", store, "--model", model, "-o", folder / "embeddings", "--threads", 1)
     run("profile", folder / "embeddings", "-o", folder / "profiles.parquet")
     run("evaluate", folder / "profiles.parquet", "-o", folder / "result.json", "--no-pictures", "--resamples", 20, "--permutations", 20)  # fmt: skip
     run("export", model, "-o", folder / "model.pt2", "--check-cells", 2)
     content = (folder / "few.csv.gz").read_bytes()
     (folder / "few.csv.gz").write_bytes(gzip.compress(gzip.decompress(content), mtime=0))
-    shutil.rmtree(folder / "half" / "tensorboard", ignore_errors=True)
 
 
 def table_digest(path: Path) -> str:

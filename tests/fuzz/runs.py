@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -20,10 +21,17 @@ PACKAGE = __name__.rpartition(".")[0]
 
 
 def context() -> ForkServerContext:
-    """The server's context; one thread a run, and no bytecode or telemetry threads of its own."""
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", NUMBA_NUM_THREADS="1")
-    found = multiprocessing.get_context("forkserver")
+    """The server's context; a run has one thread, and the environment of this process stays as it is."""
+    found, before = multiprocessing.get_context("forkserver"), dict(os.environ)
     found.set_forkserver_preload([f"{PACKAGE}.warm"])
+    root = str(Path(__file__).resolve().parents[PACKAGE.count(".") + 1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", NUMBA_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(paths))
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return found
 
 
