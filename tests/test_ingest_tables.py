@@ -146,10 +146,12 @@ def test_plates_whose_masks_have_the_same_names(tmp_path):
         tifffile.imwrite(tmp_path / "masks" / plate / "A01_cp_masks.tif", mask)
     assert ingest(tmp_path, tmp_path / "masks").exit_code == 0
     assert Screen.open(tmp_path / "s").metadata()["Metadata_ObjectNumber"].tolist() == [3, 4]
-    # Other masks in a folder of that name: not what the plates were made with.
+    # Other masks in a folder of that name: the plates are made again.
     for path in (tmp_path / "masks").rglob("*.tif"):
         tifffile.imwrite(path, np.pad(mask[:-1], ((1, 0), (0, 0))), compression="zlib")
-    assert "made with locations" in str(ingest(tmp_path, tmp_path / "masks").exception)
+    result = ingest(tmp_path, tmp_path / "masks")
+    assert "plate P is made again: the locations of 1 of its 1 fields changed, such as A01 site 1" in result.output
+    assert Screen.open(tmp_path / "s").metadata()["Metadata_ObjectNumber"].tolist() == [4, 4]
     for name in ("P", "Q"):
         (tmp_path / "masks" / name).rename(tmp_path / "masks" / f"x{name}")
     table = read_image_table(tmp_path / "load data.csv", tmp_path / "my images")
