@@ -27,6 +27,7 @@ def imported(module: str) -> set[str]:
         ("cellfast.training.config", {"torch"}),
         ("cellfast.printable", {"numpy", "pandas"}),
         ("cellfast.metadata.names", {"torch", "h5py", "pyarrow", "cellfast.screens", "cellfast.profiles"}),
+        ("cellfast.metadata.paths", {"torch", "h5py", "pyarrow", "cellfast.screens", "cellfast.profiles"}),
         ("cellfast.metadata.controls", {"torch", "h5py", "cellfast.screens", "cellfast.profiles"}),
         ("cellfast.ops", {"pandas", "h5py", "kornia", "nvidia.dali", "cellfast.data", "cellfast.models", "cellfast.screens"}),
         ("cellfast.data", {"nvidia.dali", "cellfast.training", "cellfast.models"}),
