@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
-from cellfast.screens.schema import batch_of_plate, is_control
+from cellfast.metadata.batches import batches_of_plates
+from cellfast.metadata.treatments import is_control
 
 # What the reference's evaluation wants of a cell; its index gives the first three only.
 EVALUATION_COLUMNS = ("Metadata_Plate", "Metadata_Well", "compound", "concentration", "moa", "Replicate")
@@ -158,7 +159,12 @@ def drawn_cells(metadata: pd.DataFrame, num_cells: int, seed: int, where: str) -
         CellfastError: the screen has fewer than two control wells.
     """
     order = np.random.default_rng(seed).permutation(len(metadata))
-    batch = metadata["Metadata_Plate"].map(lambda plate: batch_of_plate(str(plate), None)).to_numpy()[order]
+    batch = (
+        metadata["Metadata_Plate"]
+        .astype(str)
+        .map(batches_of_plates([str(p) for p in metadata["Metadata_Plate"].unique()])[0])
+        .to_numpy()[order]
+    )
     well = (metadata["Metadata_Plate"].astype(str) + "\0" + metadata["Metadata_Well"].astype(str)).to_numpy()[order]
     control = np.flatnonzero(metadata["Metadata_Compound"].map(is_control).to_numpy(dtype=bool)[order])
     # The first control of each batch as drawn, and the first in another well than the very first.
