@@ -122,7 +122,7 @@ def test_the_command_line_masks_and_escapes_whatever_is_printed(monkeypatch, cap
 def test_a_defect_is_told_without_secrets(monkeypatch, capsys):
     import cellfast.screens
 
-    def fail(path):
+    def fail(path, **options):
         raise RuntimeError(f"s3://user:{SECRET}@host/\x1b[31m")
 
     monkeypatch.setattr(cellfast.screens.Screen, "open", fail)
