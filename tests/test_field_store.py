@@ -31,6 +31,7 @@ def ingest(folder, out, *more, root=None):
     return run("ingest", "fields", *arguments, "--crop-size", 24, "--workers", 1, "-o", out, *more)
 
 
+@pytest.mark.slow
 def test_the_store_stands_in_for_the_folder(work, tmp_path):
     store = work / "fields.h5"
     kept = ingest(work, tmp_path / "a", "--keep-fields", store)

@@ -65,7 +65,7 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(tmp_path, world):
     mp.spawn(_rank, (world, _free_port(), str(tmp_path), False), nprocs=world)
     network, criterion = _network(), NTXentLoss(0.2, learnable=True)

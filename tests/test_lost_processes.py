@@ -93,6 +93,7 @@ def test_when_a_process_dies_the_other_says_so_and_ends(screen, tmp_path, gone):
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_reported_and_ends_by_itself_when_it_goes_on(screen, tmp_path):
     stop = "rank == 1 and os.kill(os.getpid(), signal.SIGSTOP)"
     first, second = two_processes(screen, tmp_path / "run", at_step_3=stop, silence=3.0)

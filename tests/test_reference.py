@@ -337,6 +337,7 @@ def test_running_out_of_memory_and_extrapolation_are_said():
 # A side's process
 
 
+@pytest.mark.slow
 def test_one_process_does_all_jobs_and_begins_anew_after_a_failure(cells):
     baseline = other_side(None, None)
     job = {**cells.job(), "repeats": 1, "dim": 4, "workers": 0, "batch_size": 8}

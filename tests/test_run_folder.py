@@ -259,6 +259,7 @@ def run_without_room(limits: list[int], folder: Path, *arguments) -> None:
     assert not [word for word in ("Traceback", "Exception", "HDF5") if word in done.stderr], done.stderr
 
 
+@pytest.mark.slow
 def test_a_training_without_room_says_so_and_goes_on_later(screen, tmp_path):
     """300 bytes: not even the configuration; 20,000: TensorBoard's file, no checkpoint; 300,000: not all of the checkpoint."""
     options = (
