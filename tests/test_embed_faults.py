@@ -195,6 +195,40 @@ def test_a_missing_file_of_a_pattern_can_be_mended(fields, tmp_path):
         pd.testing.assert_frame_equal(tables(tmp_path / "e")[plate][columns], table[columns], rtol=1e-4, atol=1e-5)
 
 
+def test_images_and_locations_that_changed_are_embedded_again(fields, tmp_path):
+    formats = ("--to", "parquet", "--to", "cpg")
+    embed("fields", fields, tmp_path / "e", *formats)
+    path = image(fields, "P2")
+    tifffile.imwrite(path, tifffile.imread(path)[::-1].copy())  # of the same size
+    os.utime(path, ns=(1, 1))
+    again = embed("fields", fields, tmp_path / "e", *formats)
+    assert "plate P2 is embedded again: the images of 1 of its 9 fields changed, such as B03 site 1" in again.output
+    assert "1 of 2 plates were embedded before and are kept" in again.output
+    assert "P2 is embedded again" in str(json.loads((tmp_path / "e" / "embeddings.json").read_text())["notes"])
+    location = fields / "locations" / "P1" / "A10-1-Nuclei.csv"
+    location.write_text(location.read_text().replace("1", "2", 1))
+    assert "plate P1 is embedded again: the locations of 1 of" in embed("fields", fields, tmp_path / "e", *formats).output
+    embed("fields", fields, tmp_path / "fresh")
+    assert_same(tables(tmp_path / "e"), tables(tmp_path / "fresh"))
+    assert "2 of 2 plates" in embed("fields", fields, tmp_path / "e", *formats).output
+
+
+def test_parts_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch):
+    from cellfast.embedding import run as embedding_run
+
+    def stop(self, plan, **options):
+        raise CellfastError("stopped before the plate's file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding_run._Run, "assemble", stop)
+        embed("fields", fields, tmp_path / "e", exit_code=1)
+    assert list((tmp_path / "e" / ".embed" / "parts" / "P1").rglob("*.arrow"))
+    os.utime(image(fields), ns=(1, 1))
+    result = embed("fields", fields, tmp_path / "e")
+    assert "plate P1 was begun with other files or options and is begun anew" in result.output
+    assert "plate P2 was begun with other" not in result.output
+
+
 def test_a_file_server_that_stumbles_is_tried_again(clean, tmp_path, monkeypatch):
     from cellfast.screens import field_cells
     from cellfast.screens.images import ImageError
