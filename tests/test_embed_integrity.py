@@ -225,10 +225,12 @@ def test_profile_and_info_refuse_an_unfinished_embedding(clean, tmp_path, monkey
     report = json.loads((tmp_path / "p.report.json").read_text())
     assert "P1.parquet" in report["inputs"]["unfinished"][0]
     out = tmp_path / "under way"
-    monkeypatch.setattr("sys.argv", ["cellfast", "embed", "a screen", "-o", "e"])
+    monkeypatch.setattr("sys.argv", ["bin/cellfast", "embed", "a screen", "-o", "e", "--locations", "s3://user:geheim1@host/x"])
     killed_after(monkeypatch, 1, clean / "store", clean, out)
     assert "2 of 2 plates are missing (P1, P2)" in str(profile().exception)
-    assert f"`cellfast embed 'a screen' -o e` (in {os.getcwd()})" in str(profile().exception)
+    assert "`cellfast embed 'a screen' -o e --locations" in str(profile().exception)
+    assert f"(in {os.getcwd()})" in str(profile().exception)
+    assert "geheim1" not in (out / RUN_FILE).read_text()
     out = tmp_path / "again"
     shutil.copytree(clean / "clean", out)
     killed_after(monkeypatch, 1, clean / "store", clean, out, "--force")

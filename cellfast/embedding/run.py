@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ from cellfast.embeddings_folder import (
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.screens.ingest import default_workers
+from cellfast.screens.unfinished import command_line
 
 if TYPE_CHECKING:
     from cellfast.embedding.decoding import Decoding
@@ -234,10 +234,7 @@ class _Run:
         plates = [
             {"plate": plan.plate, "files": [output.sealing_file(plan) for output in self.outputs]} for plan in self.source.plans
         ]
-        command = ""
-        if len(sys.argv) > 1 and sys.argv[1] == "embed":
-            command = shlex.join(["cellfast", *sys.argv[1:]])
-        return json.dumps({"command": command, "folder": os.getcwd(), "plates": plates}).encode()
+        return json.dumps({"command": command_line(), "folder": os.getcwd(), "plates": plates}).encode()
 
     def _is_enough(self, one: Finished | None) -> bool:
         if one is None:

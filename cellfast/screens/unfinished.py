@@ -29,7 +29,7 @@ def _mark(screen: Path, plates: Iterable[str]) -> Path:
 def begin(screen: Path, plates: Iterable[str]) -> None:
     """Mark the screen as unfinished, before the first plate is written."""
     plates = sorted(plates)
-    write_json(_mark(screen, plates), {"plates": plates, "command": _command()})
+    write_json(_mark(screen, plates), {"plates": plates, "command": command_line()})
     (screen / LEDGER_FILE).unlink(missing_ok=True)
 
 
@@ -38,7 +38,7 @@ def end(screen: Path, plates: Iterable[str]) -> None:
     _mark(screen, plates).unlink(missing_ok=True)
 
 
-def _command() -> str:
+def command_line() -> str:
     """The command line of this process where it is cellfast's, secrets masked; else empty."""
     program = Path(sys.argv[0])
     if program.stem != "cellfast" and program.parts[-2:] != ("cellfast", "__main__.py"):
