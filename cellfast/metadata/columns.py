@@ -127,6 +127,7 @@ _BOOKKEEPING_NAMES = {
     "target",
     "cell_count",
     "numcells",
+    "num_cells",
     "row",
     "column",
     "col",

@@ -56,6 +56,7 @@ def average_precision(
     """
     x, offset = prepare(features, metric)
     n = len(x)
+    norm, offset_used = np.sqrt(np.einsum("ij,ij->i", x, x)), bool(offset.any())
     codes = {c: pd.factorize(metadata[c])[0] for c in {*pos_sameby, *pos_diffby, *neg_sameby, *neg_diffby}}
     values = np.full(n, np.nan)
     num_positive, num_total, tied = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, bool)
@@ -81,7 +82,7 @@ def average_precision(
                 continue
             # Only the positives' ranks matter: each is 1 + the positives before it + the negatives strictly nearer.
             good, bad = np.sort(good)[::-1], np.sort(bad)
-            tolerance = tie_tolerance(x, offset, rows[i : i + 1], good[None])[0]
+            tolerance = tie_tolerance(norm[row], good, x.shape[1], offset_used)
             above = len(bad) - np.searchsorted(bad, good + tolerance, side="right")
             as_near = len(bad) - above - np.searchsorted(bad, good - tolerance, side="left")
             order = np.arange(1, len(good) + 1)

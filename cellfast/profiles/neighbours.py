@@ -16,6 +16,7 @@ METRICS = ("cosine", "correlation", "euclidean")
 BATCH_RULES = ("joined", "overlap", "plates")
 
 _BLOCK = 1024
+_EPSILON = float(np.finfo(np.float64).eps)
 # Below this many multiplications a float64 product is quicker than starting the compiled kernels.
 _SMALL = 1 << 31
 
@@ -254,18 +255,17 @@ def _distance(x: np.ndarray, rows: np.ndarray, others: np.ndarray, metric: str) 
     return result
 
 
-def tie_tolerance(x: np.ndarray, offset: np.ndarray, rows: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """What the similarities of equally near candidates can differ by through rounding, float64 of the shape of ``best``.
+def tie_tolerance(norm: np.ndarray, similarity: np.ndarray, num_features: int, offset_used: bool) -> np.ndarray:
+    """What similarities of equally near candidates can differ by through rounding, float64 of the shape of ``similarity``.
 
     Args:
-        x, offset: from ``prepare``.
-        rows: the queries, one for each row of ``best``.
-        best: float64 [rows, …], similarity of the candidates; −inf where there is none.
+        norm: lengths of the queries' vectors from ``prepare``, of a shape that broadcasts to ``similarity``.
+        similarity: float64, of candidates.
+        offset_used: whether similarities have an offset (Euclidean distance).
     """
-    norm = np.sqrt(np.einsum("ij,ij->i", x[rows], x[rows])).reshape(-1, *[1] * (best.ndim - 1))
     # A candidate's distance bounds its length, and so the rounding of its product.
-    square = np.where(np.isfinite(best), norm**2 + (0.0 if offset.any() else 1.0) - 2 * best, 0.0)
-    return 2 * np.finfo(np.float64).eps * (8 + np.sqrt(x.shape[1])) * (norm + np.sqrt(np.maximum(square, 0.0))) ** 2
+    square = norm**2 + (0.0 if offset_used else 1.0) - 2 * similarity
+    return 2 * _EPSILON * (8 + num_features**0.5) * (norm + np.sqrt(np.maximum(square, 0.0))) ** 2
 
 
 def _exact(
@@ -273,6 +273,7 @@ def _exact(
 ) -> list[Ties]:
     """Search ``rows`` in float64: fills their rows of ``index`` (NSC, NSCB) and returns the ties."""
     step = max(1, (1 << 24) // len(x))
+    norm, offset_used = np.sqrt(np.einsum("ij,ij->i", x, x)), bool(offset.any())
     ties: list[list[tuple[int, np.ndarray, np.ndarray]]] = [[], []]
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
@@ -288,7 +289,7 @@ def _exact(
             index[rule][part, :k] = np.where(found, order, -1)
             best = np.take_along_axis(masked, order, axis=1)
             last = np.where(found, best, np.inf).min(axis=1)
-            tolerance = tie_tolerance(x, offset, part, np.where(found.any(axis=1), last, -np.inf))
+            tolerance = tie_tolerance(norm[part], np.where(np.isfinite(last), last, 0.0), x.shape[1], offset_used)
             with np.errstate(invalid="ignore"):
                 tied = (best[:, :-1] - best[:, 1:] <= tolerance[:, None]).any(axis=1)
             tied |= (masked >= (last - tolerance)[:, None]).sum(axis=1) > found.sum(axis=1)
