@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import re
@@ -121,7 +122,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in ``target``'s folder that replaces ``target`` when the block ends without an exception.
 
     Equivalent to writing ``target`` in one indivisible step: readers see the old file or the new one, never a part.
-    The temporary file is removed when the block raises. Creates the parent folder.
+    The temporary file is removed when the block raises, and so are those that killed processes left of ``target``. Creates the parent folder.
 
     Raises:
         CellfastError: the disk is full; ``target`` stays as it was.
@@ -130,6 +131,10 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     with told_when_full(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = partial_path(target)
+        # What a killed process left of this very file would stay for ever where no command owns the folder.
+        for left in target.parent.glob(f".{glob.escape(target.stem)}.*.partial{glob.escape(target.suffix)}"):
+            if is_abandoned(left):
+                left.unlink(missing_ok=True)
         try:
             yield temporary
             with open(temporary, "rb+") as handle:

@@ -96,6 +96,12 @@ def test_an_index_that_pandas_stored_and_partitions_are_columns(tmp_path):
     assert read_table(tmp_path / "t", "a table")["Metadata_Plate"].tolist() == ["000123", "000123", "123", "123"]
 
 
+def test_a_first_line_that_is_no_header_is_one_sentence(tmp_path):
+    (tmp_path / "t.csv").write_text('a"b,c\nd"e,f\n')
+    with pytest.raises(CellfastError, match=r"t\.csv: not a readable table: its first line is no header"):
+        read_table(tmp_path / "t.csv", "a table")
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [("a,b,a", "two columns are named 'a'"), ("Metadata_Well_x,Metadata_Well_y,f", "'Metadata_Well_x' and 'Metadata_Well_y'")],

@@ -231,6 +231,16 @@ def test_a_killed_training_leaves_nothing_to_the_next(screen, tmp_path):
     assert not list(run.rglob(".*.partial*"))
 
 
+def test_a_file_written_again_takes_the_place_of_what_a_killed_process_left(tmp_path):
+    target = tmp_path / "profiles.parquet"
+    code = f"from cellfast.atomic import partial_path as p; [p({str(tmp_path)!r} + n).touch() for n in ('/profiles.parquet', '/other.parquet')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with atomic_path(target) as temporary:
+        temporary.write_text("whole")
+    assert sorted(p.name.split(".")[1] for p in tmp_path.glob(".*.partial*")) == ["other"]
+    assert target.read_text() == "whole"
+
+
 WITHOUT_ROOM = """
     import resource, sys
     from cellfast.cli import cellfast

@@ -60,7 +60,10 @@ class TextFormat:
             raise CellfastError(f"{shown}: the file is empty; expected a header with the names of the columns")
         if "\0" in line:
             raise CellfastError(f"{shown}: not a text table: its first line holds NUL bytes")
-        rows = {sign: next(csv.reader([line], delimiter=sign, skipinitialspace=True), []) for sign in (",", "\t", ";")}
+        try:
+            rows = {sign: next(csv.reader([line], delimiter=sign, skipinitialspace=True), []) for sign in (",", "\t", ";")}
+        except csv.Error as error:
+            raise CellfastError(f"{shown}: not a readable table: its first line is no header ({error}); write it again") from None
         separator = max(rows, key=lambda sign: len(rows[sign]))
         columns = [name.strip().strip('"') for name in rows[separator]]
         while len(columns) > 1 and not columns[-1]:
