@@ -102,6 +102,17 @@ def test_a_first_line_that_is_no_header_is_one_sentence(tmp_path):
         read_table(tmp_path / "t.csv", "a table")
 
 
+@pytest.mark.parametrize("bad", [b"\xb0\xb0", b"a\0b"])
+def test_text_of_binary_tables_that_is_none_is_one_sentence(tmp_path, bad):
+    values = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, len(bad)], np.int32)), pa.py_buffer(bad)])
+    pq.write_table(pa.table({"Metadata_Compound": values, "h000": [1.0]}), tmp_path / "t.parquet")
+    with pytest.raises(CellfastError, match=r"t\.parquet: "):
+        read_table(tmp_path / "t.parquet", "a table")
+    (tmp_path / "t.csv").write_bytes("a,b\n1,2".encode("utf-16")[:-1])
+    with pytest.raises(CellfastError, match=r"t\.csv: "):
+        read_table(tmp_path / "t.csv", "a table")
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [("a,b,a", "two columns are named 'a'"), ("Metadata_Well_x,Metadata_Well_y,f", "'Metadata_Well_x' and 'Metadata_Well_y'")],

@@ -108,12 +108,26 @@ class ArrowTable:
                 table = (
                     self._parquet.read(columns=own, use_threads=False) if self._parquet is not None else self._table.select(own)
                 )
+                table.validate(full=True)  # text that is no UTF-8 would be found out where no file is named any more
+                self._check_text(table)
                 # Without pandas' own note in the schema an index that pandas stored is a column like any other.
                 frame = table.replace_schema_metadata().to_pandas(integer_object_nulls=True)
         for name, value in self._constants.items():
             if name in columns:
                 frame[name] = value
         return frame[list(columns)]
+
+    def _check_text(self, table: Any) -> None:
+        """Refuse names with a zero byte: no file and no table can hold them."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for name in table.schema.names:
+            if _is_text(self._types[name]):
+                column = table.column(name)
+                column = column.cast(pa.large_string()) if pa.types.is_dictionary(column.type) else column
+                if pc.any(pc.match_substring(column, "\0")).as_py():
+                    raise CellfastError(f"{self.path}: column '{name}' holds a zero byte, which is no text; write it again")
 
     def dtype(self, columns: Sequence[str]) -> type:
         import pyarrow as pa

@@ -49,7 +49,7 @@ class TextFormat:
             CellfastError: no header, doubled columns, damaged gzip, or bytes that are no text.
         """
         encoding, notes = _encoding(file, shown)
-        with open_text(file, encoding) as handle:
+        with bounded.told(shown, "table"), open_text(file, encoding) as handle:
             line = "\n"
             while line and not line.strip():
                 line = handle.readline(MOST_HEADER)
@@ -208,7 +208,7 @@ class TextTable:
             # What only the slow reader understands (trailing separators) or can name (the line of a row that is too long).
             frame = _read_by_line(self._file, str(self.path), self._form)[self.all_columns]
             yield _as_asked(frame, options)
-        except (EOFError, OSError, zlib.error) as error:
+        except (EOFError, OSError, UnicodeError, zlib.error) as error:
             raise CellfastError(f"{self.path}: cannot be read to its end ({error}); make or copy it again") from None
 
     def _names(self) -> list[str]:
