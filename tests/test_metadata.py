@@ -149,7 +149,7 @@ def test_doses():
     assert concentrations_um(["0.1 uM", "100 nM", "1 mM", "0", ""], "t")[:4].tolist() == [0.1, 0.1, 1000, 0]
     assert concentrations_um(["0,3", "1", "1e-3"], "t").tolist() == [0.3, 1, 0.001]
     assert concentrations_um(["300"], "t", "nm").tolist() == [0.3]
-    for values in (["0.1", "0,2"], ["1 uM", "2"], ["1 mg/ml"], ["1,000"], ["-1"], ["high", "low"]):
+    for values in (["0.1", "0,2"], ["1 uM", "2"], ["1 mg/ml"], ["1,000"], ["-1"], ["0.5."], ["1.000.0"], ["high", "low"]):
         with pytest.raises(CellfastError, match="t, column dose: '"):
             concentrations_um(values, "t, column dose")
     assert unify_doses(np.array([0.3, 0.30000001, 0.2999, 3.0, 0.3])).tolist() == [0.3, 0.3, 0.3, 3.0, 0.3]

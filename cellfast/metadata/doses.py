@@ -74,7 +74,7 @@ def concentrations_um(values: Iterable[object], where: str, unit: str | None = N
             known[text] = math.nan
             continue
         found = _DOSE.fullmatch(text)
-        if found is None:
+        if found is None or found[1].count(".") > 1:
             bad.append(text)
         else:
             parts[text] = found[1], (found[2] or "").strip().lower()
