@@ -42,14 +42,18 @@ def _host_in_a_name() -> str:
 
 
 def process_lives(pid: int) -> bool:
-    """Whether a process of this machine has that id now."""
+    """Whether a process of this machine has that id now; one that has ended and was not waited for (a zombie) does not."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        # Containers without an init keep zombies for ever. The state follows the name, which may hold anything, brackets too.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return True
 
 
 def partial_path(target: str | os.PathLike[str]) -> Path:

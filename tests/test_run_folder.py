@@ -231,6 +231,17 @@ def test_a_killed_training_leaves_nothing_to_the_next(screen, tmp_path):
     assert not list(run.rglob(".*.partial*"))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_a_zombie_does_not_live():
+    from cellfast.atomic import process_lives
+
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert not process_lives(ended.pid)
+    ended.wait()
+    assert process_lives(os.getpid())
+
+
 def test_a_file_written_again_takes_the_place_of_what_a_killed_process_left(tmp_path):
     target = tmp_path / "profiles.parquet"
     code = f"from cellfast.atomic import partial_path as p; [p({str(tmp_path)!r} + n).touch() for n in ('/profiles.parquet', '/other.parquet')]"
