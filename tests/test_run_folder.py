@@ -242,6 +242,15 @@ def test_a_zombie_does_not_live():
     assert process_lives(os.getpid())
 
 
+def test_the_checkpoint_before_is_kept_where_a_killed_run_left_both_names_to_one_file(tmp_path):
+    from cellfast.training.checkpoint import _keep
+
+    (tmp_path / "last.pt").write_bytes(b"x")
+    os.link(tmp_path / "last.pt", tmp_path / "previous.pt")
+    _keep(tmp_path / "last.pt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
 def test_a_file_written_again_takes_the_place_of_what_a_killed_process_left(tmp_path):
     target = tmp_path / "profiles.parquet"
     code = f"from cellfast.atomic import partial_path as p; [p({str(tmp_path)!r} + n).touch() for n in ('/profiles.parquet', '/other.parquet')]"

@@ -58,6 +58,8 @@ def _keep(path: Path) -> None:
         os.replace(path, previous_of(path))
         return
     os.replace(link, previous_of(path))
+    # Where a killed run left both names to one file, renaming one to the other does nothing.
+    link.unlink(missing_ok=True)
 
 
 def previous_of(path: Path) -> Path:
