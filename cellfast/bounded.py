@@ -26,16 +26,6 @@ MOST_DEFLATED = 1032
 ALWAYS_THERE = 64 << 20
 # Text in a gzip file is rarely more than 30 times its size there; a table of one value throughout passes by the slack.
 MOST_TEXT, TEXT_SLACK = 100, 64 << 20
-# The codecs of parquet: bytes that a compressed byte can stand for.
-_MOST_PARQUET = {
-    "UNCOMPRESSED": 1,
-    "SNAPPY": 22,
-    "GZIP": MOST_DEFLATED,
-    "LZ4": 256,
-    "LZ4_RAW": 256,
-    "ZSTD": 40_000,
-    "BROTLI": 40_000,
-}
 # Of the decoded table to its file: encoded runs of one value have no bound of their own.
 MOST_PARQUET, PARQUET_SLACK = 1000, 256 << 20
 
@@ -240,8 +230,7 @@ def open_table(path: str | os.PathLike[str]) -> IO[bytes]:
 def check_parquet(path: str | os.PathLike[str]) -> None:
     """Raise `CellfastError` where the footer of a parquet file claims what the file cannot hold.
 
-    Row groups must add up, column chunks must lie in the file and come out of it by their codec, and the table must not be more than
-    `MOST_PARQUET` times the file.
+    Row groups must add up, and the table must not be more than `MOST_PARQUET` times the file.
     """
     import pyarrow.parquet as pq
 
@@ -255,17 +244,10 @@ def check_parquet(path: str | os.PathLike[str]) -> None:
                 rows += group.num_rows
                 if group.num_rows < 0:
                     raise CellfastError(f"{path}: damaged: a group of {group.num_rows} rows; write it again")
-                for c in range(group.num_columns):
-                    chunk = group.column(c)
-                    starts = [o for o in (chunk.data_page_offset, chunk.dictionary_page_offset) if o is not None and o > 0]
-                    packed, out = chunk.total_compressed_size, chunk.total_uncompressed_size
-                    if min(packed, out, chunk.num_values) < 0 or not starts or min(starts) + packed > size:
-                        raise CellfastError(
-                            f"{path}: damaged: column {chunk.path_in_schema} does not lie in the file; write it again"
-                        )
-                    most = _MOST_PARQUET.get(chunk.compression, MOST_DEFLATED)
-                    check_claim(path, f"column {chunk.path_in_schema}", out, packed, most=most, slack=4096)
-                    unpacked += out
+                # Not column by column: where a column's statistics are damaged, asking for it ends the process.
+                if group.total_byte_size < 0:
+                    raise CellfastError(f"{path}: damaged: a group of {group.total_byte_size} bytes; write it again")
+                unpacked += group.total_byte_size
             if rows != meta.num_rows:
                 raise CellfastError(f"{path}: damaged: {meta.num_rows:,} rows, and its groups have {rows:,}; write it again")
             # A value of a row is a byte at least once it is decoded.

@@ -1,4 +1,7 @@
-"""A CRC-32 of a parquet file's footer, in the footer: names, types and places of the columns, which the checksums of pages do not cover."""
+"""CRC-32 of a parquet file's footer, in the footer: names, types and places of the columns, which the checksums of pages do not cover.
+
+Of a file that no ``embeddings.json`` lists, a second one of all before the footer: the headers of pages, which nothing else covers.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,26 @@ import zlib
 from typing import Any
 
 KEY = "cellfast_footer_crc32"
+WHOLE_KEY = "cellfast_pages_crc32"
 _BLANK = "0" * 8
 # Key and value as Thrift's compact protocol writes them: the value is a field of its own of eight bytes.
-_FOUND = re.compile(KEY.encode() + rb"\x18\x08([0-9a-f]{8})")
+_FOUND, _PAGES = (re.compile(key.encode() + rb"\x18\x08([0-9a-f]{8})") for key in (KEY, WHOLE_KEY))
 
 
-def leave_room(writer: Any) -> None:
-    """Reserve the place of the checksum; the last call before a ``pyarrow.parquet.ParquetWriter`` is closed."""
-    writer.add_key_value_metadata({KEY: _BLANK})
+def leave_room(writer: Any, *, pages: bool = False) -> None:
+    """Reserve the place of the checksums (``pages``: of the second too); the last call before a ``ParquetWriter`` is closed."""
+    writer.add_key_value_metadata({**({WHOLE_KEY: _BLANK} if pages else {}), KEY: _BLANK})
 
 
 def seal_footer(path: str | os.PathLike[str]) -> None:
     """Put the checksum into the place that `leave_room` reserved in a finished file."""
     with open(path, "r+b") as file:
         start, footer = _footer(file)
+        if (pages := _PAGES.search(footer)) is not None:
+            crc = f"{_pages_crc(file, start):08x}".encode()
+            file.seek(start + pages.start(1))
+            file.write(crc)
+            footer = footer[: pages.start(1)] + crc + footer[pages.end(1) :]
         found = _FOUND.search(footer)
         assert found is not None, path
         file.seek(start + found.start(1))
@@ -29,16 +38,26 @@ def seal_footer(path: str | os.PathLike[str]) -> None:
 
 
 def check_footer(path: str | os.PathLike[str]) -> None:
-    """Compare the footer with its checksum; a file without one passes.
+    """Compare the footer, and the pages where they have one, with their checksums; a file without them passes.
 
     Raises:
         ValueError: they differ, or the file has no footer.
     """
     with open(path, "rb") as file:
-        _, footer = _footer(file)
-    found = _FOUND.search(footer)
-    if found is not None and f"{_crc(footer, found):08x}".encode() != found[1]:
-        raise ValueError("its footer is not as it was written, by its CRC-32")
+        start, footer = _footer(file)
+        found, pages = _FOUND.search(footer), _PAGES.search(footer)
+        if found is not None and f"{_crc(footer, found):08x}".encode() != found[1]:
+            raise ValueError("its footer is not as it was written, by its CRC-32")
+        if pages is not None and f"{_pages_crc(file, start):08x}".encode() != pages[1]:
+            raise ValueError("it is not as it was written, by its CRC-32")
+
+
+def _pages_crc(file: Any, stop: int) -> int:
+    crc, left = 0, stop
+    file.seek(0)
+    while left > 0 and (block := file.read(min(left, 1 << 20))):
+        crc, left = zlib.crc32(block, crc), left - len(block)
+    return crc
 
 
 def _footer(file: Any) -> tuple[int, bytes]:

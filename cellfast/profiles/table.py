@@ -98,7 +98,7 @@ def write_profiles(table: ProfileTable, path: str | os.PathLike[str]) -> None:
     with atomic_path(path) as temporary:
         with pq.ParquetWriter(temporary, arrow.schema, write_page_checksum=True) as writer:
             writer.write_table(arrow)
-            leave_room(writer)
+            leave_room(writer, pages=True)
         seal_footer(temporary)
 
 
