@@ -117,9 +117,13 @@ def bucket(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    # fsspec keeps one file system per set of options: one made before, by any test, still speaks to the server of then.
+    kept = fsspec.get_filesystem_class("s3")
+    kept.clear_instance_cache()
     fs = fsspec.filesystem("s3", skip_instance_cache=True)
     fs.mkdir("screens")
     yield fs
+    kept.clear_instance_cache()
     server.stop()
 
 
