@@ -23,7 +23,7 @@ from .mutate import generator, mutate
 
 OUTCOMES = ("same", "refused", "differs", "silent", "traceback", "crash", "hang", "memory")
 BAD = ("silent", "traceback", "crash", "hang", "memory")
-MEANING = """same: accepted, the result of the undamaged file; refused: exit 1, 2 or 3 with a sentence; differs: another result, of a file
+MEANING = """same: accepted, the result of the undamaged file; refused: exit 1, 2 or 3 with a sentence, or the field is refused in the ledger; differs: another result, of a file
 that has no checksum (natural: other pixels, other cells); silent: another result though there is a checksum; traceback: any other
 exception; crash: ended by a signal; hang: over the time limit; memory: more than 1 GiB, or out of memory"""
 MEMORY_LIMIT, MEMORY_BAD = 4 << 30, 1 << 30
@@ -217,7 +217,20 @@ def _attack(kind: Kind, base: Path, case: Path, expected: str | None, file: str,
         found = f"the result cannot be read: {type(error).__name__}: {error}"
     if expected is None:
         return found, "", ""
-    return ("same" if found == expected else "silent" if kind.checksum else "differs"), "", found[:200]
+    if found == expected:
+        return "same", "", ""
+    refused = _fields_refused(case / "out")
+    if kind.checksum and refused:
+        return "refused", "", f"counted in the ledger: {refused}"
+    return ("silent" if kind.checksum else "differs"), "", found[:200]
+
+
+def _fields_refused(screen: Path) -> dict[str, int]:
+    """Fields that an ingest refused, by reason, from its ledger; none where there is no ledger."""
+    try:
+        return json.loads((screen / "ledger.json").read_text())["totals"]["fields_refused"]
+    except (OSError, KeyError):
+        return {}
 
 
 def work(kind_name: str, base: str, case: str, seed: int, pipe: Connection) -> None:
