@@ -43,6 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The crop store of `screens.make_screen`; not to be written to."""
+    from screens import make_screen
+
+    return make_screen(tmp_path_factory.mktemp("screen"))
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The real data folder; use together with ``@pytest.mark.data``."""
     folder = real_data_folder()

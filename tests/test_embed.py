@@ -4,83 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import tifffile
 import torch
-from click.testing import CliRunner
+from screens import CROP, VIEW, assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.augment import center_crop
-from cellfast.cli import cellfast
 from cellfast.embedding.device_cutting import cut_on_device
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.errors import CellfastError
-from cellfast.model_file import ModelMetadata, load_model, save_model
-from cellfast.models import ModelConfig, build_model
+from cellfast.model_file import load_model
 from cellfast.screens import Screen
 from cellfast.screens.cutting import crop_origins, cut_crops
-
-HEIGHT, WIDTH, CROP, VIEW = 60, 80, 24, 16
-CHANNELS = ("DNA", "Actin")
-
-
-def make_fields(
-    folder, *, plates=("P1", "P2"), wells=("B03", "A02", "A10"), sites=2, cells=7, seed=0, channels=CHANNELS, dtype=np.uint16
-):
-    """Fields, load_data.csv and centroid CSVs; wells out of order, cells at the border, one field without cells."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for plate in plates:
-        for number, well in enumerate(wells):
-            for site in range(1, sites + 1):
-                row = {"Metadata_Plate": plate, "Metadata_Well": well, "Metadata_Site": site}
-                row |= {"Metadata_Compound": "DMSO" if number == 0 else f"c{number}", "Metadata_Concentration": 0.5 * number}
-                for channel in channels:
-                    path = folder / "images" / plate / f"{well}_s{site}_{channel}.tif"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    top = 250 if dtype == np.uint8 else 60000
-                    tifffile.imwrite(path, rng.integers(0, top, (HEIGHT, WIDTH)).astype(dtype))
-                    row |= {f"FileName_{channel}": path.name, f"PathName_{channel}": plate}
-                rows.append(row)
-                count = 0 if (number, site) == (1, 2) else cells + number
-                centers = pd.DataFrame(
-                    {
-                        "ObjectNumber": np.arange(1, count + 1),
-                        "Nuclei_Location_Center_X": rng.uniform(-0.4, WIDTH - 0.6, count),
-                        "Nuclei_Location_Center_Y": rng.uniform(-0.4, HEIGHT - 0.6, count),
-                    }
-                )
-                place = folder / "locations" / plate / f"{well}-{site}-Nuclei.csv"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                centers.to_csv(place, index=False)
-    pd.DataFrame(rows).to_csv(folder / "load_data.csv", index=False)
-    return folder
-
-
-def draw_nuclei(folder):
-    """Bright discs of 8 px on a dark background in place of the DNA planes: cells that detection finds."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    for number, path in enumerate(sorted((folder / "images").rglob("*_DNA.tif"))):
-        noise = np.random.default_rng(number).integers(0, 100, (HEIGHT, WIDTH))
-        discs = sum((((y - cy) ** 2 + (x - cx) ** 2) < 16) for cy, cx in ((20, 20), (40, 30 + number), (25, 60)))
-        tifffile.imwrite(path, (noise + 20_000 * discs).astype(np.uint16))
-
-
-def make_model(path, *, channels=CHANNELS, crop=CROP, view=VIEW, scaling="screen", bits=16, seed=0, encoder="cnn4"):
-    model = build_model(ModelConfig(encoder=encoder, num_channels=len(channels), projection_dim=8), seed=seed)
-    top = 255.0 if bits == 8 else 60000.0
-    save_model(
-        path,
-        model,
-        ModelMetadata(
-            list(channels), crop, view, bits, scaling, [100.0 / (65 if bits == 8 else 1)] * len(channels), [top] * len(channels)
-        ),
-    )
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -94,33 +32,6 @@ def work(tmp_path_factory):
         result = run("ingest", "fields", *field_arguments(folder), "--crop-size", CROP, "--border", border, "-o", folder / border, "--workers", 1)  # fmt: skip
         assert result.exit_code == 0, result.output
     return folder
-
-
-def field_arguments(folder, table="load_data.csv"):
-    return [folder / table, "--image-root", folder / "images", "--locations", folder / "locations"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(cellfast, [str(a) for a in arguments])
-
-
-def embed(source, folder, out, *more, model="model.pt", exit_code=0):
-    arguments = field_arguments(folder) if source == "fields" else [source]
-    result = run("embed", *arguments, "--model", folder / model, "-o", out, *more)
-    if exit_code is not None:
-        assert result.exit_code == exit_code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def tables(folder):
-    return {p.stem: pq.read_table(p).to_pandas() for p in sorted(Path(folder).glob("*.parquet"))}
-
-
-def assert_same(one, two, rtol=1e-4, atol=1e-5):
-    assert one.keys() == two.keys()
-    assert one
-    for plate in one:
-        pd.testing.assert_frame_equal(one[plate], two[plate], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from test_embed import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
+from screens import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding import decoding
 from cellfast.embedding.dali_reading import plane_facts

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
-from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
+from screens import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.embedding.lock import LOCK_NAME, STALE_AFTER_S, OutputLock, _system

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
+from screens import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.embedding.parts import PartFiles

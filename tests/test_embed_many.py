@@ -14,10 +14,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
-from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
+from screens import assert_same, embed, field_arguments, make_fields, make_model, run, tables, torchrun
 
 from cellfast.embedding.sources import Part, PlatePlan, cut_into_parts
 from cellfast.embedding.work import SharedWork
+
+EMBED = ("-m", "cellfast", "embed")
 
 
 @pytest.fixture(scope="module")
@@ -61,29 +63,13 @@ def test_processes_claim_every_part_once_and_one_of_them_finishes_each_plate():
     assert sorted(last) == [p.plate for p in plans]
 
 
-def torchrun(*arguments, processes=2):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        processes,
-        "-m",
-        "cellfast",
-        "embed",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([str(c) for c in [*command, *arguments]], capture_output=True, text=True, env=environment, timeout=150)
-
-
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(clean, tmp_path):
     # One plate: its fields are divided.
     table = pd.read_csv(clean / "load_data.csv").query("Metadata_Plate == 'P1'")
     table.to_csv(clean / "one_plate.csv", index=False)
     out = tmp_path / "e"
-    done = torchrun(*field_arguments(clean, "one_plate.csv"), "--model", clean / "model.pt", "-o", out, "--batch-size", 8)
+    done = torchrun(*EMBED, *field_arguments(clean, "one_plate.csv"), "--model", clean / "model.pt", "-o", out, "--batch-size", 8)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("cells =") == 1
     assert_same(tables(out), {"P1": tables(clean / "clean")["P1"]})
@@ -96,7 +82,7 @@ def test_two_processes_write_what_one_does(clean, tmp_path):
 def test_two_processes_both_decode_as_asked(clean, tmp_path):
     pytest.importorskip("nvidia.dali")
     out = tmp_path / "e"
-    done = torchrun(*field_arguments(clean), "--model", clean / "model.pt", "-o", out, "--decode", "dali")
+    done = torchrun(*EMBED, *field_arguments(clean), "--model", clean / "model.pt", "-o", out, "--decode", "dali")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(tables(out), tables(clean / "clean"))
     decode = json.loads((out / "embeddings.json").read_text())["decode"]

@@ -11,7 +11,7 @@ import textwrap
 import time
 
 import pytest
-from test_training import SMALL, make_screen
+from screens import SMALL
 
 # The waits are cut down to seconds; what is done in them is the same.
 PROCESS = """
@@ -43,11 +43,6 @@ PROCESS = """
     cli.main()
     print("ended well", flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def screen(tmp_path_factory):
-    return make_screen(tmp_path_factory.mktemp("screen"))
 
 
 def two_processes(screen, run, at_step_3="pass", in_validation="pass", silence=60.0, **values):

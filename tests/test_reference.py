@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from screens import write_crops
 
 from cellfast.augment import AugmentConfig, TwoViews, center_crop
 from cellfast.benchmark.reference import check_reference_size
@@ -30,9 +31,7 @@ from cellfast.errors import CellfastError
 from cellfast.model_file import load_model
 from cellfast.models import INPUT_TRANSFORMS, ModelConfig, build_model
 from cellfast.ops import ntxent_loss
-from cellfast.screens import PlateWriter, Screen
-from cellfast.screens.crop_writer import plate_file_name
-from cellfast.screens.ledger import Ledger
+from cellfast.screens import Screen
 from cellfast.training import config as training_config
 from cellfast.training.config import resolve_config
 from cellfast.training.loop import train
@@ -47,18 +46,11 @@ def screen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("screen")
     rng = np.random.default_rng(0)
     for plate in ("Week1_1", "Week2_1"):
-        path = folder / "plates" / plate_file_name(plate)
-        with PlateWriter(
-            path, plate=plate, batch=plate[:5], channel_names=("DNA", "Tubulin", "Actin"), crop_size=34, dtype=np.uint8,
-            capacity=20, border="pad",
-        ) as writer:  # fmt: skip
-            for number, compound in enumerate(("DMSO", "a", "b", "c")):
-                writer.append_field(
-                    rng.integers(0, 256, (5, 3, 34, 34), dtype=np.uint8), well=f"B{number + 2:02d}", site=1, compound=compound,
-                    concentration=float(number), moa=compound.upper(), object_number=np.arange(5), center_y=np.zeros(5),
-                    center_x=np.zeros(5), padded=np.zeros(5, bool),
-                )  # fmt: skip
-    Ledger("test", "", {}, []).write(folder)
+        fields = []
+        for number, compound in enumerate(("DMSO", "a", "b", "c")):
+            told = {"well": f"B{number + 2:02d}", "compound": compound, "concentration": float(number), "moa": compound.upper()}
+            fields.append((rng.integers(0, 256, (5, 3, 34, 34), dtype=np.uint8), told))
+        write_crops(folder, plate, fields)
     return folder
 
 
@@ -234,21 +226,7 @@ def test_cells_can_be_enlarged_chosen_and_repeated(screen, cells, tmp_path):
 
 
 def test_cells_of_other_than_three_channels_are_refused(tmp_path):
-    with PlateWriter(
-        tmp_path / "plates" / "P.h5",
-        plate="P",
-        batch="P",
-        channel_names=("a",),
-        crop_size=8,
-        dtype=np.uint8,
-        capacity=1,
-        border="pad",
-    ) as writer:
-        writer.append_field(
-            np.zeros((1, 1, 8, 8), np.uint8), well="A01", site=1, compound="a", concentration=1.0, moa="A", object_number=np.zeros(1, int),
-            center_y=np.zeros(1), center_x=np.zeros(1), padded=np.zeros(1, bool),
-        )  # fmt: skip
-    Ledger("test", "", {}, []).write(tmp_path)
+    write_crops(tmp_path, "P", [(np.zeros((1, 1, 8, 8), np.uint8), {})], channels=("a",))
     with pytest.raises(CellfastError, match="takes crops of 3 channels, found 1"):
         prepare_cells(tmp_path, tmp_path / "cells", size=8)
 
