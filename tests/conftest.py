@@ -51,6 +51,20 @@ def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fields, a model, their crop store, and the embeddings of a run that nothing disturbed; not to be written to."""
+    from screens import embed, field_arguments, make_fields, make_model, run
+
+    folder = tmp_path_factory.mktemp("clean")
+    make_fields(folder, sites=3)
+    make_model(folder / "model.pt")
+    ingested = run("ingest", "fields", *field_arguments(folder), "--crop-size", 24, "--workers", 1, "-o", folder / "store")
+    assert ingested.exit_code == 0, ingested.output
+    embed("fields", folder, folder / "clean")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The real data folder; use together with ``@pytest.mark.data``."""
     folder = real_data_folder()

@@ -99,8 +99,14 @@ def test_batches_stay_as_they_are_until_the_next_is_asked_for(tmp_path):
         np.testing.assert_array_equal(batch.crops.numpy(), expected[batch.rows.numpy()])
 
 
-@pytest.mark.parametrize("size", [8, 11, 64])
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(
+    ("size", "shuffle"),
+    [
+        (11, True),
+        (64, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, True), (8, False), (11, False), (64, True))),
+    ],
+)
 def test_cells_of_fields_in_hdf5(tmp_path, fields, cells, size, shuffle):
     with h5py.File(tmp_path / "fields.h5", "w") as handle:
         handle["fields"] = fields

@@ -25,17 +25,6 @@ from cellfast.embedding.place import Place
 from cellfast.errors import CellfastError
 
 
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    """Fields, a model, their crop store, and the embeddings of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("faults")
-    make_fields(folder, sites=3)
-    make_model(folder / "model.pt")
-    assert run("ingest", "fields", *field_arguments(folder), "--crop-size", 24, "-o", folder / "store").exit_code == 0
-    embed("fields", folder, folder / "clean")
-    return folder
-
-
 @pytest.fixture
 def fields(tmp_path):
     """A copy of the fields that a test may break."""

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from screens import assert_same, embed, field_arguments, make_fields, make_model, run, tables
+from screens import assert_same, embed, field_arguments, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.embedding.parts import PartFiles
@@ -25,12 +25,10 @@ from cellfast.profiles.feature_files import open_source
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory):
+def clean(clean, tmp_path_factory):
     """Fields, a model, their crop store, and the embeddings of the store and of the fields."""
-    folder = tmp_path_factory.mktemp("integrity")
-    make_fields(folder, sites=3)
-    make_model(folder / "model.pt")
-    assert run("ingest", "fields", *field_arguments(folder), "--crop-size", 24, "-o", folder / "store").exit_code == 0
+    folder = tmp_path_factory.mktemp("integrity") / "work"
+    shutil.copytree(clean, folder, ignore=shutil.ignore_patterns("clean"))
     embed(folder / "store", folder, folder / "clean", "--batch-size", 5)
     embed("fields", folder, folder / "fields", "--batch-size", 5)
     return folder

@@ -14,21 +14,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
-from screens import assert_same, embed, field_arguments, make_fields, make_model, run, tables, torchrun
+from screens import assert_same, embed, field_arguments, run, tables, torchrun
 
 from cellfast.embedding.sources import Part, PlatePlan, cut_into_parts
 from cellfast.embedding.work import SharedWork
 
 EMBED = ("-m", "cellfast", "embed")
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("many")
-    make_fields(folder, sites=3)
-    make_model(folder / "model.pt")
-    embed("fields", folder, folder / "clean")
-    return folder
 
 
 def test_parts_cover_every_unit_once_and_end_with_wells():
@@ -67,9 +58,11 @@ def test_processes_claim_every_part_once_and_one_of_them_finishes_each_plate():
 def test_two_processes_write_what_one_does(clean, tmp_path):
     # One plate: its fields are divided.
     table = pd.read_csv(clean / "load_data.csv").query("Metadata_Plate == 'P1'")
-    table.to_csv(clean / "one_plate.csv", index=False)
+    table.to_csv(tmp_path / "one_plate.csv", index=False)
     out = tmp_path / "e"
-    done = torchrun(*EMBED, *field_arguments(clean, "one_plate.csv"), "--model", clean / "model.pt", "-o", out, "--batch-size", 8)
+    done = torchrun(
+        *EMBED, *field_arguments(clean, tmp_path / "one_plate.csv"), "--model", clean / "model.pt", "-o", out, "--batch-size", 8
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("cells =") == 1
     assert_same(tables(out), {"P1": tables(clean / "clean")["P1"]})

@@ -148,7 +148,7 @@ def agreement_job(cells, tmp_path, **more):
             "inputs": str(tmp_path / "i.npy"), **more}  # fmt: skip
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_steps_equal_a_plain_implementation_from_the_same_weights_and_crops(cells, tmp_path, monkeypatch, double):
     monkeypatch.setitem(training_config.RECIPES["perakis2021"], "projection_dim", 32)
     job = agreement_job(cells, tmp_path, double=double)
