@@ -5,6 +5,8 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 DEMO   ?= demo
 OUT    ?= benchmarks/results
+# Files of tests are dealt to as many processes as there are processors, four at most (each takes up to 2 GB); PARALLEL= runs them in one.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
@@ -46,7 +48,7 @@ demo: build
 	$(PY) -m cellfast demo $(DEMO)
 
 test: build
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -m "not slow" $(PARALLEL)
 
 test-all: build
 	$(PY) -m pytest -q

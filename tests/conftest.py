@@ -9,6 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Several pytest workers share the processors: threads that spin while they wait would take them from each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def real_data_folder() -> Path | None:
     """The real data folder, or None: ``$CELLFAST_TEST_DATA``, else ``../shared/data`` beside the checkout."""
