@@ -29,8 +29,8 @@ def check(found, bad, table):
 
 
 def test_damaged_files_end_in_a_sentence_and_never_in_other_results(folder):
-    found = damage.run(SHORT, 6, 0, folder)
-    assert len(found) >= 5 * len(SHORT)
+    found = damage.run(SHORT, 4, 0, folder)
+    assert len(found) >= 3 * len(SHORT)
     check(found, damage.BAD, damage.table)
 
 

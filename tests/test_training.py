@@ -28,7 +28,8 @@ from cellfast.training.validation import retrieval
     [
         {"optimizer": "adamw"},
         {"optimizer": "lars"},
-        {"chunk_size": 5, "encoder": "resnet18"},
+        {"chunk_size": 5, "projection_batch_norm": True},
+        pytest.param({"chunk_size": 5, "encoder": "resnet18"}, marks=pytest.mark.slow),
         {"feed": "resident", "chunk_size": 16},
     ],
     ids=lambda how: ",".join(map(str, how.values())),
@@ -105,7 +106,7 @@ def test_no_steps_writes_a_random_model(screen, tmp_path):
 
 @pytest.mark.parametrize("batch_norm", ["joint", "per-view"])
 def test_a_resnet_trains_in_bfloat16_with_either_batch_norm(screen, tmp_path, batch_norm):
-    result = go(screen, tmp_path / "run", steps=2, encoder="resnet18", amp=True, batch_norm=batch_norm, output_size=24)
+    result = go(screen, tmp_path / "run", steps=1, encoder="resnet18", amp=True, batch_norm=batch_norm, output_size=24)
     assert np.isfinite(result.loss)
     assert np.isfinite(result.validation["validation_loss"])
 
