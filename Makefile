@@ -16,7 +16,7 @@ STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
 
 help:
 	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
-	@echo "make test      set up, then run the tests"
+	@echo "make test      set up, then run the tests that are not slow (make test-all: all of them)"
 	@echo "make build     only the environment ($(VENV)) and the extension"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails where there is none"
 	@echo "make check-cuda  compiles the CUDA code for compute capabilities 8.0, 9.0a and 10.0 (no GPU needed); prints registers and spills"
@@ -51,7 +51,7 @@ test: build
 	$(PY) -m pytest -q -m "not slow" $(PARALLEL)
 
 test-all: build
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(PARALLEL)
 
 test-gpu: build
 	CELLFAST_REQUIRE_CUDA=1 $(PY) -m pytest -q -m cuda
