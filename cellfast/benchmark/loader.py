@@ -16,13 +16,13 @@ from cellfast.benchmark.timing import cell_rate
 
 
 def measure_loader(
-    screen: Any = None, *, num_cells: int = 20_000, num_plates: int = 4, num_channels: int = 3, crop_size: int = 112,
+    screen: str | None = None, *, num_cells: int = 20_000, num_plates: int = 4, num_channels: int = 3, crop_size: int = 112,
     batch_size: int = 256, repeats: int = 5, threads: int = 1, dali: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure one epoch of each way to read shuffled minibatches; agreement of the pixels is checked first.
 
     Args:
-        screen: an open ``cellfast.screens.Screen``; None makes random plates of the given size in a temporary folder.
+        screen: a screen's folder; None makes random plates of the given size in a temporary folder.
         repeats: epochs timed of each; the best and the median are given.
         threads: copying threads of the row marked with them.
 
@@ -31,7 +31,9 @@ def measure_loader(
         cells/s.
     """
     if screen is not None:
-        return _measure(screen, batch_size, repeats, threads, dali)
+        from cellfast.screens import Screen
+
+        return _measure(Screen.open(screen), batch_size, repeats, threads, dali)
     with tempfile.TemporaryDirectory(prefix="cellfast-bench-") as folder:
         made = random_screen(Path(folder), num_cells // num_plates, num_plates, num_channels, crop_size)
         return _measure(made, batch_size, repeats, threads, dali)
