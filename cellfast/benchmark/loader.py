@@ -68,7 +68,7 @@ def _measure(screen: Any, batch_size: int, repeats: int, threads: int, dali: boo
     from cellfast.data import Loader
     from cellfast.data.gather import RowGather
 
-    batch_size = min(batch_size, screen.num_cells)
+    batch_size = min(batch_size, *(plate.num_cells for plate in screen.plates))
     gather, many = RowGather(screen), RowGather(screen, threads=max(2, threads))
     buffer = np.empty((batch_size, *gather.row_shape), dtype=gather.dtype)
     sources = [np.asarray(plate.crops()) for plate in screen.plates]

@@ -79,6 +79,10 @@ def _command(name: str) -> click.Command:
         from cellfast.atomic import write_json
 
         given = {key: value for key, value in options.items() if value not in (None, ())}
+        if "device" in given:
+            from cellfast.training.devices import choose_device
+
+            choose_device(given["device"])  # says so where there is none
         module, function = subject.function.split(":")
         measure = getattr(importlib.import_module(module), function)
         result = measure(**{**(subject.quick if quick else subject.full), **given})

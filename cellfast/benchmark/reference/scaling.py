@@ -1,4 +1,4 @@
-"""How cost grows: with the number of cells, with the minibatch (until memory ends), with the cores."""
+"""How cost grows: with the number of cells, with the minibatch (until memory ends), with the threads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellfast.benchmark.reference.cells import Cells, simulated_features
-from cellfast.benchmark.reference.parts import Settings, label, summary
+from cellfast.benchmark.reference.cells import Cells, simulated_features, store_of_strips
 from cellfast.benchmark.reference.sides import Side
+from cellfast.benchmark.reference.table import Settings
 
 # Of the memory that is free when a job starts, what it may take: the rest is the operating system's and other people's.
 _SHARE_OF_FREE_MEMORY = 0.75
@@ -40,22 +40,65 @@ def measure_scaling(
         loaded, scored: cells at which loading and scoring are measured. A size is left out for a side whose smaller size says that it
             would take more than ``seconds_limit``.
         extrapolated: sizes of the tables of cost; where nothing was measured a straight line through the two largest sizes measured.
-        minibatches: sizes of the loss; step_minibatches: of the training step.
+        minibatches: sizes of the loss; step_minibatches: of the training step. A side stops at the first that does not fit.
         cores: threads.
     """
-    return {
-        "cells": _by_cells(sides, cells, settings, loaded, scored, extrapolated, seconds_limit, say),
-        "minibatch": _by_minibatch(sides, cells, settings, minibatches, step_minibatches, seconds_limit, say),
-        "cores": _by_cores(sides, cells, settings, cores, say),
-    }
+    from cellfast.benchmark.reference.measure import describe, summary, write_table
+    from cellfast.data.warm import available_memory
 
+    def run(side: Side, part: str, where: str, job: dict[str, Any], **limits: Any) -> dict[str, Any]:
+        entry = summary(side.run(part, **job, **limits))
+        say(f"{part} {where} {side.label}: {describe(entry)}")
+        return entry
 
-def free_memory() -> int:
-    """Bytes the operating system could hand out now."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    common = {**cells.job(), **settings.job(), "repeats": 1, "agreed_features": 1}
+    by_cells: dict[str, Any] = {}
+    for part, sizes in (("load", loaded), ("score", scored)):
+        measured: dict[Side, dict[int, dict[str, Any]]] = {side: {} for side in sides}
+        for n in sizes:
+            folder = cells.folder / f"{part}-{n}"
+            folder.mkdir()
+            if part == "load":
+                job = {**common, **repeated_cells(cells, n, folder).job()}
+            else:
+                table = write_table(folder, "features", *simulated_features(n, settings.score_features))
+                job = {**common, **table, "warm_up": int(n <= 1000)}
+            for side in sides:
+                points = _points(measured[side], "median_seconds")
+                if points and line_through(points, n) > seconds_limit:
+                    say(f"{part} {n:,} cells {side.label}: left out, it would take about {line_through(points, n):.0f} s")
+                else:
+                    measured[side][n] = run(side, part, f"{n:,} cells", job)
+            shutil.rmtree(folder)
+        by_cells[part] = {side.label: _costs(entries, extrapolated) for side, entries in measured.items()}
+
+    by_minibatch: dict[str, Any] = {}
+    for part, sizes in (("loss", minibatches), ("step", step_minibatches)):
+        by_minibatch[part] = {side.label: [] for side in sides}
+        for side in sides:
+            for n in sizes:
+                allowed = int(_SHARE_OF_FREE_MEMORY * available_memory())
+                job = {**common, "batch_size": n}
+                entry = run(side, part, f"minibatch {n}", job, allowed_bytes=allowed, timeout=seconds_limit)
+                kept = {k: entry[k] for k in ("out_of_memory", "timed_out", "growth_bytes", "median_seconds") if k in entry}
+                by_minibatch[part][side.label].append({"minibatch": n, "allowed_bytes": allowed, **kept})
+                if "median_seconds" not in entry:
+                    break
+
+    by_cores: dict[str, Any] = {}
+    table = (
+        write_table(cells.folder, "features", *simulated_features(settings.score_cells, settings.score_features)) if cores else {}
+    )
+    for part in ("augment", "step", "score"):
+        by_cores[part] = {side.label: [] for side in sides}
+        job = {**common, "batch_size": min(64, settings.batch_size), "warm_up": 1, "repeats": 2, "minibatches": 4}
+        job |= table if part == "score" else {}
+        for side in sides:
+            for threads in cores:
+                entry = run(side, part, f"{threads} threads", {**job, "workers": threads, "threads": threads})
+                row = {"threads": threads, "seconds": entry["median_seconds"], "cells_per_second": entry["cells_per_second"]}
+                by_cores[part][side.label].append(row)
+    return {"cells": by_cells, "minibatch": by_minibatch, "cores": by_cores}
 
 
 def line_through(points: Sequence[tuple[float, float]], at: float) -> float:
@@ -65,132 +108,39 @@ def line_through(points: Sequence[tuple[float, float]], at: float) -> float:
     return max(y1, y1 + (y1 - y0) / (x1 - x0) * (at - x1)) if at >= x1 else y0 + (y1 - y0) / (x1 - x0) * (at - x0)
 
 
-def _table(measured: dict[int, dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    points = sorted((n, e) for n, e in measured.items() if "median_seconds" in e)
+def _points(measured: dict[int, dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return sorted((n, entry[key]) for n, entry in measured.items() if key in entry)
+
+
+def _costs(measured: dict[int, dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Seconds and growth of memory by size: measured, or on the line through what was."""
+    seconds, growth = _points(measured, "median_seconds"), _points(measured, "growth_bytes")
     rows: list[dict[str, Any]] = []
     for n in sorted({*sizes, *measured}):
-        if n in measured and "median_seconds" not in measured[n]:
-            rows.append({"cells": n, **measured[n]})
-        elif n in measured:
-            e = measured[n]
-            rows.append({"cells": n, "seconds": e["median_seconds"], "growth_bytes": e["growth_bytes"], "extrapolated": False})
-        elif points:
-            rows.append({
-                "cells": n,
-                "seconds": line_through([(m, e["median_seconds"]) for m, e in points], n),
-                "growth_bytes": line_through([(m, e["growth_bytes"]) for m, e in points], n),
-                "extrapolated": True,
-            })  # fmt: skip
+        entry = measured.get(n)
+        if entry is not None and "median_seconds" not in entry:
+            rows.append({"cells": n, **entry})
+        elif entry is not None:
+            rows.append(
+                {"cells": n, "seconds": entry["median_seconds"], "growth_bytes": entry["growth_bytes"], "extrapolated": False}
+            )
+        elif seconds:
+            costs = {"seconds": line_through(seconds, n), "growth_bytes": line_through(growth, n)}
+            rows.append({"cells": n, **costs, "extrapolated": True})
     return rows
-
-
-def _by_cells(
-    sides: Sequence[Side], cells: Cells, settings: Settings, loaded: Sequence[int], scored: Sequence[int],
-    extrapolated: Sequence[int], seconds_limit: float, say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    found: dict[str, Any] = {"load": {}, "score": {}}
-    for part, sizes in (("load", loaded), ("score", scored)):
-        measured: dict[str, dict[int, dict[str, Any]]] = {label(side): {} for side in sides}
-        for n in sizes:
-            folder = cells.folder / f"{part}-{n}"
-            folder.mkdir(exist_ok=True)
-            job: dict[str, Any] = {**settings.job(), "repeats": 1, "warm_up": 0}
-            if part == "load":
-                job |= repeated_cells(cells, n, folder).job()
-            else:
-                values, frame = simulated_features(n, settings.score_features)
-                np.save(folder / "f.npy", values, allow_pickle=False)
-                frame.to_csv(folder / "m.csv", index=False)
-                job |= {
-                    **cells.job(),
-                    "features_file": str(folder / "f.npy"),
-                    "metadata_file": str(folder / "m.csv"),
-                    "warm_up": int(n <= 1000),
-                }
-            for side in sides:
-                points = [(m, e["median_seconds"]) for m, e in measured[label(side)].items() if "median_seconds" in e]
-                if points and line_through(points, n) > seconds_limit:
-                    say(f"{part} {n:,} cells {label(side)}: left out, it would take about {line_through(points, n):.0f} s")
-                    continue
-                entry = summary(side.run(part, threads=settings.threads, **job))
-                measured[label(side)][n] = entry
-                if "median_seconds" in entry:
-                    say(
-                        f"{part} {n:,} cells {label(side)}: {entry['median_seconds']:.2f} s, {entry['growth_bytes'] / 2**20:.0f} MiB"
-                    )
-            shutil.rmtree(folder)
-        found[part] = {name: _table(entries, extrapolated) for name, entries in measured.items()}
-    return found
 
 
 def repeated_cells(cells: Cells, count: int, folder: Path) -> Cells:
     """``count`` cells made of hard links to the strips, again and again, and the crop store made from them."""
-    from cellfast.screens import Screen
-    from cellfast.screens.crop_index import read_crop_index
-    from cellfast.screens.ingest_crops import ingest_crops
-
     table = pd.read_csv(cells.index)
-    strips = folder / "strips"
+    strips, index = folder / "strips", folder / "index.csv"
     strips.mkdir()
     take = np.arange(count) % len(table)
     names = []
     for number, name in enumerate(table["Image_Name"].iloc[take]):
         names.append(f"{name.rpartition('_')[0]}_{number}.png")
         os.link(cells.strips / name, strips / names[-1])
-    index = folder / "index.csv"
     table.iloc[take].assign(Image_Name=names).to_csv(index, index=False)
-    ingest_crops(read_crop_index(index, root=strips), folder / "screen", show_progress=False)
-    made = Screen.open(folder / "screen").num_cells
-    assert made == count, (made, count)
+    made = store_of_strips(index, strips, folder / "screen")
+    assert made.num_cells == count, (made.num_cells, count)
     return replace(cells, folder=folder, strips=strips, index=index, screen=folder / "screen", num_cells=count)
-
-
-def _by_minibatch(
-    sides: Sequence[Side], cells: Cells, settings: Settings, minibatches: Sequence[int], step_minibatches: Sequence[int],
-    seconds_limit: float, say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    found: dict[str, Any] = {}
-    for part, sizes in (("loss", minibatches), ("step", step_minibatches)):
-        found[part] = {label(side): [] for side in sides}
-        for side in sides:
-            for n in sizes:
-                job = {**cells.job(), **settings.job(), "batch_size": n, "repeats": 1, "warm_up": 0}
-                allowed = int(_SHARE_OF_FREE_MEMORY * free_memory())
-                entry = summary(side.run(part, threads=settings.threads, allowed_bytes=allowed, timeout=seconds_limit, **job))
-                row = {"minibatch": n, "allowed_bytes": allowed}
-                row |= {k: entry[k] for k in ("out_of_memory", "timed_out", "growth_bytes", "median_seconds") if k in entry}
-                found[part][label(side)].append(row)
-                text = (
-                    f"{entry['median_seconds']:.3f} s, {entry['growth_bytes'] / 2**30:.2f} GiB"
-                    if "median_seconds" in entry
-                    else "stops here"
-                )
-                say(f"{part} minibatch {n} {label(side)}: {text}")
-                if "median_seconds" not in entry:
-                    break
-    return found
-
-
-def _by_cores(
-    sides: Sequence[Side], cells: Cells, settings: Settings, cores: Sequence[int], say: Callable[[str], None]
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    small = replace(settings, batch_size=min(64, settings.batch_size))
-    for part in ("augment", "step", "score"):
-        found[part] = {label(side): [] for side in sides}
-        job: dict[str, Any] = {**cells.job(), **small.job(), "repeats": 2, "minibatches": 4}
-        if part == "score":
-            job |= {
-                "features_file": str(cells.folder / "features.npy"),
-                "metadata_file": str(cells.folder / "features.csv"),
-                "repeats": 1,
-            }
-        for side in sides:
-            for threads in cores:
-                job["workers"] = threads
-                entry = summary(side.run(part, threads=threads, **job))
-                found[part][label(side)].append(
-                    {"threads": threads, "seconds": entry["median_seconds"], "cells_per_second": entry["cells_per_second"]}
-                )
-                say(f"{part} {threads} threads {label(side)}: {entry['cells_per_second']:,.1f} cells/s")
-    return found
