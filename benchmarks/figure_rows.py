@@ -24,11 +24,11 @@ AIMS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what was measured, cellfast's figure, and the figure of what stands beside it."""
+    """One line of a table: what was measured, cellfast's figure, and the figure of what it is compared with."""
 
     what: str
     cellfast: str
-    beside: str
+    other: str
 
 
 def number(value: float) -> str:
@@ -118,8 +118,8 @@ def _evaluate(r: dict[str, Any]) -> Iterator[Row]:
         )
 
 
-def beside(r: dict[str, Any]) -> str:
-    """What a comparison's cellfast was measured beside."""
+def other_name(r: dict[str, Any]) -> str:
+    """What a comparison compares cellfast with."""
     return {"reference": "reference implementation", "baseline": "plain PyTorch baseline"}[r["other"]["name"]]
 
 
@@ -136,7 +136,7 @@ def _reference(r: dict[str, Any]) -> Iterator[Row]:
         yield Row(
             f"{part}: {entry['what']} ({where}), {'treatments' if part == 'evaluate' else 'cells'}/s",
             f"{number(ours['cells_per_second'])}, peak {ours['peak_bytes'] / 2**30:.2f} GiB",
-            f"{beside(r)} {number(theirs['cells_per_second'])}, {theirs['peak_bytes'] / 2**30:.2f} GiB: {entry['times_faster']:.3g} ×",
+            f"{other_name(r)} {number(theirs['cells_per_second'])}, {theirs['peak_bytes'] / 2**30:.2f} GiB: {entry['times_faster']:.3g} ×",
         )
 
 

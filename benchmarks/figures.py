@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from figure_rows import FIGURES, aims, beside, load_and_augment, number
+from figure_rows import FIGURES, aims, load_and_augment, number, other_name
 
 from cellfast.benchmark import SUBJECTS
 from cellfast.benchmark.reference.report import markdown, rows_of, side_names
@@ -57,7 +57,7 @@ def long_table(results: dict[str, dict[str, Any]]) -> str:
     """benchmarks/results/README.md: every figure, with its command, commit and machine."""
     lines = [
         "# What was measured", "",
-        "Made by `make figures` from the JSON files beside it; `make bench` measures all of them anew. [benchmarks/README.md](../README.md) says how.",
+        "Made by `make figures` from the JSON files in this folder; `make bench` measures all of them anew. [benchmarks/README.md](../README.md) says how.",
         "Medians of repeats. On a virtual machine with neighbours figures vary from run to run, on its worst days by a factor of two: compare within a row,",
         "which was measured in one run.",
     ]  # fmt: skip
@@ -65,10 +65,10 @@ def long_table(results: dict[str, dict[str, Any]]) -> str:
         result = document["result"]
         lines += ["", f"## `{command_of(subject)}`", "", f"{machine(document['environment'])}; commit {_commits(document)}."]
         lines += rows_of(
-            ("what", "cellfast", "beside it"), ((row.what, row.cellfast, row.beside) for row in FIGURES[subject](result))
+            ("what", "cellfast", "compared with"), ((row.what, row.cellfast, row.other) for row in FIGURES[subject](result))
         )
         if subject == "reference":
-            lines += ["", "\"cellfast\" is `--recipe perakis2021` beside a checkout of the reference, driven as it is, on the same cells. All sides, quality and scaling: "
+            lines += ["", "\"cellfast\" is `--recipe perakis2021` compared with a checkout of the reference, used as it is, on the same cells. All sides, quality and scaling: "
                       "[reference.md](reference.md).", "", "![How many times as fast each part is, and the memory of NT-Xent](reference.png)"]  # fmt: skip
             lines += rows_of(("aim", "", "measured", ""), aims(result))
     return "\n".join(lines) + "\n"
@@ -77,7 +77,7 @@ def long_table(results: dict[str, dict[str, Any]]) -> str:
 def six_figures(results: dict[str, dict[str, Any]]) -> str:
     """README.md's block: what matters most to a user, and the machine."""
     r = results["reference"]["result"]
-    parts, s, theirs = r["parts"], r["settings"], beside(r)
+    parts, s, theirs = r["parts"], r["settings"], other_name(r)
 
     def against(part: str) -> tuple[str, str, str]:
         names = side_names(parts[part])
@@ -108,7 +108,8 @@ def six_figures(results: dict[str, dict[str, Any]]) -> str:
     )  # fmt: skip
     lines = [
         *rows_of(
-            ("what", "cellfast", "beside it", "times as fast", "command"), ((*row[:4], f"`{command_of(row[4])}`") for row in rows)
+            ("what", "cellfast", "compared with", "times as fast", "command"),
+            ((*row[:4], f"`{command_of(row[4])}`") for row in rows),
         )
     ]
     machines = dict.fromkeys(machine(results[subject]["environment"]) for subject in ("reference", "embed", "ntxent"))

@@ -1,4 +1,4 @@
-"""Embedding: cells per second from fields and from the crop store beside the bare encoder, peak memory, two processes, resuming."""
+"""Embedding: cells per second from fields and from the crop store compared with the bare encoder, peak memory, two processes, resuming."""
 
 from __future__ import annotations
 

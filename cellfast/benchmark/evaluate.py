@@ -29,7 +29,7 @@ def measure_evaluate(
 
     Args:
         only: ``start`` (first call with an empty cache, and in a later process), ``aggregate`` (means and medians of cells by well,
-            beside ``torch.Tensor.index_add_`` and one read of the bytes), ``neighbours`` (NSC and NSCB in one call, beside scikit-learn
+            compared with ``torch.Tensor.index_add_`` and one read of the bytes), ``neighbours`` (NSC and NSCB in one call, compared with scikit-learn
             and one NumPy product with a masked argmax), ``large`` (time and peak memory of ``num_large`` profiles).
         repeats: timings of each; the best and the median are given.
 

@@ -1,4 +1,4 @@
-"""Cells per second of the loaders on a warm store, beside a plain copy of the same bytes."""
+"""Cells per second of the loaders on a warm store, compared with a plain copy of the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NT-Xent: cellfast's operator beside its peers on the same projections, in the same run."""
+"""NT-Xent: cellfast's operator compared with its peers on the same projections, in the same run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``cellfast benchmark reference``: cellfast beside the reference implementation or a plain baseline."""
+"""``cellfast benchmark reference``: cellfast compared with the reference implementation or a plain baseline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--reference-dir",
     type=_FOLDER,
-    help="A checkout of SamriddhiJain/SimCLR-for-cell-profiling, driven as it is.  [default: a plain PyTorch baseline stands in]",
+    help="A checkout of SamriddhiJain/SimCLR-for-cell-profiling, used as it is.  [default: a plain PyTorch baseline stands in]",
 )
 @click.option("--reference-python", help="Python of an environment the checkout runs in.  [default: this one]")
 @click.option("--screen", type=_FOLDER, help="Cells to use: a screen of three channels.  [default: a simulated one]")
@@ -44,7 +44,7 @@ def reference(
     cells: int | None, quality_steps: int | None, seeds: int | None, quick: bool, update: bool, out: Path | None, repeats: int | None,
     **sizes: str | int | None,
 ) -> None:  # fmt: skip
-    """The whole way beside the reference implementation (a checkout of yours) or a plain PyTorch baseline.
+    """The whole path, compared with the reference implementation (your checkout of it) or a plain PyTorch baseline.
 
     Same cells, machine, threads, encoder, minibatch and input size; random weights on both sides; every measurement in a process of its own.
     """
@@ -60,7 +60,7 @@ def reference(
     if repeats is not None:
         chosen |= {"repeats": repeats, "slow_repeats": min(repeats, 3)}
     click.echo(
-        f"beside: {f'the reference in {reference_dir}' if reference_dir else 'a plain PyTorch baseline (no --reference-dir)'}"
+        f"compared with {f'the reference in {reference_dir}' if reference_dir else 'a plain PyTorch baseline (no --reference-dir)'}"
     )
     result = measure_reference(
         reference_dir=str(reference_dir) if reference_dir else None,

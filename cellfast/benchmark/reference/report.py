@@ -11,8 +11,8 @@ from cellfast.benchmark.reference.quality import MEASURES, TRAINED, UNTRAINED, p
 from cellfast.benchmark.reference.table import LEAST_SEEDS, SECTIONS
 from cellfast.errors import CellfastError
 
-BESIDE = {
-    "reference": "the reference implementation (a user's checkout, driven as it is)",
+OTHERS = {
+    "reference": "the reference implementation (a user's checkout, used as it is)",
     "baseline": "a plain PyTorch implementation written from the paper (no checkout of the reference was given)",
 }
 
@@ -23,7 +23,7 @@ def document(result: dict[str, Any], *, quick: bool, earlier: Path | None = None
     ``earlier``: a file whose sections and parts are kept where they were not measured now.
 
     Raises:
-        CellfastError: ``earlier`` is no such file, or was measured with other settings or beside another implementation.
+        CellfastError: ``earlier`` is no such file, or was measured with other settings or against another implementation.
     """
     from cellfast.benchmark import environment
 
@@ -76,7 +76,7 @@ def rows_of(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[st
 def _lines(document: dict[str, Any]) -> Iterator[str]:
     result, system = document["result"], document["environment"]["system"]
     other, s = result["other"], result["settings"]
-    yield f"# cellfast beside {BESIDE[other['name']]}"
+    yield f"# cellfast compared with {OTHERS[other['name']]}"
     yield ""
     yield (
         f"{system['cpu']['name']}, {s['threads']} threads, {system['memory_bytes'] / 2**30:.0f} GiB; cellfast {system['cellfast']} "

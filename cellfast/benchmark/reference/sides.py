@@ -1,4 +1,4 @@
-"""Who is compared: cellfast, and beside it the reference's checkout or the plain baseline; each in a process of its own."""
+"""Who is compared: cellfast, and the reference's checkout or the plain baseline; each in a process of its own."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Part:
         warm_up: calls before the clock starts.
         table: the simulated table it takes instead of the cells: ``features`` or ``treatments``.
         agree: results in which the sides must agree, or their times would not be of the same work; ``tolerance``: how closely.
-        reference_only: not measured beside the baseline, which has no such part.
+        reference_only: not compared with the baseline, which has no such part.
     """
 
     what: str
