@@ -18,9 +18,10 @@ from cellfast.benchmark.reference.cells import EVALUATION_COLUMNS, drawn_cells, 
 from cellfast.benchmark.reference.measure import check_reference_size, measure_agreement, measure_reference, summary
 from cellfast.benchmark.reference.ours import Implementation as Ours
 from cellfast.benchmark.reference.quality import score_features
+from cellfast.benchmark.reference.report import document, markdown
 from cellfast.benchmark.reference.scaling import repeated_cells
 from cellfast.benchmark.reference.sides import cellfast_side, other_side
-from cellfast.benchmark.reference.table import Settings
+from cellfast.benchmark.reference.table import PARTS, Settings
 from cellfast.benchmark.reference.worker import measure
 from cellfast.cli import cellfast
 from cellfast.embedding.encoder import CropEncoder
@@ -307,3 +308,34 @@ def test_mistakes_are_told_before_anything_runs(screen, tmp_path):
     run = CliRunner().invoke(cellfast, ["benchmark", "reference", "--out", "x.txt"])
     assert run.exit_code == 2
     assert ".json" in run.output
+
+
+@pytest.mark.slow
+def test_all_sections_beside_the_baseline(screen):
+    tiny = Settings(
+        batch_size=8, size=SIZE, threads=1, repeats=1, slow_repeats=1, score_cells=1_000, score_features=16, one_process=True
+    )
+    scaling = {
+        "loaded": (40,),
+        "scored": (300, 600),
+        "extrapolated": (300, 10_000),
+        "minibatches": (4, 8),
+        "step_minibatches": (4,),
+        "cores": (1,),
+    }
+    found = measure_reference(
+        screen=str(screen),
+        quick=True,
+        settings=tiny,
+        quality_settings=tiny,
+        quality_steps=1,
+        seeds=5,
+        scaling=scaling,
+        say=lambda text: None,
+    )
+    text = markdown(document(found, quick=False))
+    assert {*found["parts"]} == {*PARTS} - {"score with pictures"}
+    assert "| 10,000 | ~" in text
+    assert "mean over 5 seeds and 95 % t interval" in text
+    assert "| cells/s by threads | side | 1 |" in text
+    assert len(found["scaling"]["minibatch"]["loss"]["baseline"]) == 2

@@ -130,7 +130,7 @@ def _quality(q: dict[str, Any], other: str) -> Iterator[str]:
             runs.setdefault((run["side"], run["limit"]), []).append(run)
     yield from ("", "## Quality", "")
     yield (
-        f"{q['cells']} cells of {q['size']} px ({q['origin']}), {q['encoder']}. Every training: {q['steps']} steps of {q['batch_size']} cells, "
+        f"{q['cells']} cells of {q['size']} px ({q['origin']}), {q['encoder']}. Every training: {q['steps']} step{'s' * (q['steps'] > 1)} of {q['batch_size']} cells, "
         f"{q['steps'] * q['batch_size']:,} images in two views each, from {len(q['seeds'])} seed{'s' * (len(q['seeds']) > 1)}. All features are scored by the same "
         "code. Retrieval: a treated cell's nearest cell of another well has its treatment. One value for each seed."
     )
@@ -173,7 +173,13 @@ def _scaling(s: dict[str, Any]) -> Iterator[str]:
     rows = [(part, name, of) for part, sides in s["cores"].items() for name, of in sides.items() if of]
     if rows:
         header = ("cells/s by threads", "side", *(str(row["threads"]) for row in rows[0][2]))
-        yield from rows_of(header, ((part, name, *(f"{row['cells_per_second']:,.4g}" for row in of)) for part, name, of in rows))
+        yield from rows_of(
+            header,
+            (
+                (part, name, *(f"{row['cells_per_second']:,.4g}" if "cells_per_second" in row else "did not end" for row in of))
+                for part, name, of in rows
+            ),
+        )
 
 
 def _by_size(title: str, key: str, sides: dict[str, list[dict[str, Any]]]) -> Iterator[str]:

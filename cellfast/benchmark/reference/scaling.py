@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,68 +36,59 @@ def measure_scaling(
     """Measure both sides at a few sizes, and extrapolate, labelled, to those that would not fit.
 
     Args:
-        loaded, scored: cells at which loading and scoring are measured. A size is left out for a side whose smaller size says that it
-            would take more than ``seconds_limit``.
+        loaded, scored: cells at which loading and scoring are measured. A size is left out for a side whose smaller sizes say that it
+            would take more than ``seconds_limit``; one that takes four times as long is stopped.
         extrapolated: sizes of the tables of cost; where nothing was measured a straight line through the two largest sizes measured.
-        minibatches: sizes of the loss; step_minibatches: of the training step. A side stops at the first that does not fit.
+        minibatches: sizes of the loss; step_minibatches: of the training step. A side ends at the first that does not fit.
         cores: threads.
     """
     from cellfast.benchmark.reference.measure import describe, summary, write_table
     from cellfast.data.warm import available_memory
 
-    def run(side: Side, part: str, where: str, job: dict[str, Any], **limits: Any) -> dict[str, Any]:
-        entry = summary(side.run(part, **job, **limits))
-        say(f"{part} {where} {side.label}: {describe(entry)}")
-        return entry
-
     common = {**cells.job(), **settings.job(), "repeats": 1, "agreed_features": 1}
-    by_cells: dict[str, Any] = {}
-    for part, sizes in (("load", loaded), ("score", scored)):
-        measured: dict[Side, dict[int, dict[str, Any]]] = {side: {} for side in sides}
+
+    def sweep(
+        part: str, unit: str, sizes: Sequence[int], job_of: Callable[[int], dict[str, Any]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """A row for each side and size, until one does not fit into memory or the time."""
+        found: dict[str, list[dict[str, Any]]] = {side.label: [] for side in sides}
         for n in sizes:
-            folder = cells.folder / f"{part}-{n}"
-            folder.mkdir()
-            if part == "load":
-                job = {**common, **repeated_cells(cells, n, folder).job()}
-            else:
-                table = write_table(folder, "features", *simulated_features(n, settings.score_features))
-                job = {**common, **table, "warm_up": int(n <= 1000)}
+            job = {**common, **job_of(n)}
             for side in sides:
-                points = _points(measured[side], "median_seconds")
-                if points and line_through(points, n) > seconds_limit:
-                    say(f"{part} {n:,} cells {side.label}: left out, it would take about {line_through(points, n):.0f} s")
-                else:
-                    measured[side][n] = run(side, part, f"{n:,} cells", job)
-            shutil.rmtree(folder)
-        by_cells[part] = {side.label: _costs(entries, extrapolated) for side, entries in measured.items()}
-
-    by_minibatch: dict[str, Any] = {}
-    for part, sizes in (("loss", minibatches), ("step", step_minibatches)):
-        by_minibatch[part] = {side.label: [] for side in sides}
-        for side in sides:
-            for n in sizes:
+                rows = found[side.label]
+                points = _points(rows, unit, "median_seconds")
+                if len(points) < len(rows) or (points and unit == "cells" and line_through(points, n) > seconds_limit):
+                    continue
                 allowed = int(_SHARE_OF_FREE_MEMORY * available_memory())
-                job = {**common, "batch_size": n}
-                entry = run(side, part, f"minibatch {n}", job, allowed_bytes=allowed, timeout=seconds_limit)
-                kept = {k: entry[k] for k in ("out_of_memory", "timed_out", "growth_bytes", "median_seconds") if k in entry}
-                by_minibatch[part][side.label].append({"minibatch": n, "allowed_bytes": allowed, **kept})
-                if "median_seconds" not in entry:
-                    break
+                entry = summary(side.run(part, **job, allowed_bytes=allowed, timeout=4 * seconds_limit))
+                say(f"{part}, {n:,} {unit}, {side.label}: {describe(entry)}")
+                kept = ("out_of_memory", "timed_out", "growth_bytes", "median_seconds", "cells_per_second")
+                rows.append({unit: n, "allowed_bytes": allowed, **{key: entry[key] for key in kept if key in entry}})
+        return found
 
-    by_cores: dict[str, Any] = {}
-    table = (
-        write_table(cells.folder, "features", *simulated_features(settings.score_cells, settings.score_features)) if cores else {}
-    )
-    for part in ("augment", "step", "score"):
-        by_cores[part] = {side.label: [] for side in sides}
-        job = {**common, "batch_size": min(64, settings.batch_size), "warm_up": 1, "repeats": 2, "minibatches": 4}
-        job |= table if part == "score" else {}
-        for side in sides:
-            for threads in cores:
-                entry = run(side, part, f"{threads} threads", {**job, "workers": threads, "threads": threads})
-                row = {"threads": threads, "seconds": entry["median_seconds"], "cells_per_second": entry["cells_per_second"]}
-                by_cores[part][side.label].append(row)
-    return {"cells": by_cells, "minibatch": by_minibatch, "cores": by_cores}
+    def loaded_job(n: int) -> dict[str, Any]:
+        folder = cells.folder / f"load-{n}"
+        folder.mkdir()
+        return {**repeated_cells(cells, n, folder).job(), "warm_up": 0}
+
+    def scored_job(n: int) -> dict[str, Any]:
+        table = write_table(cells.folder, f"features-{n}", *simulated_features(n, settings.score_features))
+        return {**table, "warm_up": int(n <= 1000)}
+
+    def threads_job(part: str) -> Callable[[int], dict[str, Any]]:
+        small = {"batch_size": min(64, settings.batch_size), "minibatches": 4, "warm_up": 1, "repeats": 2}
+        table = scored_job(settings.score_cells) if part == "score" and cores else {}
+        return lambda n: {**table, **small, "threads": n, "workers": n}
+
+    by_cells = {"load": sweep("load", "cells", loaded, loaded_job), "score": sweep("score", "cells", scored, scored_job)}
+    return {
+        "cells": {part: {name: _costs(rows, extrapolated) for name, rows in found.items()} for part, found in by_cells.items()},
+        "minibatch": {
+            part: sweep(part, "minibatch", sizes, lambda n: {"batch_size": n})
+            for part, sizes in (("loss", minibatches), ("step", step_minibatches))
+        },
+        "cores": {part: sweep(part, "threads", cores, threads_job(part)) for part in ("augment", "step", "score")},
+    }
 
 
 def line_through(points: Sequence[tuple[float, float]], at: float) -> float:
@@ -108,26 +98,22 @@ def line_through(points: Sequence[tuple[float, float]], at: float) -> float:
     return max(y1, y1 + (y1 - y0) / (x1 - x0) * (at - x1)) if at >= x1 else y0 + (y1 - y0) / (x1 - x0) * (at - x0)
 
 
-def _points(measured: dict[int, dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return sorted((n, entry[key]) for n, entry in measured.items() if key in entry)
+def _points(rows: Sequence[dict[str, Any]], unit: str, key: str) -> list[tuple[float, float]]:
+    return [(row[unit], row[key]) for row in rows if "median_seconds" in row]
 
 
-def _costs(measured: dict[int, dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """Seconds and growth of memory by size: measured, or on the line through what was."""
-    seconds, growth = _points(measured, "median_seconds"), _points(measured, "growth_bytes")
-    rows: list[dict[str, Any]] = []
-    for n in sorted({*sizes, *measured}):
-        entry = measured.get(n)
-        if entry is not None and "median_seconds" not in entry:
-            rows.append({"cells": n, **entry})
-        elif entry is not None:
-            rows.append(
-                {"cells": n, "seconds": entry["median_seconds"], "growth_bytes": entry["growth_bytes"], "extrapolated": False}
-            )
-        elif seconds:
-            costs = {"seconds": line_through(seconds, n), "growth_bytes": line_through(growth, n)}
-            rows.append({"cells": n, **costs, "extrapolated": True})
-    return rows
+def _costs(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Seconds and growth of memory by number of cells: measured, or on the line through what was."""
+    seconds, growth = _points(rows, "cells", "median_seconds"), _points(rows, "cells", "growth_bytes")
+    costs = [{"cells": n, "seconds": s, "growth_bytes": g, "extrapolated": False} for (n, s), (_, g) in zip(seconds, growth)]
+    costs += [row for row in rows if "median_seconds" not in row]
+    if seconds:
+        costs += [
+            {"cells": n, "seconds": line_through(seconds, n), "growth_bytes": line_through(growth, n), "extrapolated": True}
+            for n in sizes
+            if n not in {row["cells"] for row in rows}
+        ]
+    return sorted(costs, key=lambda row: row["cells"])
 
 
 def repeated_cells(cells: Cells, count: int, folder: Path) -> Cells:

@@ -58,171 +58,132 @@ def one_pass(side: Any, train: bool, most: int = -1) -> int:
     return cells
 
 
-def _load(side: Any, job: dict[str, Any]) -> Run:
-    return lambda: {"cells": side.load()}
-
-
-def _augment(side: Any, job: dict[str, Any]) -> Run:
-    side.load()
-    return lambda: {"cells": one_pass(side, False, job.get("minibatches", -1))}
-
-
-def _loss(side: Any, job: dict[str, Any]) -> Run:
-    import torch
-
-    z = torch.randn(2 * job["batch_size"], job["dim"], generator=torch.Generator().manual_seed(0))
-
-    def run() -> dict[str, Any]:
-        leaf = z.clone().requires_grad_()
-        loss = side.nt_xent(leaf)
-        loss.backward()
-        return {"cells": job["batch_size"], "loss": float(loss.detach()), "gradient_norm": float(leaf.grad.norm())}
-
-    return run
-
-
-def _step(side: Any, job: dict[str, Any]) -> Run:
-    import torch
-
-    shape = (job["batch_size"], 3, job["size"], job["size"])
-    views = side.pair(torch.rand(shape), torch.rand(shape))
-    side.model().train()
-    return lambda: {"cells": job["batch_size"], "loss": side.update(views)}
-
-
-def _epoch(side: Any, job: dict[str, Any]) -> Run:
-    side.load()
-    side.model().train()
-    return lambda: {"cells": one_pass(side, True)}
-
-
-def _embed(side: Any, job: dict[str, Any]) -> Run:
-    def run() -> dict[str, Any]:
-        features = side.embed()
-        return {"cells": len(features), "features": features.shape[1]}
-
-    return run
-
-
-def _tables(job: dict[str, Any]) -> tuple[Any, Any]:
+def tables(job: dict[str, Any]) -> tuple[Any, Any]:
+    """The job's features and their metadata."""
     import numpy as np
     import pandas as pd
 
     return np.load(job["features_file"], allow_pickle=False), pd.read_csv(job["metadata_file"])
 
 
-def _score(side: Any, job: dict[str, Any]) -> Run:
-    features, metadata = _tables(job)
-    return lambda: {"cells": len(features), **_scores(side.score(features, metadata))}
-
-
-def _evaluate(side: Any, job: dict[str, Any]) -> Run:
-    profiles, metadata = _tables(job)
-    evaluate = side.evaluate(profiles, metadata)
-    return lambda: {"cells": len(profiles), **_scores(evaluate())}
-
-
-def _scores(values: tuple[float, float]) -> dict[str, float]:
+def scores(values: tuple[float, float]) -> dict[str, float]:
+    """(NSC, NSCB) by name."""
     return {"nsc": values[0], "nscb": values[1]}
 
 
-def _end_to_end(side: Any, job: dict[str, Any]) -> Run:
+def prepared(side: Any, job: dict[str, Any]) -> Run:
+    """What is timed of the job's part, everything it needs being there."""
+    import torch
+
+    part, count = job["part"], job["batch_size"]
+    if part in ("augment", "epoch"):
+        side.load()
+    if part in ("step", "epoch"):
+        side.model().train()
+    if part in ("score", "score with pictures", "evaluate"):
+        features, metadata = tables(job)
+        if part == "evaluate":
+            evaluate = side.evaluate(features, metadata)
+            return lambda: {"cells": len(features), **scores(evaluate())}
+        return lambda: {"cells": len(features), **scores(side.score(features, metadata))}
+    if part == "step":
+        shape = (count, 3, job["size"], job["size"])
+        views = side.pair(torch.rand(shape), torch.rand(shape))
+        return lambda: {"cells": count, "loss": side.update(views)}
+    if part == "loss":
+        z = torch.randn(2 * count, job["dim"], generator=torch.Generator().manual_seed(0))
+        return lambda: loss_and_gradient(side, z)
+    whole: dict[str, Run] = {
+        "load": lambda: {"cells": side.load()},
+        "augment": lambda: {"cells": one_pass(side, False, job.get("minibatches", -1))},
+        "epoch": lambda: {"cells": one_pass(side, True)},
+        "embed": lambda: dict(zip(("cells", "features"), side.embed().shape)),
+        "end to end": lambda: end_to_end(side, job),
+        "train": lambda: train(side, job),
+        "agree": lambda: agree(side, job),
+    }
+    return whole[part]
+
+
+def loss_and_gradient(side: Any, z: Any) -> dict[str, Any]:
+    """Forward and backward of NT-Xent."""
+    leaf = z.clone().requires_grad_()
+    loss = side.nt_xent(leaf)
+    loss.backward()
+    return {"cells": len(z) // 2, "loss": float(loss.detach()), "gradient_norm": float(leaf.grad.norm())}
+
+
+def end_to_end(side: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Crops on disk to NSC and NSCB."""
     import pandas as pd
 
-    metadata = pd.read_csv(job["metadata_file"])
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, run: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        value = run()
-        seconds[name] = time.perf_counter() - start
-        return value
-
-    def train() -> None:
-        side.model().train()
-        for _ in range(job["epochs"]):
-            one_pass(side, True)
-
-    def run() -> dict[str, Any]:
-        timed("load", side.load)
-        timed("train", train)
-        features = timed("embed", side.embed)
-        scores = timed("score", lambda: side.score(features, metadata))
-        return {"cells": len(features), "parts": seconds, **_scores(scores)}
-
-    return run
+    side.load()
+    side.model().train()
+    for _ in range(job["epochs"]):
+        one_pass(side, True)
+    features = side.embed()
+    return {"cells": len(features), **scores(side.score(features, pd.read_csv(job["metadata_file"])))}
 
 
-def _train(side: Any, job: dict[str, Any]) -> Run:
-    def run() -> dict[str, Any]:
-        side.load()
-        side.model().train()
-        step, loss = 0, None
-        while step < job["steps"]:
-            for views, _ in side.minibatches():
-                loss = side.update(views)
-                step += 1
-                if step == job["steps"]:
-                    break
-        return {"cells": step * job["batch_size"], "steps": step, "loss": loss}
-
-    return run
+def train(side: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Load, and train for the job's number of steps."""
+    side.load()
+    side.model().train()
+    step, loss = 0, None
+    while step < job["steps"]:
+        for views, _ in side.minibatches():
+            loss = side.update(views)
+            step += 1
+            if step == job["steps"]:
+                break
+    return {"cells": step * job["batch_size"], "steps": step, "loss": loss}
 
 
-def _agree(side: Any, job: dict[str, Any]) -> Run:
+def agree(side: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Losses of a few steps on fixed views, the crops and their mirror images. The other side comes first and writes its weights and input."""
     import numpy as np
     import torch
 
-    def run() -> dict[str, Any]:
-        first, double, found = side.encoder_input(job["batch_size"]), job["double"], {}
-        if hasattr(side, "take_weights"):
-            theirs = torch.from_numpy(np.load(job["inputs"], allow_pickle=False))
-            side.take_weights(torch.load(job["weights"], weights_only=True))
-            found["largest_input_difference"] = float((side.takes_input(first) - theirs).abs().max())
-            if double:
-                # Adam's first steps make much of rounding: in float64, from the very same input, only the method is compared.
-                side.model().input_transform, first = torch.nn.Identity(), theirs
-        else:
-            torch.save({key: value.clone() for key, value in side.model().state_dict().items()}, job["weights"])
-            np.save(job["inputs"], first.numpy(), allow_pickle=False)
+    first, double, found = side.encoder_input(job["batch_size"]), job["double"], {}
+    if hasattr(side, "take_weights"):
+        theirs = torch.from_numpy(np.load(job["inputs"], allow_pickle=False))
+        side.take_weights(torch.load(job["weights"], weights_only=True))
+        found["largest_input_difference"] = float((side.takes_input(first) - theirs).abs().max())
         if double:
-            side.model().double()
-            first = first.double()
-        side.model().train()
-        views = side.pair(first, first.flip(3))
-        losses = [side.update(views) for _ in range(job["steps"])]
-        side.model().eval()
-        with torch.no_grad():
-            return {"cells": len(first), "losses": losses, "features": side.encode(first).flatten()[:64].tolist(), **found}
-
-    return run
-
-
-MEASURES: dict[str, Callable[[Any, dict[str, Any]], Run]] = {
-    "load": _load, "augment": _augment, "loss": _loss, "step": _step, "epoch": _epoch, "embed": _embed, "score": _score,
-    "score with pictures": _score, "evaluate": _evaluate, "end to end": _end_to_end, "train": _train, "agree": _agree,
-}  # fmt: skip
+            # Adam's first steps make much of rounding: in float64, from the very same input, only the method is compared.
+            side.model().input_transform, first = torch.nn.Identity(), theirs
+    else:
+        torch.save({key: value.clone() for key, value in side.model().state_dict().items()}, job["weights"])
+        np.save(job["inputs"], first.numpy(), allow_pickle=False)
+    if double:
+        side.model().double()
+        first = first.double()
+    side.model().train()
+    views = side.pair(first, first.flip(3))
+    losses = [side.update(views) for _ in range(job["steps"])]
+    side.model().eval()
+    with torch.no_grad():
+        return {"cells": len(first), "losses": losses, "features": side.encode(first).flatten()[:64].tolist(), **found}
 
 
 def measure(side: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Prepare, warm up, and time every repeat; the result is the last one's."""
-    run = MEASURES[job["part"]](side, job)
+    run, warm_up = prepared(side, job), job.get("warm_up", 0)
     before, seconds, found = memory_bytes("VmRSS"), [], {}
-    for turn in range(job.get("warm_up", 0) + job.get("repeats", 1)):
+    for turn in range(warm_up + job.get("repeats", 1)):
         gc.collect()
         start = time.perf_counter()
         found = run()
-        if turn >= job.get("warm_up", 0):
+        if turn >= warm_up:
             seconds.append(time.perf_counter() - start)
     found["seconds"] = seconds
     if job["part"] == "loss":
         found["growth_bytes"] = max(0, memory_bytes("VmHWM") - before)
     if job["part"].startswith("score"):
         # Not timed. With fewer controls than features sphering leaves directions open, and every implementation has its own there.
-        features, metadata = _tables(job)
+        features, metadata = tables(job)
         job["pictures"] = False
-        found |= _scores(side.score(features[:, : job["agreed_features"]].copy(), metadata))
+        found |= scores(side.score(features[:, : job["agreed_features"]].copy(), metadata))
     if job["part"] == "train":
         import numpy as np
 
