@@ -92,6 +92,17 @@ def test_features_of_both_sides_are_scored_alike():
     json.dumps(found, allow_nan=False)
 
 
+def test_two_control_wells_are_enough_to_be_scored():
+    """Fewer control wells than features by far: the regularisation is given, not estimated from them."""
+    features, metadata = simulated_features(400, 300)
+    control = metadata["compound"] == "DMSO"
+    first = metadata[control].drop_duplicates(["Metadata_Plate", "Metadata_Well"]).index[:2]
+    wells = metadata["Metadata_Plate"] + metadata["Metadata_Well"]
+    kept = (~control & metadata["Metadata_Plate"].isin(metadata["Metadata_Plate"][first])) | wells.isin(wells[first])
+    found = score_features(features[kept], metadata[kept].reset_index(drop=True))
+    assert found["nsc"]["num_evaluated"] > 0
+
+
 def test_a_straight_line_extrapolates_and_never_falls():
     assert line_through([(1000, 2.0), (10_000, 11.0)], 100_000) == pytest.approx(101.0)
     assert line_through([(1000, 2.0)], 10_000) == pytest.approx(20.0)

@@ -329,13 +329,13 @@ def test_all_sections_beside_the_baseline(screen):
         settings=tiny,
         quality_settings=tiny,
         quality_steps=1,
-        seeds=5,
+        seeds=1,
         scaling=scaling,
         say=lambda text: None,
     )
     text = markdown(document(found, quick=False))
     assert {*found["parts"]} == {*PARTS} - {"score with pictures"}
     assert "| 10,000 | ~" in text
-    assert "mean over 5 seeds and 95 % t interval" in text
+    assert "from 1 seed." in text
     assert "| cells/s by threads | side | 1 |" in text
     assert len(found["scaling"]["minibatch"]["loss"]["baseline"]) == 2

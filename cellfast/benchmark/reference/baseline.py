@@ -174,7 +174,7 @@ class Implementation:
         return self._network(x)[0]
 
 
-def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: float = 1.0) -> tuple[float, float]:
+def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: float = 1.0) -> tuple[float | None, float | None]:
     """(NSC, NSCB) step by step: group means with pandas, whitening and CORAL with SciPy, a classifier fitted anew per treatment."""
     import scipy.linalg
 
@@ -204,8 +204,10 @@ def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: f
     return plain_accuracies(table[names].to_numpy(), table["compound"].to_numpy(), table["moa"].to_numpy(), batches)
 
 
-def plain_accuracies(profiles: np.ndarray, compounds: np.ndarray, moas: np.ndarray, batches: np.ndarray) -> tuple[float, float]:
-    """(NSC, NSCB) of treatments: a classifier fitted anew for each; under NSCB without the MoAs of one batch."""
+def plain_accuracies(
+    profiles: np.ndarray, compounds: np.ndarray, moas: np.ndarray, batches: np.ndarray
+) -> tuple[float | None, float | None]:
+    """(NSC, NSCB) of treatments: a classifier fitted anew for each; under NSCB without the MoAs of one batch. None: no treatment is left."""
     from sklearn.neighbors import KNeighborsClassifier
 
     in_batches = pd.Series(batches).groupby(moas).nunique()
@@ -220,7 +222,9 @@ def plain_accuracies(profiles: np.ndarray, compounds: np.ndarray, moas: np.ndarr
             allowed = compound != compound[i]
             if not_same_batch:
                 allowed &= batch != batch[i]
+            if not allowed.any():
+                continue
             classifier = KNeighborsClassifier(1, algorithm="brute", metric="cosine").fit(x[allowed], moa[allowed])
             correct += int(classifier.predict(x[i : i + 1])[0] == moa[i])
-        scores.append(correct / len(x))
+        scores.append(correct / len(x) if len(x) else None)
     return scores[0], scores[1]
