@@ -24,7 +24,7 @@ help:
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
 	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
 	@echo "               [ONLY=step,step] [BUDGET=SECONDS] [RESUME=1]  a part of it; in several calls"
-	@echo "make figures   README's table of figures from benchmarks/results/"
+	@echo "make figures   benchmarks/results/README.md and README's six figures from benchmarks/results/*.json"
 	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
 
 build: $(STAMP) .build-stamp
@@ -72,7 +72,7 @@ bench-gpu:
 		$(if $(LIMIT),--limit $(LIMIT)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESUME),--resume)
 
 figures: build
-	$(PY) -m cellfast.benchmark.readme
+	$(PY) benchmarks/figures.py
 
 clean:
 	rm -rf build .build-stamp cellfast/*.so *.egg-info .pytest_cache .ruff_cache
