@@ -198,13 +198,13 @@ def test_the_account_closes(work, tmp_path):
 
 
 def test_row_groups_hold_whole_wells(work, tmp_path, monkeypatch):
-    monkeypatch.setattr("cellfast.embedding.outputs.ROWS_PER_GROUP", 10)
+    monkeypatch.setattr("cellfast.embedding.plate_files.ROWS_PER_GROUP", 10)
     embed("fields", work, tmp_path / "e")
     file = pq.ParquetFile(tmp_path / "e" / "P1.parquet")
     wells = [set(file.read_row_group(i).column("Metadata_Well").to_pylist()) for i in range(file.num_row_groups)]
     assert len(wells) > 1
     assert all(not (a & b) for i, a in enumerate(wells) for b in wells[i + 1 :])
-    monkeypatch.setattr("cellfast.embedding.outputs.MOST_ROWS_PER_GROUP", 4)
+    monkeypatch.setattr("cellfast.embedding.plate_files.MOST_ROWS_PER_GROUP", 4)
     embed("fields", work, tmp_path / "f")
     assert_same(tables(tmp_path / "e"), tables(tmp_path / "f"))
     assert max(g for i in range(3) for g in [pq.ParquetFile(tmp_path / "f" / "P1.parquet").metadata.row_group(i).num_rows]) <= 4

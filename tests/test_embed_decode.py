@@ -118,7 +118,7 @@ def test_broken_files_cost_their_own_fields_and_are_counted_alike(tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_whoever_decodes(work, tmp_path, monkeypatch):
-    from cellfast.embedding.parts import PartFiles
+    from cellfast.embedding.blocks import PartFiles
 
     embed("fields", work, tmp_path / "whole")
     real, written = PartFiles.write, []

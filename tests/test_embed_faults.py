@@ -51,7 +51,7 @@ def image(folder, plate="P1", well="B03", site=1, channel="Actin"):
 # Imports once, then runs `cellfast embed` in forked children: one thread, slowed down so that a kill can fall anywhere in it.
 DRIVER = """
 import os, signal, sys, time
-import cellfast.cli.embed, cellfast.embedding.embed_fields, cellfast.embedding.embed_store, cellfast.training.loop
+import cellfast.cli.embed, cellfast.embedding.embed, cellfast.training.loop
 from cellfast.cli import main
 from cellfast.embedding import encoder, place
 real, real_write = encoder.CropEncoder._encode, place.Place.writing

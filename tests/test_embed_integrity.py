@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
+from cellfast.embedding.blocks import PartFiles
 from cellfast.embedding.encoder import CropEncoder
-from cellfast.embedding.parts import PartFiles
 from cellfast.embedding.place import Place
-from cellfast.embedding.work import SharedWork, Watch
+from cellfast.embedding.processes import SharedWork, Watch
 from cellfast.embeddings_folder import PARTS, RUN_FILE, checksum, open_folder
 from cellfast.errors import CellfastError
 from cellfast.profiles.feature_files import open_source
@@ -39,10 +39,10 @@ def clean(tmp_path_factory):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Several parts per plate, also of a store as small as this one."""
-    from cellfast.embedding import sources
+    from cellfast.embedding import cells
 
-    real = sources.cut_into_parts
-    monkeypatch.setattr(sources, "cut_into_parts", lambda plate, wells, most: real(plate, wells, 12))
+    real = cells.cut_into_parts
+    monkeypatch.setattr(cells, "cut_into_parts", lambda plate, wells, most: real(plate, wells, 12))
 
 
 def exactly_the_same(a, b):
@@ -340,7 +340,7 @@ def test_the_output_folder_refuses_to_leave_its_root(tmp_path):
 
 @pytest.mark.parametrize("well", ["../../../../outside", "/outside", "a/b"])
 def test_a_well_of_a_store_cannot_lead_out_of_the_gallery(clean, tmp_path, monkeypatch, well):
-    from cellfast.embedding.sources import StoreSource
+    from cellfast.embedding.cells import StoreSource
 
     real = StoreSource.read
 

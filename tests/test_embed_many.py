@@ -16,8 +16,8 @@ import pytest
 import torch.distributed as dist
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
-from cellfast.embedding.sources import Part, PlatePlan, cut_into_parts
-from cellfast.embedding.work import SharedWork
+from cellfast.embedding.cells import Part, PlatePlan, cut_into_parts
+from cellfast.embedding.processes import SharedWork
 
 
 @pytest.fixture(scope="module")
@@ -210,15 +210,15 @@ def test_ray_that_is_not_installed_is_told(clean, tmp_path, monkeypatch):
 IMPATIENT = """
 import os, signal, sys
 from cellfast.cli import main
-from cellfast.embedding import parts, work
-work.BEAT_S, work.PATIENCE_S, work.GRACE_S = 0.2, 4.0, 2.0
-real = parts.PartFiles.write
+from cellfast.embedding import blocks, processes
+processes.BEAT_S, processes.PATIENCE_S, processes.GRACE_S = 0.2, 4.0, 2.0
+real = blocks.PartFiles.write
 def write(self, *a):
     real(self, *a)
     if os.environ["RANK"] == os.environ.get("VICTIM"):
         print("stopped", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
-parts.PartFiles.write = write
+blocks.PartFiles.write = write
 sys.argv = ["cellfast", *sys.argv[1:]]
 main()
 """

@@ -123,7 +123,7 @@ class _Job:
         self.screen = Screen.open(root / "screen")
 
     def fields(self, out: str, **options: Any) -> Any:
-        from cellfast.embedding.embed_fields import embed_fields
+        from cellfast.embedding.embed import embed_fields
 
         asked = {**self.options, **options}
         return embed_fields(
@@ -131,7 +131,7 @@ class _Job:
         )
 
     def store(self, out: str) -> Any:
-        from cellfast.embedding.embed_store import embed_screen
+        from cellfast.embedding.embed import embed_screen
 
         return embed_screen(self.screen, self.model, self.root / out, device=self.device, show_progress=False, **self.options)
 
@@ -272,7 +272,7 @@ def _peak_kib() -> int:
 def _embed_rank(rank: int, world: int, port: int, root: str, model_path: str, batch_size: int, barrier: Any, told: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from cellfast.embedding.embed_fields import embed_fields
+    from cellfast.embedding.embed import embed_fields
 
     table, locations = open_screen(Path(root))
     model = load_model(model_path)

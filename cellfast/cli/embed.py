@@ -137,8 +137,7 @@ def embed(
             raise click.UsageError(f"{', '.join(wrong)}: only for fields; {screen} is a folder of crop stores")
     import torch
 
-    from cellfast.embedding.embed_fields import embed_fields
-    from cellfast.embedding.embed_store import embed_screen
+    from cellfast.embedding.embed import embed_fields, embed_screen
     from cellfast.errors import CellfastError
     from cellfast.model_file import load_model
     from cellfast.screens import Screen

@@ -8,10 +8,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from cellfast.embedding.outputs import PlateOutput, sealed
-from cellfast.embedding.parts import PartFiles
+from cellfast.embedding.blocks import PartFiles
+from cellfast.embedding.cells import PlatePlan
 from cellfast.embedding.place import Place
-from cellfast.embedding.sources import PlatePlan
+from cellfast.embedding.plate_files import PlateOutput, sealed
 from cellfast.errors import CellfastError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellfast.embedding.sources import Chunk, EncodedField, Part, PlatePlan, cut_into_parts
+from cellfast.embedding.cells import Chunk, EncodedField, Part, PlatePlan, cut_into_parts
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import file_name
 from cellfast.printable import masked

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cellfast.embedding.blocks import PartWork
+from cellfast.embedding.cells import CellSource, Chunk, Part
 from cellfast.embedding.device_cutting import cut_on_device
 from cellfast.embedding.encoder import CropEncoder
-from cellfast.embedding.parts import PartWork
-from cellfast.embedding.sources import CellSource, Chunk, Part
-from cellfast.embedding.stages import EmbedProgress, StageClock
+from cellfast.embedding.progress import EmbedProgress, StageClock
 from cellfast.errors import CellfastError
 
 # Minibatches between the stages: one being filled, one waiting, one being encoded.

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cellfast.embedding.blocks import PartFiles, PartWork
+from cellfast.embedding.cells import CellSource, Chunk, Part, PlatePlan
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.parts import PartFiles, PartWork
-from cellfast.embedding.sources import CellSource, Chunk, Part, PlatePlan
-from cellfast.embedding.stages import EmbedProgress
+from cellfast.embedding.progress import EmbedProgress
 from cellfast.errors import CellfastError
 
 

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 
 from cellfast.data.malloc import tune_malloc
-from cellfast.embedding.account import Account, write_account
+from cellfast.embedding.blocks import PartFiles, PartWork
+from cellfast.embedding.cells import CellSource, Part, PlatePlan
 from cellfast.embedding.encoder import CropEncoder, feature_names
 from cellfast.embedding.field_source import FieldSource
+from cellfast.embedding.ledger import Account, write_account
 from cellfast.embedding.lock import OutputLock
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.outputs import Finished, PlateOutput, Seal, open_output, plate_note
-from cellfast.embedding.parts import PartFiles, PartWork
 from cellfast.embedding.pipeline import Pipeline
 from cellfast.embedding.place import Place
-from cellfast.embedding.sources import CellSource, Part, PlatePlan
-from cellfast.embedding.stages import STAGES, EmbedProgress, StageClock
-from cellfast.embedding.work import LocalWork, SharedWork, Watch, join_processes
+from cellfast.embedding.plate_files import Finished, PlateOutput, Seal, open_output, plate_note
+from cellfast.embedding.processes import LocalWork, SharedWork, Watch, join_processes
+from cellfast.embedding.progress import STAGES, EmbedProgress, StageClock
 from cellfast.embeddings_folder import (
     ACCOUNT_FILE,
     GALLERY,

@@ -179,7 +179,7 @@ class Implementation:
 
     def embed(self) -> np.ndarray:
         """h of every cell in store order, in evaluation mode."""
-        from cellfast.embedding.embed_store import CropEncoder
+        from cellfast.embedding.encoder import CropEncoder
 
         screen = Screen.open(self.job["screen"])
         scaling = PlateScaling(screen, self.config.scaling)

@@ -1,4 +1,4 @@
-"""Embeds fields directly: each is read and decoded once, its cells are cut and embedded, and no crop store is made."""
+"""Embeds the crop store of a screen, or its fields directly: the public calls."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from cellfast.embedding.cells import StoreSource
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.run import EmbedSummary, embed_source
 from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
+from cellfast.screens import Screen
 from cellfast.screens.cutting import BORDERS
 from cellfast.screens.field_cells import FieldReader
 from cellfast.screens.illumination import Illumination
@@ -21,6 +23,34 @@ from cellfast.screens.image_files import check_files
 from cellfast.screens.image_table import ImageTable
 from cellfast.screens.ingest_fields import probe_images
 from cellfast.screens.locations import LocationSource
+
+
+def embed_screen(
+    screen: Screen,
+    model: LoadedModel,
+    out: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    show_progress: bool = True,
+    **options: Any,
+) -> EmbedSummary:
+    """Write one parquet file per plate, the metadata columns then one column per feature, a row per cell in store order.
+
+    A plate whose file is there and was made from the same crops by the same model in the same way is kept; one that was begun is gone
+    on with.
+
+    Args:
+        screen: must have the model's channels, crop size and pixel type.
+        out: folder or fsspec URL for ``<plate>.parquet`` and ``embeddings.json``.
+        options: of `EmbedOptions`.
+
+    Raises:
+        CellfastError: as `embed_source`.
+    """
+    # Before anything is read: the window must fit in the crops.
+    model.check_screen(str(screen.path), screen.channel_names, screen.crop_size, 8 * screen.dtype().itemsize)
+    source = StoreSource(screen, model.output_size)
+    return embed_source(source, model, out, EmbedOptions(**options), device=device, show_progress=show_progress)
 
 
 def embed_fields(

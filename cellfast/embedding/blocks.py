@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cellfast.embedding.cells import Chunk, Part, PlatePlan
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.place import Place
-from cellfast.embedding.sources import Chunk, Part, PlatePlan
 from cellfast.embeddings_folder import PARTS
 from cellfast.errors import CellfastError
 from cellfast.metadata.counts import CELL_COUNT

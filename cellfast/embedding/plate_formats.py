@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cellfast.embedding.outputs import PlateOutput, parquet_note, sealed, write_parquet
-from cellfast.embedding.parts import PartFiles, metadata_schema
+from cellfast.embedding.blocks import PartFiles, metadata_schema
+from cellfast.embedding.cells import PlatePlan
 from cellfast.embedding.place import Place
-from cellfast.embedding.sources import PlatePlan
+from cellfast.embedding.plate_files import PlateOutput, parquet_note, sealed, write_parquet
 from cellfast.embeddings_folder import GALLERY, Checksum, checksum
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import check_batch

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cellfast.embedding.parts import PartFiles, feature_matrix, means_of_wells, metadata_schema
+from cellfast.embedding.blocks import PartFiles, feature_matrix, means_of_wells, metadata_schema
+from cellfast.embedding.cells import PlatePlan
 from cellfast.embedding.place import Place
-from cellfast.embedding.sources import PlatePlan
 from cellfast.embeddings_folder import LEDGER_KEY, RECORDS, Checksum, checksum
 from cellfast.errors import CellfastError
 from cellfast.parquet_footer import leave_room, seal_footer
@@ -55,7 +55,7 @@ def open_output(name: str, place: Place, parts: PartFiles, names: list[str], mod
 
         return AnnDataOutput(place, parts, names)
     if name == "cpg":
-        from cellfast.embedding.gallery_output import GalleryOutput
+        from cellfast.embedding.plate_formats import GalleryOutput
 
         return GalleryOutput(place, parts, names, model)
     return ParquetOutput(place, parts, names)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from cellfast.embedding.cells import Part, PlatePlan
 from cellfast.embedding.lock import elapsed_clock
-from cellfast.embedding.sources import Part, PlatePlan
 from cellfast.errors import CellfastError
 
 BEAT_S = 5.0

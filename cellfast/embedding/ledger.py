@@ -20,9 +20,9 @@ from cellfast.printable import masked_values, printable
 from cellfast.screens.ledger import why_no_cell
 
 if TYPE_CHECKING:
+    from cellfast.embedding.cells import CellSource, PlatePlan
     from cellfast.embedding.encoder import CropEncoder
-    from cellfast.embedding.outputs import Finished, PlateOutput
-    from cellfast.embedding.sources import CellSource, PlatePlan
+    from cellfast.embedding.plate_files import Finished, PlateOutput
 
 QUARANTINE_FILE = "quarantine.csv"
 _QUARANTINE_COLUMNS = ("plate", "well", "site", "image_number", "reason", "tries", "message", "files")
