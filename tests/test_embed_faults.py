@@ -112,8 +112,8 @@ def test_killed_at_any_moment_every_cell_is_there_once(clean, tmp_path, source):
     assert_same(tables(out), tables(clean / "clean"))
     keys = ["Metadata_Well", "Metadata_Site", "Metadata_ObjectNumber"]
     assert not any(t.duplicated(keys).any() for t in tables(out).values())
-    account = json.loads((out / "embeddings.json").read_text())
-    assert account["rows"] == sum(map(len, tables(out).values()))
+    ledger = json.loads((out / "embeddings.json").read_text())
+    assert ledger["rows"] == sum(map(len, tables(out).values()))
     assert not [p for p in out.rglob(".*partial*")]
 
 
@@ -154,10 +154,10 @@ def test_broken_and_missing_fields_are_quarantined_and_can_be_mended(fields, cle
         ("P2", "A10", "locations not usable", 2),
     ]
     assert "3 fields were quarantined" in result.output
-    account = json.loads((tmp_path / "e" / "embeddings.json").read_text())
-    for plate in account["plates"]:
+    ledger = json.loads((tmp_path / "e" / "embeddings.json").read_text())
+    for plate in ledger["plates"]:
         assert plate["locations"] == plate["rows"] + sum(plate["dropped"].values())
-    assert account["totals"]["dropped"] == {"field refused: not a readable image": 7, "field refused: file missing": 8}
+    assert ledger["totals"]["dropped"] == {"field refused: not a readable image": 7, "field refused: file missing": 8}
     whole = tables(clean / "clean")
     bad = whole["P1"].query("Metadata_Well == 'B03' and Metadata_Site == 1").index
     assert_same({"P1": tables(tmp_path / "e")["P1"]}, {"P1": whole["P1"].drop(bad).reset_index(drop=True)})
@@ -220,7 +220,7 @@ def test_parts_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch
         raise CellfastError("stopped before the plate's file")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedding_run._Run, "assemble", stop)
+        patch.setattr(embedding_run.EmbedRun, "assemble", stop)
         embed("fields", fields, tmp_path / "e", exit_code=1)
     assert list((tmp_path / "e" / ".embed" / "parts" / "P1").rglob("*.arrow"))
     os.utime(image(fields), ns=(1, 1))
@@ -474,9 +474,9 @@ def test_damaged_parts_and_foreign_files_are_told(clean, tmp_path):
 
 
 def test_a_killed_reader_process_is_replaced(clean, tmp_path, monkeypatch):
-    from cellfast.embedding import pipeline
+    from cellfast.embedding import reading
 
-    real = pipeline.ReaderPool._submit
+    real = reading.ReaderPool._submit
     killed = []
 
     def submit(self, unit):
@@ -488,7 +488,7 @@ def test_a_killed_reader_process_is_replaced(clean, tmp_path, monkeypatch):
             killed.append(victim.pid)
         return future
 
-    monkeypatch.setattr(pipeline.ReaderPool, "_submit", submit)
+    monkeypatch.setattr(reading.ReaderPool, "_submit", submit)
     embed("fields", clean, tmp_path / "e", "--readers", "processes", "--workers", 1)
     assert killed
     assert_same(tables(tmp_path / "e"), tables(clean / "clean"))

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
-from cellfast.embedding.blocks import PartFiles
+from cellfast.embedding.blocks import BlockFiles
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.embedding.place import Place
-from cellfast.embedding.processes import SharedWork, Watch
+from cellfast.embedding.processes import BlockQueue, Watch
 from cellfast.embeddings_folder import PARTS, RUN_FILE, checksum, open_folder
 from cellfast.errors import CellfastError
 from cellfast.profiles.feature_files import open_source
@@ -53,7 +53,7 @@ def exactly_the_same(a, b):
 
 def killed_after(monkeypatch, parts, source, clean, out, *options):
     """A run that dies after it has written so many parts."""
-    real, written = PartFiles.write, []
+    real, written = BlockFiles.write, []
 
     def write(self, plan, work):
         real(self, plan, work)
@@ -62,7 +62,7 @@ def killed_after(monkeypatch, parts, source, clean, out, *options):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartFiles, "write", write)
+        patch.setattr(BlockFiles, "write", write)
         embed(source, clean, out, *options, exit_code=None)
     return sorted((out / PARTS).rglob("*.arrow"))
 
@@ -124,7 +124,7 @@ def test_damaged_parts_are_computed_again(clean, tmp_path, monkeypatch, small_pa
         else:
             file.write_bytes(damaged(file.read_bytes(), kind, moments))
         result = embed(clean / "store", clean, tmp_path / "e", "--batch-size", 5)
-        assert "1 part files were damaged; those parts are computed again" in result.output
+        assert "1 block files were damaged; those blocks are computed again" in result.output
         exactly_the_same(tmp_path / "e", tmp_path / "whole")
 
 
@@ -135,8 +135,8 @@ def test_a_finished_plate_is_kept_only_if_it_is_as_it_was_written(clean, tmp_pat
     moments, out = random.Random(2), tmp_path / "e"
     command = (clean / "store", clean, out, "--batch-size", 5, "--to", layout)
     embed(*command)
-    account = json.loads((out / "embeddings.json").read_text())
-    plate = next(p for p in account["plates"] if p["plate"] == "P1")
+    ledger = json.loads((out / "embeddings.json").read_text())
+    plate = next(p for p in ledger["plates"] if p["plate"] == "P1")
     assert set(plate["checksums"]) == set(plate["files"][-1:])
     for name, kinds in {plate["files"][0]: KINDS[:2], plate["files"][-1]: KINDS}.items():
         path = out / name
@@ -156,14 +156,14 @@ def test_a_finished_plate_is_kept_only_if_it_is_as_it_was_written(clean, tmp_pat
     assert "embedded before from something else (model was" in str(other.exception)
 
 
-def test_a_plate_of_a_killed_run_is_checked_before_there_is_an_account(clean, tmp_path, monkeypatch):
+def test_a_plate_of_a_killed_run_is_checked_before_there_is_a_ledger(clean, tmp_path, monkeypatch):
     from cellfast.embedding import run as run_module
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_account", stop)
+        patch.setattr(run_module, "write_ledger", stop)
         embed(clean / "store", clean, tmp_path / "e", "--batch-size", 5, exit_code=None)
     path = tmp_path / "e" / "P1.parquet"
     content = bytearray(path.read_bytes())
@@ -186,12 +186,12 @@ def test_a_plate_of_a_killed_run_is_checked_before_there_is_an_account(clean, tm
 def test_an_embedding_of_an_earlier_version_is_kept_and_gets_checksums(clean, tmp_path):
     out = tmp_path / "e"
     shutil.copytree(clean / "clean", out)
-    account = json.loads((out / "embeddings.json").read_text())
-    for plate in account["plates"]:
+    ledger = json.loads((out / "embeddings.json").read_text())
+    for plate in ledger["plates"]:
         del plate["checksums"], plate["origin"]
-    del account["checksums"]
-    (out / "embeddings.json").write_text(json.dumps(account))
-    assert open_source([out]).num_rows == account["rows"]
+    del ledger["checksums"]
+    (out / "embeddings.json").write_text(json.dumps(ledger))
+    assert open_source([out]).num_rows == ledger["rows"]
     assert "2 of 2 plates were embedded before" in embed(clean / "store", clean, out, "--batch-size", 5).output
     for plate in json.loads((out / "embeddings.json").read_text())["plates"]:
         with open(out / plate["file"], "rb") as handle:
@@ -202,7 +202,7 @@ def test_profile_and_info_refuse_an_unfinished_embedding(clean, tmp_path, monkey
     def profile(*options):
         return run("profile", out, "-o", tmp_path / "p.parquet", "--level", "well", "--normalize", "none", *options)
 
-    out = tmp_path / "no account"
+    out = tmp_path / "no ledger"
     shutil.copytree(clean / "clean", out)
     (out / "embeddings.json").unlink()
     for command in (profile(), run("info", out)):
@@ -422,7 +422,7 @@ def test_a_process_that_has_left_is_not_missed():
     first, second = Watch(store, 0, 2, clock=clock), Watch(store, 1, 2, clock=clock)
     second.look()
     second.leave()
-    for _ in range(200):  # collating and the account may take a while
+    for _ in range(200):  # collating and the ledger may take a while
         clock.now += 5
         first.look()
         first.check()
@@ -436,7 +436,7 @@ def test_a_store_that_is_gone_ends_in_one_sentence():
         add = set
 
     with pytest.raises(CellfastError, match=r"cannot be reached \(Connection reset by peer\).*run the same command again"):
-        SharedWork(Gone(), 0, 2, [])
+        BlockQueue(Gone(), 0, 2, [])
     assert threading.active_count() < 50
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.cells import Part, PlatePlan, cut_into_parts
-from cellfast.embedding.processes import SharedWork
+from cellfast.embedding.processes import BlockQueue
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_processes_claim_every_part_once_and_one_of_them_finishes_each_plate():
     claimed, last = [], []
 
     def work(rank):
-        mine = SharedWork(store, rank, 3, [(p, list(p.parts)) for p in plans] if rank == 0 else None)
+        mine = BlockQueue(store, rank, 3, [(p, list(p.parts)) for p in plans] if rank == 0 else None)
         for part in mine.claims():
             claimed.append(part)
             if mine.is_last(part.plate):
@@ -88,8 +88,8 @@ def test_two_processes_write_what_one_does(clean, tmp_path):
     assert done.stdout.count("cells =") == 1
     assert_same(tables(out), {"P1": tables(clean / "clean")["P1"]})
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == ["P1.parquet", "embeddings.json", "lock"]
-    account = json.loads((out / "embeddings.json").read_text())
-    assert account["rows"] == account["totals"]["locations"] == pq.read_metadata(out / "P1.parquet").num_rows
+    ledger = json.loads((out / "embeddings.json").read_text())
+    assert ledger["rows"] == ledger["totals"]["locations"] == pq.read_metadata(out / "P1.parquet").num_rows
 
 
 @pytest.mark.slow
@@ -187,10 +187,10 @@ def test_ray_writes_what_one_process_does(clean, tmp_path):
     )  # fmt: skip
     victim = None
     deadline = time.monotonic() + 100
-    # One reader is killed under way: Ray reads its parts again.
+    # One reader is killed under way: Ray reads its blocks again.
     while process.poll() is None and victim is None and time.monotonic() < deadline:
         listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-        victim = next((int(line.split()[0]) for line in listing.splitlines() if "ray::" in line and "_ReadParts" in line), None)
+        victim = next((int(line.split()[0]) for line in listing.splitlines() if "ray::" in line and "_ReadBlock" in line), None)
         time.sleep(0.02)
     if victim is not None:
         os.kill(victim, signal.SIGKILL)
@@ -212,13 +212,13 @@ import os, signal, sys
 from cellfast.cli import main
 from cellfast.embedding import blocks, processes
 processes.BEAT_S, processes.PATIENCE_S, processes.GRACE_S = 0.2, 4.0, 2.0
-real = blocks.PartFiles.write
+real = blocks.BlockFiles.write
 def write(self, *a):
     real(self, *a)
     if os.environ["RANK"] == os.environ.get("VICTIM"):
         print("stopped", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
-blocks.PartFiles.write = write
+blocks.BlockFiles.write = write
 sys.argv = ["cellfast", *sys.argv[1:]]
 main()
 """

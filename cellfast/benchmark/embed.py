@@ -41,7 +41,7 @@ def measure_embed(
     """Embed the same cells from uncompressed 16-bit TIFFs of BBBC021's size and from their crop store, turn by turn with the encoder
     alone on a constant minibatch.
 
-    ``fraction`` = rate of the whole job / rate of the bare encoder. The whole job includes the parquet files and the account, not
+    ``fraction`` = rate of the whole job / rate of the bare encoder. The whole job includes the parquet files and the ledger, not
     starting Python and loading the model. Before anything is timed both ways must give the same rows.
     """
     tune_malloc()

@@ -224,5 +224,4 @@ class StoreSource:
                 cells_written=store.num_cells,
                 wells_listed=len(plan.wells),
             )
-        known = PlateLedger.__dataclass_fields__
-        return PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
+        return PlateLedger.from_json(store.ledger)

@@ -80,7 +80,7 @@ def embed_fields(
         out: folder or fsspec URL.
         border: ``pad``, ``reflect`` or ``drop``, as in `cellfast.screens.ingest_fields`.
         illumination: functions to divide the planes by.
-        source: the image table's name, for the account.
+        source: the image table's name, for the ledger.
         options: of `EmbedOptions`.
 
     Raises:
