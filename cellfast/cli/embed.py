@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cellfast.cli.declared_options import declared_options
-from cellfast.cli.field_options import field_options, open_fields
+from cellfast.cli.field_options import field_options, open_named_fields
 from cellfast.embedding.options import EmbedOptions
 
 # Fields were quarantined: everything else is there.
@@ -69,7 +69,10 @@ def embed(
             raise click.UsageError("fields need --image-root")
     else:
         of_fields = {"--image-root": image_root, "--locations": locations, "--crop-size": crop_size, "--batch-regex": batch_regex}
-        of_fields |= {f"--{name.removesuffix('_px').replace('_', '-')}": value for name, value in others.items()}
+        of_fields |= {
+            f"--{name.removesuffix('_px').replace('_', '-')}": value for name, value in others.items() if name != "columns"
+        }
+        of_fields["--column"] = others["columns"] or None
         of_fields["--decode"] = None if asked.decode == "auto" else asked.decode
         wrong = [name for name, value in of_fields.items() if value is not None and value is not False]
         if wrong:
@@ -93,7 +96,7 @@ def embed(
             raise CellfastError(
                 f"--crop-size {crop_size}: the model {model.path} was trained on crops of {model.crop_size} px; leave the option out"
             )
-        opened = open_fields(
+        opened = open_named_fields(
             screen, image_root=str(image_root), locations=str(locations), pattern=pattern, batch_regex=batch_regex, **others
         )
         summary = embed_fields(
