@@ -13,7 +13,7 @@ from cellfast.errors import CellfastError
 
 EMBEDDINGS_FILE = "embeddings.json"
 WORK_FOLDER = ".embed"
-PARTS = f"{WORK_FOLDER}/parts"
+BLOCKS = f"{WORK_FOLDER}/blocks"
 # Checksums of plates that no ledger names yet.
 RECORDS = f"{WORK_FOLDER}/checksums"
 # What is being made and by which command: there from a run's first write until its ledger is written.
@@ -61,7 +61,7 @@ class EmbeddingsFolder:
         absent = [name for name in files if not (self.path / name).is_file()]
         if absent:
             return f"lacks {len(absent)} of the {len(files)} files that its {EMBEDDINGS_FILE} names{_some(absent)}"
-        if self.run is not None or _has_files(self.path / PARTS):
+        if self.run is not None or _has_files(self.path / BLOCKS):
             return "is being made again by a run that has not ended"
         return ""
 

@@ -162,7 +162,7 @@ def test_results_that_are_collected_later_are_the_same(work, tmp_path, monkeypat
 
     embed("fields", work, tmp_path / "now", "--batch-size", 6)
     real = Pipeline.run
-    monkeypatch.setattr(Pipeline, "run", lambda self, parts: (setattr(self, "defer", True), real(self, parts)))
+    monkeypatch.setattr(Pipeline, "run", lambda self, blocks: (setattr(self, "defer", True), real(self, blocks)))
     embed("fields", work, tmp_path / "later", "--batch-size", 6)
     assert_same(tables(tmp_path / "now"), tables(tmp_path / "later"), rtol=0, atol=0)
 
@@ -191,7 +191,7 @@ def test_the_sums_of_the_ledger_agree(work, tmp_path):
         assert plate["dropped"] == other["cells_dropped"]
         assert plate["wells_without_cells"] == other["wells_without_cells"]
     assert ledger["totals"]["fields_listed"] == 12
-    assert not (tmp_path / "e" / ".embed" / "parts").exists()
+    assert not (tmp_path / "e" / ".embed" / "blocks").exists()
     embed(work / "drop", work, tmp_path / "s")
     store = json.loads((tmp_path / "s" / "embeddings.json").read_text())
     assert store["totals"] == ledger["totals"]

@@ -123,16 +123,16 @@ def test_a_run_that_was_stopped_goes_on_whoever_decodes(work, tmp_path, monkeypa
     embed("fields", work, tmp_path / "whole")
     real, written = BlockFiles.write, []
 
-    def stopped(self, plan, part_work):
+    def stopped(self, plan, work):
         if len(written) == 5:
             raise CellfastError("no space")
-        written.append(part_work.part)
-        real(self, plan, part_work)
+        written.append(work.block)
+        real(self, plan, work)
 
     monkeypatch.setattr(BlockFiles, "write", stopped)
     result = embed("fields", work, tmp_path / "e", "--decode", "dali", exit_code=None)
     assert "no space" in str(result.exception)
-    monkeypatch.setattr(BlockFiles, "write", lambda self, plan, work: (written.append(work.part), real(self, plan, work))[1])
+    monkeypatch.setattr(BlockFiles, "write", lambda self, plan, work: (written.append(work.block), real(self, plan, work))[1])
     embed("fields", work, tmp_path / "e", "--decode", "dali")
     assert len(written) == len(set(written))
     assert_same(tables(tmp_path / "whole"), tables(tmp_path / "e"), rtol=0, atol=0)

@@ -213,7 +213,7 @@ def test_images_and_locations_that_changed_are_embedded_again(fields, tmp_path):
     assert "2 of 2 plates" in embed("fields", fields, tmp_path / "e", *formats).output
 
 
-def test_parts_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch):
+def test_blocks_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch):
     from cellfast.embedding import run as embedding_run
 
     def stop(self, plan, **options):
@@ -222,7 +222,7 @@ def test_parts_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(embedding_run.EmbedRun, "assemble", stop)
         embed("fields", fields, tmp_path / "e", exit_code=1)
-    assert list((tmp_path / "e" / ".embed" / "parts" / "P1").rglob("*.arrow"))
+    assert list((tmp_path / "e" / ".embed" / "blocks" / "P1").rglob("*.arrow"))
     os.utime(image(fields), ns=(1, 1))
     result = embed("fields", fields, tmp_path / "e")
     assert "plate P1 was begun with other files or options and is begun anew" in result.output
@@ -459,7 +459,7 @@ def test_embedding_stops_before_it_writes_without_its_lock(clean, tmp_path, monk
     assert not list((tmp_path / "e").glob("*.parquet"))
 
 
-def test_damaged_parts_and_foreign_files_are_told(clean, tmp_path):
+def test_damaged_blocks_and_foreign_files_are_told(clean, tmp_path):
     (tmp_path / "e").mkdir()
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "e" / "P1.parquet")
     assert "not written by cellfast embed" in str(embed("fields", clean, tmp_path / "e", exit_code=1).exception)

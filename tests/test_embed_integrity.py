@@ -19,7 +19,7 @@ from cellfast.embedding.blocks import BlockFiles
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.embedding.place import Place
 from cellfast.embedding.processes import BlockQueue, Watch
-from cellfast.embeddings_folder import PARTS, RUN_FILE, checksum, open_folder
+from cellfast.embeddings_folder import BLOCKS, RUN_FILE, checksum, open_folder
 from cellfast.errors import CellfastError
 from cellfast.profiles.feature_files import open_source
 
@@ -37,12 +37,12 @@ def clean(tmp_path_factory):
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    """Several parts per plate, also of a store as small as this one."""
+def small_blocks(monkeypatch):
+    """Several blocks per plate, also of a store as small as this one."""
     from cellfast.embedding import cells
 
-    real = cells.cut_into_parts
-    monkeypatch.setattr(cells, "cut_into_parts", lambda plate, wells, most: real(plate, wells, 12))
+    real = cells.cut_into_blocks
+    monkeypatch.setattr(cells, "cut_into_blocks", lambda plate, wells, most: real(plate, wells, 12))
 
 
 def exactly_the_same(a, b):
@@ -51,34 +51,34 @@ def exactly_the_same(a, b):
         pd.testing.assert_frame_equal(table, tables(b)[plate], check_exact=True)
 
 
-def killed_after(monkeypatch, parts, source, clean, out, *options):
-    """A run that dies after it has written so many parts."""
+def killed_after(monkeypatch, blocks, source, clean, out, *options):
+    """A run that dies after it has written so many blocks."""
     real, written = BlockFiles.write, []
 
     def write(self, plan, work):
         real(self, plan, work)
-        written.append(work.part)
-        if len(written) == parts:
+        written.append(work.block)
+        if len(written) == blocks:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockFiles, "write", write)
         embed(source, clean, out, *options, exit_code=None)
-    return sorted((out / PARTS).rglob("*.arrow"))
+    return sorted((out / BLOCKS).rglob("*.arrow"))
 
 
 @pytest.mark.parametrize("source", ["fields", "store"])
-def test_a_row_does_not_depend_on_where_a_run_was_cut(clean, tmp_path, monkeypatch, small_parts, source):
+def test_a_row_does_not_depend_on_where_a_run_was_cut(clean, tmp_path, monkeypatch, small_blocks, source):
     where = clean / "store" if source == "store" else "fields"
     embed(where, clean, tmp_path / "whole", "--batch-size", 5)
-    for parts in (1, 3):
-        out = tmp_path / f"{parts}"
-        assert killed_after(monkeypatch, parts, where, clean, out, "--batch-size", 5)
+    for blocks in (1, 3):
+        out = tmp_path / f"{blocks}"
+        assert killed_after(monkeypatch, blocks, where, clean, out, "--batch-size", 5)
         embed(where, clean, out, "--batch-size", 5)
         exactly_the_same(out, tmp_path / "whole")
 
 
-def test_minibatches_are_those_of_the_parts(clean, tmp_path, monkeypatch, small_parts):
+def test_minibatches_are_those_of_the_blocks(clean, tmp_path, monkeypatch, small_blocks):
     sizes, real = [], CropEncoder._encode
     monkeypatch.setattr(CropEncoder, "_encode", lambda self, x, *a: sizes.append(len(x)) or real(self, x, *a))
     whole = [len(t) for t in tables(clean / "clean").values()]
@@ -108,19 +108,19 @@ def damaged(content, kind, moments):
 KINDS = ("flip", "zeros", "cut", "longer", "empty")
 
 
-def test_damaged_parts_are_computed_again(clean, tmp_path, monkeypatch, small_parts):
+def test_damaged_blocks_are_computed_again(clean, tmp_path, monkeypatch, small_blocks):
     moments = random.Random(1)
     embed(clean / "store", clean, tmp_path / "whole", "--batch-size", 5)
-    parts = killed_after(monkeypatch, 3, clean / "store", clean, tmp_path / "e", "--batch-size", 5)
-    assert len(parts) == 3
+    blocks = killed_after(monkeypatch, 3, clean / "store", clean, tmp_path / "e", "--batch-size", 5)
+    assert len(blocks) == 3
     saved = tmp_path / "saved"
     shutil.copytree(tmp_path / "e", saved)
     for kind in (*KINDS, "another part"):
         shutil.rmtree(tmp_path / "e")
         shutil.copytree(saved, tmp_path / "e")
-        file = moments.choice(parts)
+        file = moments.choice(blocks)
         if kind == "another part":
-            shutil.copy(parts[0] if file != parts[0] else parts[1], file)
+            shutil.copy(blocks[0] if file != blocks[0] else blocks[1], file)
         else:
             file.write_bytes(damaged(file.read_bytes(), kind, moments))
         result = embed(clean / "store", clean, tmp_path / "e", "--batch-size", 5)
@@ -407,7 +407,7 @@ def test_a_process_that_is_stopped_or_dead_is_told_within_minutes():
         watches[0].check()
     watches[1].check()
     with pytest.raises(CellfastError, match="process 2 was stopped, or could not reach the others, for 200 s"):
-        watches[2].check()  # it wakes: its parts may be another's by now
+        watches[2].check()  # it wakes: its blocks may be another's by now
     for _ in range(40):  # rank 0 ends with its message
         clock.now += 5
         watches[1].look()
@@ -444,7 +444,7 @@ def test_partial_files_of_killed_runs_are_removed(clean, tmp_path):
     out = tmp_path / "e"
     embed(clean / "store", clean, out, "--batch-size", 5, "--to", "cpg")
     gone = f".P1.gone-host.{2**22 + 1}.0123456789.partial.parquet"
-    folders = [out, out / PARTS / "P1", *(p for p in (out / "workspace_dl").rglob("*") if p.is_dir() and "profiles" in str(p))]
+    folders = [out, out / BLOCKS / "P1", *(p for p in (out / "workspace_dl").rglob("*") if p.is_dir() and "profiles" in str(p))]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / gone).write_bytes(b"half")

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
-from cellfast.embedding.cells import Part, PlatePlan, cut_into_parts
+from cellfast.embedding.cells import Block, PlatePlan, cut_into_blocks
 from cellfast.embedding.processes import BlockQueue
 
 
@@ -29,20 +29,20 @@ def clean(tmp_path_factory):
     return folder
 
 
-def test_parts_cover_every_unit_once_and_end_with_wells():
+def test_blocks_cover_every_unit_once_and_end_with_wells():
     wells = ["A01"] * 3 + ["A02"] * 9 + ["B01"] + ["B02"] * 2
-    parts = cut_into_parts("P", wells, 2)
-    assert [(p.start, p.stop) for p in parts] == [(0, 3), (3, 7), (7, 11), (11, 13), (13, 15)]
-    assert cut_into_parts("P", [], 2) == ()
+    blocks = cut_into_blocks("P", wells, 2)
+    assert [(p.start, p.stop) for p in blocks] == [(0, 3), (3, 7), (7, 11), (11, 13), (13, 15)]
+    assert cut_into_blocks("P", [], 2) == ()
 
 
 def test_processes_claim_every_part_once_and_one_of_them_finishes_each_plate():
-    plans = [PlatePlan(f"P{i}", "b", 5, ("A01",), tuple(Part(f"P{i}", k, k + 1) for k in range(5)), {}) for i in range(7)]
+    plans = [PlatePlan(f"P{i}", "b", 5, ("A01",), tuple(Block(f"P{i}", k, k + 1) for k in range(5)), {}) for i in range(7)]
     store = dist.HashStore()
     claimed, last = [], []
 
     def work(rank):
-        mine = BlockQueue(store, rank, 3, [(p, list(p.parts)) for p in plans] if rank == 0 else None)
+        mine = BlockQueue(store, rank, 3, [(p, list(p.blocks)) for p in plans] if rank == 0 else None)
         for part in mine.claims():
             claimed.append(part)
             if mine.is_last(part.plate):
@@ -57,7 +57,7 @@ def test_processes_claim_every_part_once_and_one_of_them_finishes_each_plate():
     for thread in threads:
         thread.join(timeout=30)
         assert not thread.is_alive()
-    assert sorted(claimed, key=str) == sorted((p for plan in plans for p in plan.parts), key=str)
+    assert sorted(claimed, key=str) == sorted((p for plan in plans for p in plan.blocks), key=str)
     assert sorted(last) == [p.plate for p in plans]
 
 

@@ -99,20 +99,7 @@ def embed(
         opened = open_named_fields(
             screen, image_root=str(image_root), locations=str(locations), pattern=pattern, batch_regex=batch_regex, **others
         )
-        summary = embed_fields(
-            opened.table,
-            opened.locations,
-            model,
-            out,
-            border=border,
-            batch_regex=batch_regex,
-            illumination=opened.illumination,
-            source=opened.source,
-            unmatched=opened.unmatched,
-            unused=opened.unused,
-            device=where,
-            **options,
-        )
+        summary = embed_fields(opened, model, out, border=border, batch_regex=batch_regex, device=where, **options)
     else:
         stores = Screen.open(str(screen), allow_unfinished=allow_unfinished)
         if stores.unfinished:

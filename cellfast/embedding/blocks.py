@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cellfast.embedding.cells import Chunk, Part, PlatePlan
+from cellfast.embedding.cells import Block, Cells, PlatePlan
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.place import Place
-from cellfast.embedding.wells import CELLS, WellSums, as_stored, texts
-from cellfast.embeddings_folder import PARTS
+from cellfast.embedding.wells import CELL_SCHEMA, WellSums, as_stored, texts
+from cellfast.embeddings_folder import BLOCKS
 from cellfast.errors import CellfastError
 from cellfast.metadata.columns import WELL
 from cellfast.printable import masked_values
@@ -33,15 +33,15 @@ _FEATURES = "features"
 class BlockWork:
     """A block under way: what its units brought, and the features of its cells as they come from the encoder."""
 
-    part: Part
-    chunks: list[Chunk] = field(default_factory=list)
+    block: Block
+    read: list[Cells] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
-    cells: int = 0
+    count: int = 0
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, cells: Cells) -> None:
         """Note the cells of a unit; their pixels are not kept."""
-        self.cells += chunk.count
-        self.chunks.append(replace(chunk, planes=None, origins=None, crops=None))
+        self.count += cells.count
+        self.read.append(replace(cells, planes=None, origins=None, crops=None))
 
     def metadata(self) -> pa.Table:
         """The metadata columns of the cells."""
@@ -50,30 +50,30 @@ class BlockWork:
                 [
                     # A text may be one for all cells.
                     pa.array(
-                        np.full(chunk.count, chunk.columns[c.name], object if c.type == pa.string() else None),
+                        np.full(cells.count, cells.columns[c.name], object if c.type == pa.string() else None),
                         c.type,
                         from_pandas=True,
                     )
-                    for c in CELLS
+                    for c in CELL_SCHEMA
                 ],
-                schema=CELLS,
+                schema=CELL_SCHEMA,
             )
-            for chunk in self.chunks
-            if chunk.count
+            for cells in self.read
+            if cells.count
         ]
-        return pa.concat_tables([CELLS.empty_table(), *tables]).combine_chunks()
+        return pa.concat_tables([CELL_SCHEMA.empty_table(), *tables]).combine_chunks()
 
     def features(self) -> np.ndarray:
         """float32 [cells, F]."""
         values = np.concatenate(self.values) if self.values else np.zeros((0, 0), np.float32)
-        if len(values) != self.cells:
+        if len(values) != self.count:
             raise CellfastError(
-                f"plate {self.part.plate}: {self.cells} cells read but {len(values)} embedded; a cell was lost, please report this"
+                f"plate {self.block.plate}: {self.count} cells read but {len(values)} embedded; a cell was lost, please report this"
             )
         wrong = int((~np.isfinite(values)).any(axis=1).sum())
         if wrong:
             raise CellfastError(
-                f"plate {self.part.plate}: {wrong} of {self.cells} cells have features that are not finite; the model is unusable"
+                f"plate {self.block.plate}: {wrong} of {self.count} cells have features that are not finite; the model is unusable"
             )
         return values
 
@@ -83,7 +83,7 @@ class BlockFiles:
 
     Args:
         place: the output folder.
-        options: what of them decides the values is part of the blocks' folder name.
+        options: what of them decides the values is block of the blocks' folder name.
         model_digest: of the model.
         names: of the features.
     """
@@ -98,17 +98,17 @@ class BlockFiles:
 
     def folder(self, plan: PlatePlan) -> str:
         """The folder of a plate's blocks: other blocks, or blocks of another origin or of other files, lie elsewhere."""
-        return f"{PARTS}/{plan.file_stem}/{digest([self.origin(plan), plan.inputs, [p.name for p in plan.parts]])[:16]}"
+        return f"{BLOCKS}/{plan.file_stem}/{digest([self.origin(plan), plan.inputs, [p.name for p in plan.blocks]])[:16]}"
 
     def others(self, plan: PlatePlan) -> bool:
         """Whether an earlier run left blocks of the plate that are of no use now."""
         own = self.folder(plan).rsplit("/", 1)[-1]
-        return any(name != own for name in self.place.names(f"{PARTS}/{plan.file_stem}"))
+        return any(name != own for name in self.place.names(f"{BLOCKS}/{plan.file_stem}"))
 
     def finished(self, plan: PlatePlan) -> set[str]:
         """Names of the blocks that are there and whole; damaged ones are counted in ``damaged`` and removed."""
         there = set()
-        for name in sorted({part.name for part in plan.parts} & set(self.place.names(self.folder(plan)))):
+        for name in sorted({block.name for block in plan.blocks} & set(self.place.names(self.folder(plan)))):
             file = f"{self.folder(plan)}/{name}"
             if _parsed(self.place.read_bytes(file), file) is not None:
                 there.add(name)
@@ -127,14 +127,14 @@ class BlockFiles:
         else:
             values = as_stored(values, self.options.dtype, plan.plate)
         ledger = PlateLedger(plan.plate)
-        for chunk in work.chunks:
-            if chunk.ledger is not None:
-                ledger.add(chunk.ledger)
-        name = f"{self.folder(plan)}/{work.part.name}"
+        for cells in work.read:
+            if cells.ledger is not None:
+                ledger.add(cells.ledger)
+        name = f"{self.folder(plan)}/{work.block.name}"
         note = {
             "block": name,
             "ledger": asdict(ledger),
-            "quarantined": [one for chunk in work.chunks for one in chunk.quarantined],
+            "quarantined": [one for cells in work.read for one in cells.quarantined],
             "wells": sorted(set(texts(metadata, WELL))),
         }
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
@@ -148,9 +148,9 @@ class BlockFiles:
             file.write(_header(content))
             file.write(content)
 
-    def read(self, plan: PlatePlan, part: Part, *, wait_s: float = 0.0) -> tuple[pa.Table, dict[str, Any]]:
+    def read(self, plan: PlatePlan, block: Block, *, wait_s: float = 0.0) -> tuple[pa.Table, dict[str, Any]]:
         """A block's table and its note; ``wait_s`` bridges the time until a network disk shows what another host wrote."""
-        name, deadline = f"{self.folder(plan)}/{part.name}", time.monotonic() + wait_s
+        name, deadline = f"{self.folder(plan)}/{block.name}", time.monotonic() + wait_s
         while True:
             try:
                 parsed = _parsed(self.place.read_bytes(name), name)
@@ -170,8 +170,8 @@ class BlockFiles:
     def rows(self, plan: PlatePlan) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """(metadata, features [n, F] as stored) of the plate, block by block; the means of wells all at once."""
         wells, sums = self.options.aggregate == "well", WellSums()
-        for part in plan.parts:
-            table = self.read(plan, part)[0].replace_schema_metadata(None)
+        for block in plan.blocks:
+            table = self.read(plan, block)[0].replace_schema_metadata(None)
             features = table.column(_FEATURES).combine_chunks().flatten().to_numpy(zero_copy_only=False)
             piece = table.drop_columns([_FEATURES]), features.reshape(len(table), len(self.names))
             if wells:
@@ -184,8 +184,8 @@ class BlockFiles:
     def notes(self, plan: PlatePlan, *, wait_s: float = 0.0) -> tuple[PlateLedger, list[dict[str, str]]]:
         """The sum of the blocks' ledgers, and the fields that were quarantined."""
         ledger, quarantined, wells = PlateLedger(plan.plate), [], set()
-        for part in plan.parts:
-            _, note = self.read(plan, part, wait_s=wait_s)
+        for block in plan.blocks:
+            _, note = self.read(plan, block, wait_s=wait_s)
             ledger.add(PlateLedger.from_json(note["ledger"]))
             quarantined += note["quarantined"]
             wells |= set(note["wells"])
@@ -194,7 +194,7 @@ class BlockFiles:
 
     def discard(self, plan: PlatePlan) -> None:
         """Remove the plate's blocks, those of other origins too."""
-        self.place.remove(f"{PARTS}/{plan.file_stem}")
+        self.place.remove(f"{BLOCKS}/{plan.file_stem}")
 
 
 def _header(content: memoryview) -> bytes:

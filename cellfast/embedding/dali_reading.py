@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cellfast.data.plane_decoder import PlaneDecoder
-from cellfast.embedding.cells import Chunk, EncodedField
+from cellfast.embedding.cells import Cells as Chunk
+from cellfast.embedding.cells import EncodedField
 from cellfast.embedding.decoding import Decoding, fields_per_group, plane_decoder
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.reading import ReaderPool

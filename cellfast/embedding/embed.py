@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from cellfast.model_file import LoadedModel
 from cellfast.screens import Screen
 from cellfast.screens.cutting import BORDERS
 from cellfast.screens.field_cells import FieldReader
-from cellfast.screens.illumination import Illumination
+from cellfast.screens.fields import OpenedFields
 from cellfast.screens.image_files import check_files
-from cellfast.screens.image_table import ImageTable
 from cellfast.screens.ingest_fields import probe_images
-from cellfast.screens.locations import LocationSource
 
 
 def embed_screen(
@@ -54,33 +51,26 @@ def embed_screen(
 
 
 def embed_fields(
-    table: ImageTable,
-    locations: LocationSource,
+    fields: OpenedFields,
     model: LoadedModel,
     out: str | Path,
     *,
     border: str = "pad",
     batch_regex: str | None = None,
-    illumination: Illumination | None = None,
-    source: str = "",
-    unmatched: Sequence[str] = (),
-    unused: Sequence[str] = (),
     device: torch.device | str = "cpu",
     show_progress: bool = True,
     **options: Any,
 ) -> EmbedSummary:
     """Embed every located cell of the fields, as if they had been ingested first: the same rows in the same order, equal to rounding.
 
-    A model with ``scaling: plate`` needs each plate's intensity percentiles first; its fields are then read twice.
+    Each field is read and decoded once, and no crop store is made. A model with ``scaling: plate`` needs each plate's intensity
+    percentiles first; its fields are then read twice.
 
     Args:
-        table: fields and channels, treatments joined; must have the model's channels and pixel type.
-        locations: where the cells are.
-        model: the crop size is the model's.
+        fields: of `cellfast.screens.fields.open_fields`; must have the model's channels and pixel type. The crop size is the model's.
         out: folder or fsspec URL.
         border: ``pad``, ``reflect`` or ``drop``, as in `cellfast.screens.ingest_fields`.
-        illumination: functions to divide the planes by.
-        source: the image table's name, for the ledger.
+        batch_regex: tells the experimental batch from the plate's name.
         options: of `EmbedOptions`.
 
     Raises:
@@ -88,30 +78,23 @@ def embed_fields(
     """
     if border not in BORDERS:
         raise CellfastError(f"--border must be one of {', '.join(BORDERS)}, got {border!r}")
+    table, name, asked = fields.table, fields.source, EmbedOptions(**options)
     if not table.fields:
-        raise CellfastError(f"{source or 'the image table'} lists no fields")
-    asked = EmbedOptions(**options)
+        raise CellfastError(f"{name or 'the image table'} lists no fields")
     check_files(table.fields, table.channel_names)
     shape, dtype = probe_images(table)
-    model.check_screen(source or "of these fields", list(table.channel_names), model.crop_size, 8 * np.dtype(dtype).itemsize)
-    reader = FieldReader(table.channel_names, locations, illumination, model.crop_size, border, shape, dtype.name)
-    fields = FieldSource(
+    model.check_screen(name or "of these fields", list(table.channel_names), model.crop_size, 8 * np.dtype(dtype).itemsize)
+    reader = FieldReader(table.channel_names, fields.locations, fields.illumination, model.crop_size, border, shape, dtype.name)
+    source = FieldSource(
         table,
         reader,
         model.output_size,
-        name=source or "fields",
+        name=name or "fields",
         batch_regex=batch_regex,
         retries=asked.retries,
         strict=asked.strict,
     )
-    return embed_source(
-        fields,
-        model,
-        out,
-        asked,
-        device=device,
-        show_progress=show_progress,
-        notes=[*table.notes, *([elsewhere] if (elsewhere := locations.unused(table.fields)) else [])],
-        unmatched=unmatched,
-        unused=unused,
-    )
+    elsewhere = fields.locations.unused(table.fields)
+    source.notes = [*table.notes, *([elsewhere] if elsewhere else [])]
+    source.unmatched, source.unused = fields.unmatched, fields.unused
+    return embed_source(source, model, out, asked, device=device, show_progress=show_progress)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cellfast.embedding.blocks import BlockWork
-from cellfast.embedding.cells import CellSource, Chunk, Part
+from cellfast.embedding.cells import Block, Cells, CellSource
 from cellfast.embedding.device_cutting import cut_on_device
 from cellfast.embedding.encoder import CropEncoder, plate_scaling
 from cellfast.embedding.progress import EmbedProgress
@@ -84,15 +84,15 @@ class Pipeline:
         self._written: queue.Queue[BlockWork | None] = queue.Queue(WAITING_BLOCKS)
         self._write_error: BaseException | None = None
 
-    def run(self, parts: Iterable[Part]) -> None:
-        """Embed ``parts``; the first error of any stage ends all of them and is raised here."""
+    def run(self, blocks: Iterable[Block]) -> None:
+        """Embed ``blocks``; the first error of any stage ends all of them and is raised here."""
         encoder = self.encoder
         size = encoder.loaded.output_size
         shape = (self.batch_size, len(self.source.channel_names), size, size)
         dtype = torch.uint8 if self.source.dtype == "uint8" else torch.uint16
         for _ in range(BUFFERS):
             self.free.put(_Buffer(shape, dtype, encoder.device))
-        cutter = threading.Thread(target=self._cut_all, args=(parts,), name="cellfast-cut", daemon=True)
+        cutter = threading.Thread(target=self._cut_all, args=(blocks,), name="cellfast-cut", daemon=True)
         writer = threading.Thread(target=self._write_all, name="cellfast-write", daemon=True)
         cutter.start()
         writer.start()
@@ -109,7 +109,7 @@ class Pipeline:
             self.stop.set()
             self.free.put(None)
             cutter.join()
-            # After an error of the writer nothing takes parts off its queue but its own thread, which drains it.
+            # After an error of the writer nothing takes blocks off its queue but its own thread, which drains it.
             self._written.put(None)
             writer.join()
         if self._write_error is not None:
@@ -138,12 +138,12 @@ class Pipeline:
         self.clock.add("encode", time.perf_counter() - began)
 
     def _collect(self) -> None:
-        """Take the results of the oldest minibatch under way to the parts its cells belong to."""
+        """Take the results of the oldest minibatch under way to the blocks its cells belong to."""
         batch, values = self._launched.pop(0)
         if values is not None:
             if batch.done is not None:
                 batch.done.synchronize()
-                values = values.clone()  # pinned memory is not kept for the length of a part
+                values = values.clone()  # pinned memory is not kept for the length of a block
             batch.work.values.append(values.numpy())
         self.progress.advance(batch.count, batch.fields)
         if batch.is_last:
@@ -160,16 +160,16 @@ class Pipeline:
                 self._write_error = error
             self.clock.add("write", time.perf_counter() - began)
 
-    def _cut_all(self, parts: Iterable[Part]) -> None:
+    def _cut_all(self, blocks: Iterable[Block]) -> None:
         reader = None
         try:
             stager = _Stager(self)
             reader = self.open_reader(stager.stream)
-            for (work, is_last), chunk in reader.chunks(self._units(parts)):
-                self.clock.add("read", chunk.seconds)
-                work.add(chunk)
-                low, high = self.scaling(chunk.plate) if chunk.count else (None, None)
-                if not stager.take(work, chunk, low, high):
+            for (work, is_last), cells in reader.chunks(self._units(blocks)):
+                self.clock.add("read", cells.seconds)
+                work.add(cells)
+                low, high = self.scaling(cells.plate) if cells.count else (None, None)
+                if not stager.take(work, cells, low, high):
                     break
                 if is_last:
                     stager.end(work)
@@ -180,17 +180,17 @@ class Pipeline:
             if reader is not None:
                 reader.close()
 
-    def _units(self, parts: Iterable[Part]) -> Iterator[tuple[tuple[BlockWork, bool], Any]]:
-        for part in parts:
+    def _units(self, blocks: Iterable[Block]) -> Iterator[tuple[tuple[BlockWork, bool], Any]]:
+        for block in blocks:
             if self.stop.is_set():
                 return
-            work, units = BlockWork(part), self.source.units(part)
+            work, units = BlockWork(block), self.source.units(block)
             for position, unit in enumerate(units):
                 yield (work, position == len(units) - 1), unit
 
 
 class _Stager:
-    """Fills minibatches from chunks: on a CPU it cuts into the buffer; for a GPU planes go to the device and are cut there."""
+    """Fills minibatches from the cells of units: on a CPU it cuts into the buffer; for a GPU planes go to the device and are cut there."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
@@ -213,24 +213,24 @@ class _Stager:
             self.batch = _Minibatch(buffer, work)
         return True
 
-    def take(self, work: BlockWork, chunk: Chunk, low: Any, high: Any) -> bool:
-        """Put a chunk's cells into minibatches; False when the pipeline is stopping."""
+    def take(self, work: BlockWork, cells: Cells, low: Any, high: Any) -> bool:
+        """Put the cells of a unit into minibatches; False when the pipeline is stopping."""
         if not self._open(work):
             return False
         assert self.batch is not None
-        self.batch.fields += chunk.fields
+        self.batch.fields += cells.fields
         planes, start = None, 0
-        while start < chunk.count:
+        while start < cells.count:
             if not self._open(work):
                 return False
             batch = self.batch
             began = time.perf_counter()
-            stop = min(chunk.count, start + self.pipeline.batch_size - batch.count)
+            stop = min(cells.count, start + self.pipeline.batch_size - batch.count)
             place = slice(batch.count, batch.count + stop - start)
-            if self.cuda and chunk.planes is not None:
-                planes = self._cut_there(chunk, planes, start, stop, batch.buffer.crops[place])
+            if self.cuda and cells.planes is not None:
+                planes = self._cut_there(cells, planes, start, stop, batch.buffer.crops[place])
             else:
-                chunk.fill(batch.buffer.array[place], start, stop)
+                cells.fill(batch.buffer.array[place], start, stop)
                 if self.cuda:
                     with torch.cuda.stream(self.stream):
                         batch.buffer.crops[place].copy_(batch.buffer.host[place], non_blocking=True)
@@ -242,24 +242,24 @@ class _Stager:
                 self._send()
         return True
 
-    def _cut_there(self, chunk: Chunk, planes: Any, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
-        assert chunk.planes is not None
-        assert chunk.origins is not None
+    def _cut_there(self, cells: Cells, planes: Any, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        assert cells.planes is not None
+        assert cells.origins is not None
         with torch.cuda.stream(self.stream):
             if planes is None:
-                if isinstance(chunk.planes[0], torch.Tensor):
+                if isinstance(cells.planes[0], torch.Tensor):
                     # Decoded there, on this stream; few operations know uint16.
-                    stored = chunk.planes[0].dtype
+                    stored = cells.planes[0].dtype
                     bits = torch.int16 if stored == torch.uint16 else stored
-                    planes = torch.stack([plane.view(bits) for plane in chunk.planes]).view(stored)
+                    planes = torch.stack([plane.view(bits) for plane in cells.planes]).view(stored)
                 else:
-                    planes = torch.from_numpy(np.stack(chunk.planes)).pin_memory().to(self.device, non_blocking=True)
-            origins = torch.from_numpy(np.ascontiguousarray(chunk.origins[start:stop])).to(self.device)
-            out.copy_(cut_on_device(planes, origins, chunk.size, chunk.border))
+                    planes = torch.from_numpy(np.stack(cells.planes)).pin_memory().to(self.device, non_blocking=True)
+            origins = torch.from_numpy(np.ascontiguousarray(cells.origins[start:stop])).to(self.device)
+            out.copy_(cut_on_device(planes, origins, cells.size, cells.border))
         return planes
 
     def end(self, work: BlockWork) -> None:
-        """Send what is left of the part."""
+        """Send what is left of the block."""
         if self._open(work):
             assert self.batch is not None
             self.batch.is_last = True

@@ -16,7 +16,7 @@ from cellfast.embedding.blocks import BlockFiles
 from cellfast.embedding.cells import PlatePlan
 from cellfast.embedding.place import Place
 from cellfast.embedding.plate_files import PlateFiles
-from cellfast.embedding.wells import CELLS, WELLS, WellSums, as_stored, runs, texts
+from cellfast.embedding.wells import CELL_SCHEMA, WELL_SCHEMA, WellSums, as_stored, runs, texts
 from cellfast.embeddings_folder import GALLERY, LEDGER_KEY, Checksum, checksum
 from cellfast.errors import CellfastError
 from cellfast.metadata.columns import SITE, WELL
@@ -46,7 +46,13 @@ class ParquetFiles(PlateFiles):
         origin, ledger = self.seal(plan, content, [self.last_file(plan)])
         with self.sealing(plan) as path:
             _write_parquet(
-                path, _by_well(self.blocks.rows(plan)), WELLS if self.of_wells else CELLS, self.names, self.dtype, origin, ledger
+                path,
+                _by_well(self.blocks.rows(plan)),
+                WELL_SCHEMA if self.of_wells else CELL_SCHEMA,
+                self.names,
+                self.dtype,
+                origin,
+                ledger,
             )
 
 
@@ -155,7 +161,7 @@ class GalleryFiles(PlateFiles):
             table, means = wells.metadata(), as_stored(wells.means(), self.dtype, plan.plate)
         origin, ledger = self.seal(plan, content, [*sites, self.last_file(plan)], sites)
         with self.sealing(plan) as path:
-            _write_parquet(path, iter([(table, means)]), WELLS, self.names, self.dtype, origin, ledger)
+            _write_parquet(path, iter([(table, means)]), WELL_SCHEMA, self.names, self.dtype, origin, ledger)
 
     def _write_site(self, plan: PlatePlan, metadata: pa.Table, values: np.ndarray, sites: dict[str, Checksum]) -> None:
         """Write a site's cells, behind those that are there of it."""
@@ -169,9 +175,9 @@ class GalleryFiles(PlateFiles):
             with self.place.reading(name) as handle:
                 before = pq.read_table(handle)
             values = np.concatenate([np.stack([before.column(n).to_numpy() for n in self.names], axis=1), values])
-            metadata = pa.concat_tables([before.select(CELLS.names), metadata])
+            metadata = pa.concat_tables([before.select(CELL_SCHEMA.names), metadata])
         with self.place.writing(name) as path:
-            _write_parquet(path, iter([(metadata, values)]), CELLS, self.names, self.dtype)
+            _write_parquet(path, iter([(metadata, values)]), CELL_SCHEMA, self.names, self.dtype)
             with open(path, "rb") as handle:
                 sites[name] = checksum(handle)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cellfast.embedding.cells import Part, PlatePlan
+from cellfast.embedding.cells import Block, PlatePlan
 from cellfast.embedding.lock import elapsed_clock
 from cellfast.errors import CellfastError
 
@@ -47,12 +47,12 @@ class BlockQueue:
         store: Any,
         rank: int,
         world_size: int,
-        todo: Sequence[tuple[PlatePlan, list[Part]]],
+        todo: Sequence[tuple[PlatePlan, list[Block]]],
         watch: Watch | None = None,
     ) -> None:
         self.store, self.rank, self.world_size, self.watch = store, rank, world_size, watch
         if rank == 0:
-            plan = [[p.plate, [[part.start, part.stop] for part in parts]] for p, parts in todo if parts]
+            plan = [[p.plate, [[block.start, block.stop] for block in blocks]] for p, blocks in todo if blocks]
             with told():
                 store.set("plan", json.dumps(plan))
         else:
@@ -60,8 +60,8 @@ class BlockQueue:
             while not self._ask(lambda: store.check(["plan"])):
                 time.sleep(0.1)
             plan = json.loads(self._ask(lambda: store.get("plan")))
-        self._parts = [Part(plate, start, stop) for plate, parts in plan for start, stop in parts]
-        self._count = {plate: len(parts) for plate, parts in plan}
+        self._parts = [Block(plate, start, stop) for plate, blocks in plan for start, stop in blocks]
+        self._count = {plate: len(blocks) for plate, blocks in plan}
 
     def check(self) -> None:
         """Raise `CellfastError` where the run must not go on."""
@@ -77,7 +77,7 @@ class BlockQueue:
         """Add to a count of all processes; returns what it is now."""
         return self._ask(lambda: self.store.add(name, more))
 
-    def claims(self) -> Iterator[Part]:
+    def claims(self) -> Iterator[Block]:
         """The blocks this process is to do, in order."""
         while (taken := self.count("claimed", 1) - 1) < len(self._parts):
             yield self._parts[taken]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cellfast.embedding.blocks import BlockFiles, BlockWork
-from cellfast.embedding.cells import CellSource, Chunk, Part, PlatePlan
+from cellfast.embedding.cells import Block, CellSource, PlatePlan
 from cellfast.embedding.encoder import CropEncoder, plate_scaling
 from cellfast.embedding.progress import EmbedProgress
 from cellfast.errors import CellfastError
@@ -32,9 +32,9 @@ def embed_with_ray(
     source: CellSource,
     encoder: CropEncoder,
     blocks: BlockFiles,
-    todo: list[Part],
+    todo: list[Block],
     plan_of: dict[str, PlatePlan],
-    written: Callable[[Part], None],
+    written: Callable[[Block], None],
     progress: EmbedProgress,
 ) -> None:
     """Embed the blocks ``todo`` on a Ray cluster (the running one, ``RAY_ADDRESS``, or one started on this machine).
@@ -67,23 +67,23 @@ def embed_with_ray(
         actors = max(1, int(resources.get("GPU", 0))) if cuda else max(1, cpus // 2)
         model = replace(encoder.loaded, model=encoder.network.to("cpu"))
         task = ray.put(_Task(source, blocks, plan_of, model, encoder.device.type))
-        data = ray.data.from_items([vars(part) for part in todo], override_num_blocks=len(todo))
+        data = ray.data.from_items([vars(block) for block in todo], override_num_blocks=len(todo))
         # Actors that died are started again, and what they had under way is given to others.
         lasting = {"fn_constructor_args": (task,), "batch_size": 1, "max_restarts": -1, "max_task_retries": 3}
         readers, encoders = ray.data.ActorPoolStrategy(min_size=1, max_size=cpus), ray.data.ActorPoolStrategy(size=actors)
         data = data.map_batches(_ReadBlock, compute=readers, num_cpus=1, **lasting)
         data = data.map_batches(_EncodeBlock, compute=encoders, num_cpus=0 if cuda else 1, num_gpus=1 if cuda else 0, **lasting)
-        done: set[Part] = set()
+        done: set[Block] = set()
         for row in data.iter_rows():
-            part = Part(str(row["plate"]), int(row["start"]), int(row["stop"]))
+            block = Block(str(row["plate"]), int(row["start"]), int(row["stop"]))
             if row["error"]:
                 raise CellfastError(str(row["error"]))
             if row["smaller"]:
                 progress.message(f"embed: out of memory; an encoder goes on with {int(row['smaller'])} cells at a time")
-            if part not in done:
-                done.add(part)
+            if block not in done:
+                done.add(block)
                 progress.advance(int(row["cells"]), int(row["fields"]))
-                written(part)
+                written(block)
         if missing := len(todo) - len(done):
             raise CellfastError(f"Ray lost {missing} of {len(todo)} blocks; run the same command again")
     finally:
@@ -100,12 +100,12 @@ class _ReadBlock:
         self.source: CellSource = ray.get(task).source
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        part, chunks, error = _part_of(batch), [], ""
+        block, cells, error = _block_of(batch), [], ""
         try:
-            chunks = [_cut(self.source.read(unit)) for unit in self.source.units(part)]
+            cells = [self.source.read(unit).cut() for unit in self.source.units(block)]
         except CellfastError as failed:
             error = str(failed)
-        return _row(part, chunks=chunks, error=error)
+        return _row(block, read=cells, error=error)
 
 
 class _EncodeBlock:
@@ -122,44 +122,35 @@ class _EncodeBlock:
         self.encoder.on_shrink = lambda old, new: setattr(self, "shrunk", new)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        part, error = _part_of(batch), str(batch["error"][0])
-        work, fields, self.shrunk = BlockWork(part), 0, 0
+        block, error = _block_of(batch), str(batch["error"][0])
+        work, fields, self.shrunk = BlockWork(block), 0, 0
         if not error:
             try:
                 crops = []
-                for chunk in batch["chunks"][0]:
-                    work.add(chunk)
-                    fields += chunk.fields
-                    if chunk.count:
-                        crops.append(chunk.crops)
+                for cells in batch["read"][0]:
+                    work.add(cells)
+                    fields += cells.fields
+                    if cells.count:
+                        crops.append(cells.crops)
                 if crops:
-                    low, high = self.scaling(part.plate)
+                    low, high = self.scaling(block.plate)
                     # The minibatches of the other engine: they run across the fields of a block.
                     for some in torch.from_numpy(np.concatenate(crops)).split(self.options.batch_size):
                         work.values.append(self.encoder(some, low, high).numpy())
-                self.blocks.write(self.plan_of[part.plate], work)
+                self.blocks.write(self.plan_of[block.plate], work)
             except CellfastError as failed:
                 error = str(failed)
-        return _row(part, cells=work.cells, fields=fields, smaller=self.shrunk, error=error)
+        return _row(block, cells=work.count, fields=fields, smaller=self.shrunk, error=error)
 
 
-def _cut(chunk: Chunk) -> Chunk:
-    """The chunk with its crops cut and without its planes: the smaller of the two to send."""
-    if chunk.planes is not None:
-        out = np.empty((chunk.count, len(chunk.planes), chunk.size, chunk.size), dtype=chunk.planes[0].dtype)
-        chunk.fill(out, 0, chunk.count)
-        chunk.crops, chunk.planes, chunk.origins = out, None, None
-    return chunk
+def _block_of(batch: dict[str, np.ndarray]) -> Block:
+    return Block(str(batch["plate"][0]), int(batch["start"][0]), int(batch["stop"][0]))
 
 
-def _part_of(batch: dict[str, np.ndarray]) -> Part:
-    return Part(str(batch["plate"][0]), int(batch["start"][0]), int(batch["stop"][0]))
-
-
-def _row(part: Part, **values: Any) -> dict[str, np.ndarray]:
+def _row(block: Block, **values: Any) -> dict[str, np.ndarray]:
     """A row for the next stage, in Ray's form: an array of one value per column."""
     row = {}
-    for name, value in {**vars(part), **values}.items():
+    for name, value in {**vars(block), **values}.items():
         row[name] = np.empty(1, np.int64 if isinstance(value, int) else object)
         row[name][0] = value
     return row

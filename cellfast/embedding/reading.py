@@ -8,7 +8,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from cellfast.embedding.cells import CellSource, Chunk
+from cellfast.embedding.cells import Cells, CellSource
 from cellfast.errors import CellfastError
 
 _source: CellSource | None = None
@@ -19,13 +19,13 @@ def _begin_reader(source: CellSource) -> None:
     _source = source
 
 
-def _read_in_process(unit: Any) -> Chunk:
+def _read_in_process(unit: Any) -> Cells:
     assert _source is not None
     return _source.read(unit)
 
 
 class ReaderPool:
-    """Reads units ahead, ``workers`` at a time, and hands the chunks out in the order of the units.
+    """Reads units ahead, ``workers`` at a time, and hands their cells out in the order of the units.
 
     Args:
         source: what is read.
@@ -44,12 +44,12 @@ class ReaderPool:
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin_reader, initargs=(self.source,))
 
-    def _submit(self, unit: Any) -> Future[Chunk]:
+    def _submit(self, unit: Any) -> Future[Cells]:
         return self._pool.submit(self.source.read if self.readers == "threads" else _read_in_process, unit)
 
-    def chunks(self, units: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Chunk]]:
-        """(key, chunk) for each (key, unit), in order; 2 × workers + 1 units at most are read or waiting to be taken."""
-        waiting: list[tuple[Any, Any, Future[Chunk]]] = []
+    def chunks(self, units: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Cells]]:
+        """(key, cells) for each (key, unit), in order; 2 × workers + 1 units at most are read or waiting to be taken."""
+        waiting: list[tuple[Any, Any, Future[Cells]]] = []
         feed = iter(units)
         broken = 0
         while True:
@@ -60,7 +60,7 @@ class ReaderPool:
                 return
             key, unit, future = waiting.pop(0)
             try:
-                chunk = future.result()
+                cells = future.result()
             except BrokenProcessPool as error:
                 # A reader was killed (most often: out of memory). What was under way is read again by new ones.
                 broken += 1
@@ -75,7 +75,7 @@ class ReaderPool:
                 continue
             except MemoryError as error:
                 raise CellfastError("out of memory while reading fields; use fewer readers with --workers") from error
-            yield key, chunk
+            yield key, cells
 
     def close(self) -> None:
         """End the readers; what they have under way is dropped."""

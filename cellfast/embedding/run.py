@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,11 +17,11 @@ import torch
 
 from cellfast.data.malloc import tune_malloc
 from cellfast.embedding.blocks import BlockFiles, BlockWork
-from cellfast.embedding.cells import CellSource, Part, PlatePlan
+from cellfast.embedding.cells import Block, CellSource, PlatePlan
 from cellfast.embedding.encoder import CropEncoder, feature_names
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.ledger import EmbedLedger, make_ledger, write_ledger
-from cellfast.embedding.lock import OutputLock
+from cellfast.embedding.lock import LOCK_NAME, OutputLock
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.pipeline import Pipeline
 from cellfast.embedding.place import Place
@@ -33,8 +33,6 @@ from cellfast.embedding.reading import ReaderPool
 from cellfast.embeddings_folder import (
     EMBEDDINGS_FILE,
     GALLERY,
-    PARTS,
-    RECORDS,
     RUN_FILE,
     WORK_FOLDER,
     is_ledger,
@@ -86,9 +84,6 @@ def embed_source(
     *,
     device: torch.device | str = "cpu",
     show_progress: bool = True,
-    notes: Sequence[str] = (),
-    unmatched: Sequence[str] = (),
-    unused: Sequence[str] = (),
 ) -> EmbedSummary:
     """Embed every cell of ``source`` and write the files of its plates, ``embeddings.json`` and ``quarantine.csv``.
 
@@ -97,7 +92,6 @@ def embed_source(
 
     Args:
         out: folder or fsspec URL.
-        notes, unmatched, unused: for the ledger.
 
     Raises:
         CellfastError: source and model do not fit, another run holds the output, files of something else are in the way, no space left,
@@ -123,7 +117,7 @@ def embed_source(
         run.queue = BlockQueue(store, rank, world_size, todo, watch)
         run.embed_blocks(todo)
         run.queue.wait_for_all()
-        ledger = run.close_ledger(kept, notes, unmatched, unused) if rank == 0 else None
+        ledger = run.close_ledger(kept) if rank == 0 else None
         run.queue.leave()
         return run.summary(ledger, kept)
 
@@ -150,7 +144,7 @@ class EmbedRun:
         self.cells = 0
         self.notes: list[str] = []
 
-    def plan(self) -> tuple[list[tuple[PlatePlan, list[Part]]], dict[str, list[Finished]]]:
+    def plan(self) -> tuple[list[tuple[PlatePlan, list[Block]]], dict[str, list[Finished]]]:
         """What is left to do, plate by plate, and what is finished."""
         todo, kept = [], {}
         stems = {"embeddings", "quarantine", *(plan.file_stem for plan in self.source.plans)}
@@ -172,7 +166,7 @@ class EmbedRun:
                 there = self.blocks.finished(plan)
                 if not there and self.blocks.others(plan):
                     self.notes.append(f"plate {plan.plate} was begun with other files or options and is begun anew")
-            todo.append((plan, [part for part in plan.parts if part.name not in there]))
+            todo.append((plan, [block for block in plan.blocks if block.name not in there]))
         remade = {plate: why for one in self.formats for plate, why in one.remade.items()}
         self.notes += [f"plate {plate} is embedded again: {why}" for plate, why in remade.items()]
         if unrecorded := set().union(*(one.unrecorded for one in self.formats)) & set(kept):
@@ -223,16 +217,16 @@ class EmbedRun:
         # A plate without a cell was a mistake that may be mended by now.
         return one is not None and one.ledger.cells_written > 0 and not (one.quarantined and self.options.retry_quarantined)
 
-    def embed_blocks(self, todo: list[tuple[PlatePlan, list[Part]]]) -> None:
+    def embed_blocks(self, todo: list[tuple[PlatePlan, list[Block]]]) -> None:
         """Do what is left."""
-        parts = [part for _, left in todo for part in left]
-        rows = sum(part.stop - part.start for part in parts)
+        blocks = [block for _, left in todo for block in left]
+        rows = sum(block.stop - block.start for block in blocks)
         known = all(plan.num_cells is not None for plan in self.source.plans)
         total_fields, total_cells = (self.source.num_fields, rows) if known else (rows, 0)
         self._assembly = ThreadPoolExecutor(1, "cellfast-assemble")
         self._assembled: list[Future[None]] = []
-        self.decoding = self._choose_decoding(parts)
-        shown = self.show and bool(parts)
+        self.decoding = self._choose_decoding(blocks)
+        shown = self.show and bool(blocks)
         with EmbedProgress(total_fields, total_cells, self.clock, enabled=shown, count=self.queue.count) as progress:
             if self.queue.rank == 0:
                 for line in self._opening_lines(todo):
@@ -247,7 +241,7 @@ class EmbedRun:
                 if self.options.engine == "ray":
                     from cellfast.embedding.ray_engine import embed_with_ray
 
-                    embed_with_ray(self.source, self.encoder, self.blocks, parts, self.plan_of, self._written, progress)
+                    embed_with_ray(self.source, self.encoder, self.blocks, blocks, self.plan_of, self._written, progress)
                 else:
                     pipeline = Pipeline(
                         self.source,
@@ -264,27 +258,27 @@ class EmbedRun:
                 future.result()
             self.cells = progress.cells
 
-    def _opening_lines(self, todo: list[tuple[PlatePlan, list[Part]]]) -> Iterator[str]:
+    def _opening_lines(self, todo: list[tuple[PlatePlan, list[Block]]]) -> Iterator[str]:
         yield from self.notes[:12]
         plates = len(self.source.plans)
         if kept := plates - len(todo):
             yield f"{kept} of {plates} plates were embedded before and are kept"
-        if begun := sum(len(left) < len(plan.parts) for plan, left in todo):
+        if begun := sum(len(left) < len(plan.blocks) for plan, left in todo):
             yield f"{begun} plates were begun before and are gone on with"
         if self.decoding is not None:
             yield self.decoding.note
 
-    def _choose_decoding(self, parts: list[Part]) -> Decoding | None:
+    def _choose_decoding(self, blocks: list[Block]) -> Decoding | None:
         """How fields are decoded; None where there are none to decode."""
         if not isinstance(self.source, FieldSource):
             return None
         if self.queue.rank > 0:  # the first process alone knows what is left
-            parts = [part for plan in self.source.plans for part in plan.parts]
-        if not parts:
+            blocks = [block for plan in self.source.plans for block in plan.blocks]
+        if not blocks:
             return None
         from cellfast.embedding.decoding import choose_decoding
 
-        units = [unit for part in parts for unit in self.source.units(part)]
+        units = [unit for block in blocks for unit in self.source.units(block)]
         return choose_decoding(self.source, units, len(units), self.options, self.encoder.device, self.workers)
 
     def _count_decoded(self) -> dict[str, int]:
@@ -311,19 +305,19 @@ class EmbedRun:
 
     def _write(self, work: BlockWork) -> None:
         self._check_held()
-        self.blocks.write(self.plan_of[work.part.plate], work)
-        self._written(work.part)
+        self.blocks.write(self.plan_of[work.block.plate], work)
+        self._written(work.block)
 
-    def _written(self, part: Part) -> None:
+    def _written(self, block: Block) -> None:
         for future in self._assembled:
             if future.done():
                 future.result()  # no space left, most often: stop now
         self._count_decoded()
-        if self.queue.is_last(part.plate):
-            self._assembled.append(self._assembly.submit(self.assemble, self.plan_of[part.plate], by_work=True))
+        if self.queue.is_last(block.plate):
+            self._assembled.append(self._assembly.submit(self.assemble, self.plan_of[block.plate], by_work=True))
 
     def assemble(self, plan: PlatePlan, *, by_work: bool = False) -> None:
-        """Make a plate's files from its parts and remove the parts."""
+        """Make a plate's files from its blocks and remove the blocks."""
         wait_s = SHOW_UP_S if self.queue.world_size > 1 or self.options.engine == "ray" else 0.0
         ledger, quarantined = self.blocks.notes(plan, wait_s=wait_s)
         content = seal_content(self.source.finish(plan, ledger), quarantined, plan.inputs)
@@ -335,9 +329,7 @@ class EmbedRun:
         if by_work:
             self.queue.plate_done()
 
-    def close_ledger(
-        self, kept: dict[str, list[Finished]], notes: Sequence[str], unmatched: Sequence[str], unused: Sequence[str]
-    ) -> EmbedLedger:
+    def close_ledger(self, kept: dict[str, list[Finished]]) -> EmbedLedger:
         """Check every plate's files, write the ledger, and remove what was only needed on the way."""
         plates = []
         for plan in self.source.plans:
@@ -359,14 +351,15 @@ class EmbedRun:
             "checksums": {name: one for each in self.formats for name, one in each.collate(self.source.plans).items()},
             # What this run did: the pixels, and so the rows, are the same either way.
             "decode": decoding.record() if decoding else None,
-            "notes": [*notes, *self.notes, *(decoding.closing_notes() if decoding else [])],
-            "unmatched_metadata": list(unmatched),
-            "unused_metadata": list(unused),
+            "notes": [*self.source.notes, *self.notes, *(decoding.closing_notes() if decoding else [])],
+            "unmatched_metadata": list(self.source.unmatched),
+            "unused_metadata": list(self.source.unused),
         }
         ledger = make_ledger(plates, about)
         write_ledger(self.place, ledger)
-        for name in (PARTS, RECORDS, RUN_FILE):
-            self.place.remove(name)
+        for name in self.place.names(WORK_FOLDER):
+            if name != LOCK_NAME.rsplit("/", 1)[-1]:
+                self.place.remove(f"{WORK_FOLDER}/{name}")
         return ledger
 
     def summary(self, ledger: EmbedLedger | None, kept: dict[str, Any]) -> EmbedSummary:

@@ -17,8 +17,10 @@ _TYPES = {
     **dict.fromkeys((columns.CENTER_X, columns.CENTER_Y), pa.float32()),
     columns.CONCENTRATION: pa.float64(),
 }
-CELLS = pa.schema([(name, _TYPES.get(name, pa.string())) for name in columns.CELL_COLUMNS])
-WELLS = pa.schema([CELLS.field(name) for name in columns.CANONICAL if name != columns.SITE] + [(CELL_COUNT, _TYPES[CELL_COUNT])])
+CELL_SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in columns.CELL_COLUMNS])
+WELL_SCHEMA = pa.schema(
+    [CELL_SCHEMA.field(name) for name in columns.CANONICAL if name != columns.SITE] + [(CELL_COUNT, _TYPES[CELL_COUNT])]
+)
 
 
 class WellSums:
@@ -34,16 +36,18 @@ class WellSums:
         )
         names = texts(metadata, columns.WELL)
         for start, stop in runs(names):
-            well = self._wells.setdefault(names[start], [metadata.slice(start, 1).select(WELLS.names[:-1]), 0, 0.0])
+            well = self._wells.setdefault(names[start], [metadata.slice(start, 1).select(WELL_SCHEMA.names[:-1]), 0, 0.0])
             well[1] += int(counts[start:stop].sum())
             well[2] = well[2] + values[start:stop].sum(axis=0, dtype=np.float64)
 
     def metadata(self) -> pa.Table:
-        """A row per well, with the columns `WELLS`."""
+        """A row per well, with the columns `WELL_SCHEMA`."""
         if not self._wells:
-            return WELLS.empty_table()
+            return WELL_SCHEMA.empty_table()
         rows = pa.concat_tables([row for row, _, _ in self._wells.values()]).combine_chunks()
-        return rows.append_column(WELLS.field(CELL_COUNT), pa.array([count for _, count, _ in self._wells.values()], pa.int64()))
+        return rows.append_column(
+            WELL_SCHEMA.field(CELL_COUNT), pa.array([count for _, count, _ in self._wells.values()], pa.int64())
+        )
 
     def sums(self) -> np.ndarray:
         """float64 [wells, F]."""
