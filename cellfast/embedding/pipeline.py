@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cellfast.data.buffers import Buffer
 from cellfast.embedding.blocks import BlockWork
 from cellfast.embedding.cells import Block, Cells, CellSource
 from cellfast.embedding.device_cutting import cut_on_device
@@ -28,27 +29,13 @@ WAITING_BLOCKS = 2
 class _Minibatch:
     """Cells of one block on their way to the encoder: a row must not depend on which blocks an earlier run had finished."""
 
-    buffer: _Buffer
+    buffer: Buffer
     work: BlockWork
     count: int = 0
     is_last: bool = False
-    low: Any = None
-    high: Any = None
+    scaling: tuple[torch.Tensor, ...] = ()
     fields: int = 0
     done: Any = None  # CUDA event: the results have arrived in host memory
-
-
-class _Buffer:
-    """One reused buffer; on a GPU, ``host`` is pinned and ``crops`` lies on the device."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.crops = torch.empty(shape, dtype=dtype, device=device)
-        self.host = torch.empty(shape, dtype=dtype, pin_memory=True) if cuda else self.crops
-        self.array = self.host.numpy()
-        self.copied: Any = None
-        # The memory may be that of tensors which kernels in this stream still read: the first copy waits for those too.
-        self.used: Any = torch.cuda.current_stream(device).record_event() if cuda else None
 
 
 class Pipeline:
@@ -79,7 +66,7 @@ class Pipeline:
         self.defer = encoder.device.type == "cuda"
         self._launched: list[tuple[_Minibatch, torch.Tensor | None]] = []
         self.stop = threading.Event()
-        self.free: queue.Queue[_Buffer | None] = queue.Queue()
+        self.free: queue.Queue[Buffer | None] = queue.Queue()
         self.ready: queue.Queue[Any] = queue.Queue()
         self._written: queue.Queue[BlockWork | None] = queue.Queue(WAITING_BLOCKS)
         self._write_error: BaseException | None = None
@@ -91,7 +78,7 @@ class Pipeline:
         shape = (self.batch_size, len(self.source.channel_names), size, size)
         dtype = torch.uint8 if self.source.dtype == "uint8" else torch.uint16
         for _ in range(BUFFERS):
-            self.free.put(_Buffer(shape, dtype, encoder.device))
+            self.free.put(Buffer(shape, dtype, encoder.device))
         cutter = threading.Thread(target=self._cut_all, args=(blocks,), name="cellfast-cut", daemon=True)
         writer = threading.Thread(target=self._write_all, name="cellfast-write", daemon=True)
         cutter.start()
@@ -123,7 +110,7 @@ class Pipeline:
         if batch.count:
             if cuda:
                 torch.cuda.current_stream(encoder.device).wait_event(buffer.copied)
-            values = encoder.launch(buffer.crops[: batch.count], batch.low, batch.high)
+            values = encoder.launch(buffer.crops[: batch.count], *batch.scaling)
             if cuda:
                 stream = torch.cuda.current_stream(encoder.device)
                 buffer.used = stream.record_event()
@@ -168,8 +155,7 @@ class Pipeline:
             for (work, is_last), cells in reader.chunks(self._units(blocks)):
                 self.clock.add("read", cells.seconds)
                 work.add(cells)
-                low, high = self.scaling(cells.plate) if cells.count else (None, None)
-                if not stager.take(work, cells, low, high):
+                if not stager.take(work, cells):
                     break
                 if is_last:
                     stager.end(work)
@@ -213,7 +199,7 @@ class _Stager:
             self.batch = _Minibatch(buffer, work)
         return True
 
-    def take(self, work: BlockWork, cells: Cells, low: Any, high: Any) -> bool:
+    def take(self, work: BlockWork, cells: Cells) -> bool:
         """Put the cells of a unit into minibatches; False when the pipeline is stopping."""
         if not self._open(work):
             return False
@@ -234,7 +220,6 @@ class _Stager:
                 if self.cuda:
                     with torch.cuda.stream(self.stream):
                         batch.buffer.crops[place].copy_(batch.buffer.host[place], non_blocking=True)
-            batch.low, batch.high = low, high
             batch.count += stop - start
             start = stop
             self.pipeline.clock.add("cut", time.perf_counter() - began)
@@ -267,6 +252,8 @@ class _Stager:
 
     def _send(self) -> None:
         assert self.batch is not None
+        if self.batch.count:
+            self.batch.scaling = self.pipeline.scaling(self.batch.work.block.plate)
         if self.cuda:
             assert self.stream is not None
             self.batch.buffer.copied = self.stream.record_event()
