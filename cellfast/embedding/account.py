@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from cellfast import __version__
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.place import Place
 from cellfast.embeddings_folder import ACCOUNT_FILE
 from cellfast.errors import CellfastError
 from cellfast.printable import masked_values, printable
 from cellfast.screens.ledger import why_no_cell
+from cellfast.storage.folder import Folder
 
 if TYPE_CHECKING:
     from cellfast.embedding.encoder import CropEncoder
@@ -73,7 +73,7 @@ class Account:
 
 
 def write_account(
-    place: Place,
+    place: Folder,
     source: CellSource,
     encoder: CropEncoder,
     options: EmbedOptions,

@@ -10,9 +10,9 @@ import numpy as np
 
 from cellfast.embedding.outputs import PlateOutput, sealed
 from cellfast.embedding.parts import PartFiles
-from cellfast.embedding.place import Place
 from cellfast.embedding.sources import PlatePlan
 from cellfast.errors import CellfastError
+from cellfast.storage.folder import Folder
 
 
 class AnnDataOutput(PlateOutput):
@@ -27,7 +27,7 @@ class AnnDataOutput(PlateOutput):
 
     kind = "anndata"
 
-    def __init__(self, place: Place, parts: PartFiles, names: list[str]) -> None:
+    def __init__(self, place: Folder, parts: PartFiles, names: list[str]) -> None:
         super().__init__(place, parts, names)
         try:
             import anndata  # noqa: F401

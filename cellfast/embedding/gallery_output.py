@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 
 from cellfast.embedding.outputs import PlateOutput, parquet_note, sealed, write_parquet
 from cellfast.embedding.parts import PartFiles, metadata_schema
-from cellfast.embedding.place import Place
 from cellfast.embedding.sources import PlatePlan
 from cellfast.embeddings_folder import GALLERY, Checksum, checksum
 from cellfast.errors import CellfastError
 from cellfast.metadata.names import check_batch
 from cellfast.parquet_footer import leave_room, seal_footer
+from cellfast.storage.folder import Folder
 
 
 class GalleryOutput(PlateOutput):
@@ -29,7 +29,7 @@ class GalleryOutput(PlateOutput):
 
     kind = "cpg"
 
-    def __init__(self, place: Place, parts: PartFiles, names: list[str], model: str) -> None:
+    def __init__(self, place: Folder, parts: PartFiles, names: list[str], model: str) -> None:
         super().__init__(place, parts, names)
         self.model = model
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cellfast.embedding.parts import PartFiles, feature_matrix, means_of_wells, metadata_schema
-from cellfast.embedding.place import Place
 from cellfast.embedding.sources import PlatePlan
 from cellfast.embeddings_folder import LEDGER_KEY, RECORDS, Checksum, checksum
 from cellfast.errors import CellfastError
@@ -23,6 +22,7 @@ from cellfast.parquet_footer import leave_room, seal_footer
 from cellfast.printable import masked_values
 from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
+from cellfast.storage.folder import Folder
 
 # Stored in each file's schema metadata: what the rows were made from; beside it (LEDGER_KEY) what became of the plate's cells.
 ORIGIN_KEY = b"cellfast"
@@ -48,7 +48,7 @@ class Seal:
     origin: dict[str, Any]
 
 
-def open_output(name: str, place: Place, parts: PartFiles, names: list[str], model: str) -> PlateOutput:
+def open_output(name: str, place: Folder, parts: PartFiles, names: list[str], model: str) -> PlateOutput:
     """The writer of a format: ``parquet``, ``anndata`` or ``cpg``; raises `CellfastError` where a package is missing."""
     if name == "anndata":
         from cellfast.embedding.anndata_output import AnnDataOutput
@@ -72,7 +72,7 @@ class PlateOutput(ABC):
 
     kind: str
 
-    def __init__(self, place: Place, parts: PartFiles, names: list[str]) -> None:
+    def __init__(self, place: Folder, parts: PartFiles, names: list[str]) -> None:
         self.place, self.parts, self.names = place, parts, names
         # Of an account that an earlier run wrote, by the last file of a plate.
         self.seals: dict[str, Seal] = {}
@@ -240,7 +240,7 @@ def plate_note(ledger: PlateLedger, quarantined: list[dict[str, str]], inputs: d
     return json.dumps(masked_values({"ledger": asdict(ledger), "quarantined": quarantined, "inputs": inputs})).encode()
 
 
-def parquet_note(place: Place, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
+def parquet_note(place: Folder, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
     """(origin, ledger note, rows) from a parquet file's schema."""
     with place.reading(name) as handle:
         file = pq.ParquetFile(handle)

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.place import Place
 from cellfast.embedding.sources import Chunk, Part, PlatePlan
 from cellfast.embeddings_folder import PARTS
 from cellfast.errors import CellfastError
@@ -21,6 +20,7 @@ from cellfast.metadata.counts import CELL_COUNT
 from cellfast.printable import masked_values
 from cellfast.screens.inputs import digest
 from cellfast.screens.ledger import PlateLedger
+from cellfast.storage.folder import Folder
 
 # A part file begins with a line that tells the length and the CRC-32 of what follows, padded to Arrow's alignment.
 _HEADER = b"cellfast part 1 %016x %08x\n"
@@ -99,7 +99,7 @@ class PartFiles:
         num_features: F.
     """
 
-    def __init__(self, place: Place, options: EmbedOptions, model_digest: str, num_features: int) -> None:
+    def __init__(self, place: Folder, options: EmbedOptions, model_digest: str, num_features: int) -> None:
         self.place, self.options, self.num_features = place, options, num_features
         self.model_digest = model_digest
         self.damaged = 0  # part files that were damaged, and are removed

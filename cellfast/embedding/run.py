@@ -20,12 +20,10 @@ from cellfast.data.malloc import tune_malloc
 from cellfast.embedding.account import Account, write_account
 from cellfast.embedding.encoder import CropEncoder, feature_names
 from cellfast.embedding.field_source import FieldSource
-from cellfast.embedding.lock import OutputLock
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.outputs import Finished, PlateOutput, Seal, open_output, plate_note
 from cellfast.embedding.parts import PartFiles, PartWork
 from cellfast.embedding.pipeline import Pipeline
-from cellfast.embedding.place import Place
 from cellfast.embedding.sources import CellSource, Part, PlatePlan
 from cellfast.embedding.stages import STAGES, EmbedProgress, StageClock
 from cellfast.embedding.work import LocalWork, SharedWork, Watch, join_processes
@@ -42,6 +40,8 @@ from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.screens.ingest import default_workers
 from cellfast.screens.unfinished import command_line
+from cellfast.storage.folder import Folder, folder_at
+from cellfast.storage.locks import OutputLock
 
 if TYPE_CHECKING:
     from cellfast.embedding.decoding import Decoding
@@ -104,7 +104,7 @@ def embed_source(
     bits = 8 * np.dtype(source.dtype).itemsize
     model.check_screen(source.name, source.channel_names, source.crop_size, bits)
     device = torch.device(device)
-    place = Place(out)
+    place = folder_at(out)
     tune_malloc()
     encoder = CropEncoder(
         model,
@@ -145,7 +145,7 @@ class _Run:
 
     work: LocalWork | SharedWork
 
-    def __init__(self, source: CellSource, encoder: CropEncoder, place: Place, options: EmbedOptions, show: bool) -> None:
+    def __init__(self, source: CellSource, encoder: CropEncoder, place: Folder, options: EmbedOptions, show: bool) -> None:
         self.source, self.encoder, self.place, self.options, self.show = source, encoder, place, options, show
         self.lock: OutputLock | None = None  # of the first process
         self.decoding: Decoding | None = None
