@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from cellfast.errors import CellfastError
+from cellfast.storage.folder import Checksum, checksum
 
 EMBEDDINGS_FILE = "embeddings.json"
 WORK_FOLDER = ".embed"
@@ -20,16 +20,6 @@ RECORDS = f"{WORK_FOLDER}/checksums"
 RUN_FILE = f"{WORK_FOLDER}/run.json"
 GALLERY = "workspace_dl"
 LEDGER_KEY = b"cellfast_ledger"
-
-Checksum = dict[str, Any]
-
-
-def checksum(handle: BinaryIO) -> Checksum:
-    """``{"bytes": length, "crc32": eight hex digits}`` of what is left to read of ``handle``."""
-    crc, length = 0, 0
-    while block := handle.read(1 << 20):
-        crc, length = zlib.crc32(block, crc), length + len(block)
-    return {"bytes": length, "crc32": f"{crc:08x}"}
 
 
 @dataclass

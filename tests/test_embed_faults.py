@@ -20,9 +20,9 @@ import torch
 from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
-from cellfast.embedding.lock import LOCK_NAME, STALE_AFTER_S, OutputLock, _system
-from cellfast.embedding.place import Place
 from cellfast.errors import CellfastError
+from cellfast.storage.folder import folder_at
+from cellfast.storage.locks import LOCK_NAME, STALE_AFTER_S, OutputLock, _system
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ DRIVER = """
 import os, signal, sys, time
 import cellfast.cli.embed, cellfast.embedding.embed, cellfast.training.loop
 from cellfast.cli import main
-from cellfast.embedding import encoder, place
-real, real_write = encoder.CropEncoder._encode, place.Place.writing
+from cellfast.embedding import encoder
+real = encoder.CropEncoder._encode
 def slowly(self, *a):
     time.sleep(0.02)
     return real(self, *a)
@@ -315,7 +315,7 @@ def test_a_model_that_gives_no_numbers_is_told(clean, tmp_path, monkeypatch):
 
 
 def test_two_runs_on_one_output_refuse_each_other(clean, tmp_path):
-    with OutputLock(Place(tmp_path / "e")):
+    with OutputLock(folder_at(tmp_path / "e")):
         result = embed("fields", clean, tmp_path / "e", exit_code=1)
         assert f"process {os.getpid()} on" in str(result.exception)
     embed("fields", clean, tmp_path / "e")
@@ -327,9 +327,9 @@ def test_two_runs_on_one_output_refuse_each_other(clean, tmp_path):
 def test_locks_where_the_kernel_has_none(tmp_path, monkeypatch):
     import socket
 
-    monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.05)
-    monkeypatch.setattr("cellfast.embedding.lock.LOOK_EVERY_S", 0.2)
-    place = Place("memory://lock-test")
+    monkeypatch.setattr("cellfast.storage.locks.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("cellfast.storage.locks.LOOK_EVERY_S", 0.2)
+    place = folder_at("memory://lock-test")
     with OutputLock(place):
         before = json.loads(place.read_bytes(LOCK_NAME))["beat"]
         with pytest.raises(CellfastError, match="another cellfast embed"):
@@ -361,7 +361,7 @@ class Clock:
 
 @pytest.mark.parametrize("wrong_s", [-1e6, 0, 1e6])
 def test_a_lock_is_judged_by_whether_it_changes_and_not_by_its_owners_clock(wrong_s):
-    place = Place("memory://clocks")
+    place = folder_at("memory://clocks")
     beats = iter(range(1000))
     owner = {"pid": 1, "host": "another-host", "renewed": time.time() + wrong_s, "token": "other"}
 
@@ -386,7 +386,7 @@ def test_a_lock_is_judged_by_whether_it_changes_and_not_by_its_owners_clock(wron
 
 
 def test_a_process_number_of_another_system_says_nothing(monkeypatch):
-    place = Place("memory://systems")
+    place = folder_at("memory://systems")
     clock = Clock(lambda: place.write_bytes(LOCK_NAME, json.dumps({**owner, "beat": 1}).encode()))
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -401,7 +401,7 @@ def test_a_process_number_of_another_system_says_nothing(monkeypatch):
 
 
 def test_a_run_that_was_stopped_asks_the_store_before_it_writes():
-    place, clock = Place("memory://stopped"), Clock()
+    place, clock = folder_at("memory://stopped"), Clock()
     with OutputLock(place, clock=clock, sleep=clock.sleep) as lock:
         clock.now += 1000
         lock.check()  # nobody came meanwhile: the lock is renewed
@@ -416,8 +416,8 @@ def test_a_run_that_was_stopped_asks_the_store_before_it_writes():
 
 
 def test_a_run_that_lost_its_lock_stops(clean, tmp_path, monkeypatch):
-    monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.02)
-    place = Place("memory://lost-lock")
+    monkeypatch.setattr("cellfast.storage.locks.HEARTBEAT_S", 0.02)
+    place = folder_at("memory://lost-lock")
     with OutputLock(place) as lock:
         lock.check()
         other = {"pid": 1, "host": "another-host", "renewed": time.time(), "token": "other"}
@@ -432,9 +432,9 @@ def test_a_run_that_lost_its_lock_stops(clean, tmp_path, monkeypatch):
 
 
 def test_a_lock_that_cannot_be_renewed_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.02)
-    monkeypatch.setattr("cellfast.embedding.lock.TRUST_S", 0.02)
-    place = Place("memory://unrenewed-lock")
+    monkeypatch.setattr("cellfast.storage.locks.HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("cellfast.storage.locks.TRUST_S", 0.02)
+    place = folder_at("memory://unrenewed-lock")
     with OutputLock(place) as lock:
         real = place.write_bytes
 
@@ -444,7 +444,7 @@ def test_a_lock_that_cannot_be_renewed_says_why(tmp_path, monkeypatch):
         monkeypatch.setattr(place, "write_bytes", refuse)
         time.sleep(0.2)
         lock.check()  # a late beat is no reason to stop
-        monkeypatch.setattr("cellfast.embedding.lock.STALE_AFTER_S", 0.05)
+        monkeypatch.setattr("cellfast.storage.locks.STALE_AFTER_S", 0.05)
         with pytest.raises(CellfastError, match=r"could not be renewed .*OSError: the store is away.*goes on"):
             lock.check()
         monkeypatch.setattr(place, "write_bytes", real)

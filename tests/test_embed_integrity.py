@@ -17,11 +17,11 @@ from test_embed import assert_same, embed, field_arguments, make_fields, make_mo
 
 from cellfast.embedding.blocks import BlockFiles
 from cellfast.embedding.encoder import CropEncoder
-from cellfast.embedding.place import Place
 from cellfast.embedding.processes import BlockQueue, Watch
 from cellfast.embeddings_folder import BLOCKS, RUN_FILE, checksum, open_folder
 from cellfast.errors import CellfastError
 from cellfast.profiles.feature_files import open_source
+from cellfast.storage.folder import folder_at
 
 
 @pytest.fixture(scope="module")
@@ -321,12 +321,12 @@ def test_the_output_folder_refuses_to_leave_its_root(tmp_path):
         "..\\x",
         "a/",
     )
-    for place in (Place(tmp_path / "e"), Place(f"file://{tmp_path}/e"), Place("memory://root")):
+    for place in (folder_at(tmp_path / "e"), folder_at(f"file://{tmp_path}/e"), folder_at("memory://root")):
         for name in names:
             for method, *more in (("write_bytes", b"x"), ("read_bytes",), ("exists",), ("names",), ("remove",), ("checksum",)):
                 with pytest.raises(CellfastError, match="leads out of the output folder"):
                     getattr(place, method)(name, *more)
-    place = Place(tmp_path / "e")
+    place = folder_at(tmp_path / "e")
     for call in (place.write_bytes, lambda name, _: place.remove(name), lambda name, _: place.read_bytes(name)):
         for name in ("link/new", "link/kept", "link"):
             with pytest.raises(CellfastError, match="a link leads out of the output folder"):
@@ -334,7 +334,7 @@ def test_the_output_folder_refuses_to_leave_its_root(tmp_path):
     assert [p.read_text() for p in (tmp_path / "outside").iterdir()] == ["kept"]
     # A folder that is a link itself is what the user chose.
     (tmp_path / "chosen").symlink_to(tmp_path / "outside")
-    Place(tmp_path / "chosen").write_bytes("new", b"x")
+    folder_at(tmp_path / "chosen").write_bytes("new", b"x")
     assert (tmp_path / "outside" / "new").read_bytes() == b"x"
 
 

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from cellfast.embedding.cells import Block, Cells, PlatePlan
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.place import Place
 from cellfast.embedding.wells import CELL_SCHEMA, WellSums, as_stored, texts
 from cellfast.embeddings_folder import BLOCKS
 from cellfast.errors import CellfastError
@@ -22,6 +21,7 @@ from cellfast.metadata.columns import WELL
 from cellfast.printable import masked_values
 from cellfast.screens.inputs import digest
 from cellfast.screens.ledger import PlateLedger
+from cellfast.storage.folder import Folder
 
 # A block's file begins with a line that tells the length and the CRC-32 of what follows, padded to Arrow's alignment.
 _HEADER = b"cellfast block 1 %016x %08x\n"
@@ -82,14 +82,14 @@ class BlockFiles:
     """The files of a run's blocks in an output folder.
 
     Args:
-        place: the output folder.
+        out: the output folder.
         options: what of them decides the values is block of the blocks' folder name.
         model_digest: of the model.
         names: of the features.
     """
 
-    def __init__(self, place: Place, options: EmbedOptions, model_digest: str, names: list[str]) -> None:
-        self.place, self.options, self.model_digest, self.names = place, options, model_digest, names
+    def __init__(self, out: Folder, options: EmbedOptions, model_digest: str, names: list[str]) -> None:
+        self.out, self.options, self.model_digest, self.names = out, options, model_digest, names
         self.damaged = 0  # files that were damaged, and are removed
 
     def origin(self, plan: PlatePlan) -> dict[str, Any]:
@@ -103,18 +103,18 @@ class BlockFiles:
     def others(self, plan: PlatePlan) -> bool:
         """Whether an earlier run left blocks of the plate that are of no use now."""
         own = self.folder(plan).rsplit("/", 1)[-1]
-        return any(name != own for name in self.place.names(f"{BLOCKS}/{plan.file_stem}"))
+        return any(name != own for name in self.out.names(f"{BLOCKS}/{plan.file_stem}"))
 
     def finished(self, plan: PlatePlan) -> set[str]:
         """Names of the blocks that are there and whole; damaged ones are counted in ``damaged`` and removed."""
         there = set()
-        for name in sorted({block.name for block in plan.blocks} & set(self.place.names(self.folder(plan)))):
+        for name in sorted({block.name for block in plan.blocks} & set(self.out.names(self.folder(plan)))):
             file = f"{self.folder(plan)}/{name}"
-            if _parsed(self.place.read_bytes(file), file) is not None:
+            if _parsed(self.out.read_bytes(file), file) is not None:
                 there.add(name)
             else:
                 self.damaged += 1
-                self.place.remove(file)
+                self.out.remove(file)
         return there
 
     def write(self, plan: PlatePlan, work: BlockWork) -> None:
@@ -144,7 +144,7 @@ class BlockFiles:
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         content = memoryview(sink.getvalue())
-        with self.place.writing(name) as path, open(path, "wb") as file:
+        with self.out.writing(name) as path, open(path, "wb") as file:
             file.write(_header(content))
             file.write(content)
 
@@ -153,19 +153,19 @@ class BlockFiles:
         name, deadline = f"{self.folder(plan)}/{block.name}", time.monotonic() + wait_s
         while True:
             try:
-                parsed = _parsed(self.place.read_bytes(name), name)
+                parsed = _parsed(self.out.read_bytes(name), name)
                 break
             except FileNotFoundError as error:
                 if time.monotonic() < deadline:
                     time.sleep(0.5)
                     continue
                 raise CellfastError(
-                    f"{self.place.path(name)} disappeared while the run was under way; run the same command again"
+                    f"{self.out.path(name)} disappeared while the run was under way; run the same command again"
                 ) from error
         if parsed is not None:
             return parsed
-        self.place.remove(name)
-        raise CellfastError(f"{self.place.path(name)} was damaged and is removed; run the same command again")
+        self.out.remove(name)
+        raise CellfastError(f"{self.out.path(name)} was damaged and is removed; run the same command again")
 
     def rows(self, plan: PlatePlan) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """(metadata, features [n, F] as stored) of the plate, block by block; the means of wells all at once."""
@@ -194,7 +194,7 @@ class BlockFiles:
 
     def discard(self, plan: PlatePlan) -> None:
         """Remove the plate's blocks, those of other origins too."""
-        self.place.remove(f"{BLOCKS}/{plan.file_stem}")
+        self.out.remove(f"{BLOCKS}/{plan.file_stem}")
 
 
 def _header(content: memoryview) -> bytes:

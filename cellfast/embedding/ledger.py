@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cellfast import __version__
-from cellfast.embedding.place import Place
 from cellfast.embeddings_folder import EMBEDDINGS_FILE
 from cellfast.errors import CellfastError
 from cellfast.printable import masked_values
 from cellfast.screens.ledger import ledger_text, why_no_cell
+from cellfast.storage.folder import Folder
 
 if TYPE_CHECKING:
     from cellfast.embedding.cells import PlatePlan
@@ -110,7 +110,7 @@ def _plate_row(plan: PlatePlan, finished: list[Finished], *, of_wells: bool) -> 
     }
 
 
-def write_ledger(place: Place, ledger: EmbedLedger) -> None:
+def write_ledger(out: Folder, ledger: EmbedLedger) -> None:
     """Write ``embeddings.json`` and ``quarantine.csv``.
 
     Raises:
@@ -122,12 +122,12 @@ def write_ledger(place: Place, ledger: EmbedLedger) -> None:
         writer = csv.DictWriter(text, _QUARANTINE_COLUMNS)
         writer.writeheader()
         writer.writerows(masked_values(quarantined))
-        place.write_bytes(QUARANTINE_FILE, text.getvalue().encode())
+        out.write_bytes(QUARANTINE_FILE, text.getvalue().encode())
     else:
-        place.remove(QUARANTINE_FILE)
+        out.remove(QUARANTINE_FILE)
     body = json.dumps(masked_values(content), indent=2, ensure_ascii=False, allow_nan=False)
-    place.write_bytes(EMBEDDINGS_FILE, f"{body}\n".encode())
+    out.write_bytes(EMBEDDINGS_FILE, f"{body}\n".encode())
     if not totals["cells"]:
         first = quarantined[0]["message"] if quarantined else "no reason noted"
         why = why_no_cell(totals["fields_listed"], totals["fields_refused"], totals["locations"], totals["dropped"], first)
-        raise CellfastError(f"{why} (all reasons are in {place.path(QUARANTINE_FILE if quarantined else EMBEDDINGS_FILE)})")
+        raise CellfastError(f"{why} (all reasons are in {out.path(QUARANTINE_FILE if quarantined else EMBEDDINGS_FILE)})")

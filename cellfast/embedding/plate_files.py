@@ -55,7 +55,7 @@ class PlateFiles(ABC):
     kind: str
 
     def __init__(self, blocks: BlockFiles, model: str) -> None:
-        self.blocks, self.model, self.place, self.names = blocks, model, blocks.place, blocks.names
+        self.blocks, self.model, self.out, self.names = blocks, model, blocks.out, blocks.names
         self.dtype, self.of_wells = blocks.options.dtype, blocks.options.aggregate == "well"
         # Of the ledger that an earlier run wrote, by the last file of a plate.
         self.records: dict[str, Record] = {}
@@ -91,11 +91,11 @@ class PlateFiles(ABC):
     def sealing(self, plan: PlatePlan) -> Iterator[Path]:
         """Yield a local path that becomes the plate's last file; its record is there before it is."""
         name = self.last_file(plan)
-        with self.place.writing(name) as path:
+        with self.out.writing(name) as path:
             yield path
             with open(path, "rb") as handle:
                 record = {"checksums": {name: checksum(handle)}, "origin": self.blocks.origin(plan)}
-            self.place.write_bytes(self._record_file(plan), json.dumps(record).encode())
+            self.out.write_bytes(self._record_file(plan), json.dumps(record).encode())
 
     def _record_file(self, plan: PlatePlan) -> str:
         return f"{RECORDS}/{plan.file_stem}.{self.kind}.json"
@@ -103,7 +103,7 @@ class PlateFiles(ABC):
     def _record(self, plan: PlatePlan) -> Record | None:
         name = self.last_file(plan)
         try:
-            record = json.loads(self.place.read_bytes(self._record_file(plan)))
+            record = json.loads(self.out.read_bytes(self._record_file(plan)))
             return Record(dict(record["checksums"][name]), dict(record["origin"]))
         except FileNotFoundError:
             return self.records.get(name)
@@ -120,10 +120,10 @@ class PlateFiles(ABC):
             CellfastError: the file is damaged and nothing is known of it, is not ours, or was made from something else.
         """
         name = self.last_file(plan)
-        if not self.place.exists(name):
+        if not self.out.exists(name):
             return None
         record = self._record(plan)
-        if record is not None and not just_made and self.place.checksum(name) != record.checksum:
+        if record is not None and not just_made and self.out.checksum(name) != record.checksum:
             self._check_origin(plan, record.origin, None)  # a damaged file is not parsed
             self.damaged.append(name)
             return None
@@ -131,11 +131,11 @@ class PlateFiles(ABC):
             before, content, rows = self.read_seal(name)
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             raise CellfastError(
-                f"{self.place.path(name)}: damaged or of another format ({error}); delete it, or use --force to make it again"
+                f"{self.out.path(name)}: damaged or of another format ({error}); delete it, or use --force to make it again"
             ) from error
         if before is None:
             raise CellfastError(
-                f"{self.place.path(name)}: not written by cellfast embed; choose another folder, or use --force to replace it"
+                f"{self.out.path(name)}: not written by cellfast embed; choose another folder, or use --force to replace it"
             )
         if not self._check_origin(plan, before, content) or content is None:
             return None
@@ -146,13 +146,13 @@ class PlateFiles(ABC):
         if not self.of_wells and rows != ledger.cells_written:
             return None
         if record is None:  # by an earlier version
-            record = Record(self.place.checksum(name), self.blocks.origin(plan))
+            record = Record(self.out.checksum(name), self.blocks.origin(plan))
         return Finished(ledger, content["quarantined"], content["files"], name, record)
 
     def _changed_files(self, content: dict[str, Any]) -> list[str]:
         """Files of the plate beside the last one that are not as they were written."""
         known = content.get("checksums", {})
-        return [name for name, one in known.items() if not self.place.exists(name) or self.place.checksum(name) != one]
+        return [name for name, one in known.items() if not self.out.exists(name) or self.out.checksum(name) != one]
 
     def _check_origin(self, plan: PlatePlan, before: dict[str, Any], content: dict[str, Any] | None) -> bool:
         """True: made from the same. False: its fields were mended since, and it is to be made again.
@@ -169,7 +169,7 @@ class PlateFiles(ABC):
             changed.sort(key=lambda k: (k != "model", k))
             different = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(origin.get(k))}" for k in changed)
             raise CellfastError(
-                f"{self.place.path(self.last_file(plan))}: embedded before from something else ({different}); choose another folder, "
+                f"{self.out.path(self.last_file(plan))}: embedded before from something else ({different}); choose another folder, "
                 "or use --force to replace it"
             )
         recorded = content.get("inputs") if content is not None else None

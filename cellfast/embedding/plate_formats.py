@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from cellfast.embedding.blocks import BlockFiles
 from cellfast.embedding.cells import PlatePlan
-from cellfast.embedding.place import Place
 from cellfast.embedding.plate_files import PlateFiles
 from cellfast.embedding.wells import CELL_SCHEMA, WELL_SCHEMA, WellSums, as_stored, runs, texts
 from cellfast.embeddings_folder import GALLERY, LEDGER_KEY, Checksum, checksum
@@ -22,6 +21,7 @@ from cellfast.errors import CellfastError
 from cellfast.metadata.columns import SITE, WELL
 from cellfast.metadata.names import check_batch
 from cellfast.parquet_footer import leave_room, seal_footer
+from cellfast.storage.folder import Folder
 
 # In each parquet file's schema metadata: what the rows were made from; beside it (LEDGER_KEY) what became of the plate's cells.
 ORIGIN_KEY = b"cellfast"
@@ -40,7 +40,7 @@ class ParquetFiles(PlateFiles):
         return f"{plan.file_stem}.parquet"
 
     def read_seal(self, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
-        return _read_parquet_seal(self.place, name)
+        return _read_parquet_seal(self.out, name)
 
     def write(self, plan: PlatePlan, content: dict[str, Any]) -> None:
         origin, ledger = self.seal(plan, content, [self.last_file(plan)])
@@ -79,7 +79,7 @@ class AnnDataFiles(PlateFiles):
         return f"{plan.file_stem}.h5ad"
 
     def read_seal(self, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
-        with self.place.reading(name) as handle, h5py.File(handle, "r") as file:
+        with self.out.reading(name) as handle, h5py.File(handle, "r") as file:
             if "cellfast" not in file.get("uns", {}):
                 return None, None, 0
             origin, ledger = (json.loads(file["uns/cellfast"][key].asstr()[()]) for key in ("origin", "ledger"))
@@ -141,10 +141,10 @@ class GalleryFiles(PlateFiles):
     def clear(self, plan: PlatePlan) -> None:
         # Sites of an earlier attempt would stay where this one finds no cells.
         for kind in ("profiles", "embeddings"):
-            self.place.remove(self.folder(kind, plan))
+            self.out.remove(self.folder(kind, plan))
 
     def read_seal(self, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
-        origin, content, _ = _read_parquet_seal(self.place, name)
+        origin, content, _ = _read_parquet_seal(self.out, name)
         # The last file has a row per well; of the cells the files of the sites were counted when they were written.
         return origin, content, content["ledger"]["cells_written"] if content else 0
 
@@ -172,11 +172,11 @@ class GalleryFiles(PlateFiles):
         name += "/embedding.parquet"
         if name in sites:
             # Another block began its rows: blocks end between sites where they are of fields, not where they are of stores.
-            with self.place.reading(name) as handle:
+            with self.out.reading(name) as handle:
                 before = pq.read_table(handle)
             values = np.concatenate([np.stack([before.column(n).to_numpy() for n in self.names], axis=1), values])
             metadata = pa.concat_tables([before.select(CELL_SCHEMA.names), metadata])
-        with self.place.writing(name) as path:
+        with self.out.writing(name) as path:
             _write_parquet(path, iter([(metadata, values)]), CELL_SCHEMA, self.names, self.dtype)
             with open(path, "rb") as handle:
                 sites[name] = checksum(handle)
@@ -184,10 +184,10 @@ class GalleryFiles(PlateFiles):
     def collate(self, plans: list[PlatePlan]) -> dict[str, Checksum]:
         """``workspace_dl/collated/<model>/collated.parquet``: the well profiles of all plates."""
         name = f"{GALLERY}/collated/{self.model}/collated.parquet"
-        with self.place.writing(name) as path:
+        with self.out.writing(name) as path:
             writer = None
             for plan in plans:
-                with self.place.reading(self.last_file(plan)) as handle:
+                with self.out.reading(self.last_file(plan)) as handle:
                     table = pq.read_table(handle).replace_schema_metadata(None)
                 writer = writer or pq.ParquetWriter(path, table.schema, write_page_checksum=True)
                 writer.write_table(table)
@@ -202,9 +202,9 @@ class GalleryFiles(PlateFiles):
 PLATE_FORMATS: dict[str, type[PlateFiles]] = {one.kind: one for one in (ParquetFiles, AnnDataFiles, GalleryFiles)}
 
 
-def _read_parquet_seal(place: Place, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
+def _read_parquet_seal(out: Folder, name: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
     """(origin, content, rows) from a parquet file's schema."""
-    with place.reading(name) as handle:
+    with out.reading(name) as handle:
         file = pq.ParquetFile(handle)
         found, rows = file.schema_arrow.metadata or {}, file.metadata.num_rows
     origin, content = (json.loads(found[key]) if key in found else None for key in (ORIGIN_KEY, LEDGER_KEY))

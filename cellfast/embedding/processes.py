@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from cellfast.embedding.cells import Block, PlatePlan
-from cellfast.embedding.lock import elapsed_clock
 from cellfast.errors import CellfastError
+from cellfast.storage.locks import elapsed_clock
 
 BEAT_S = 5.0
 # A process that gave no sign for so long is taken to be stopped or dead, and the run ends. One that cannot end by itself then, because

@@ -21,10 +21,8 @@ from cellfast.embedding.cells import Block, CellSource, PlatePlan
 from cellfast.embedding.encoder import CropEncoder, feature_names
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.ledger import EmbedLedger, make_ledger, write_ledger
-from cellfast.embedding.lock import LOCK_NAME, OutputLock
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.pipeline import Pipeline
-from cellfast.embedding.place import Place
 from cellfast.embedding.plate_files import Finished, Record, seal_content
 from cellfast.embedding.plate_formats import PLATE_FORMATS
 from cellfast.embedding.processes import BlockQueue, Watch, join_processes
@@ -42,6 +40,8 @@ from cellfast.errors import CellfastError
 from cellfast.model_file import LoadedModel
 from cellfast.screens.ingest import default_workers
 from cellfast.screens.unfinished import command_line
+from cellfast.storage.folder import Folder, folder_at
+from cellfast.storage.locks import LOCK_NAME, OutputLock
 
 if TYPE_CHECKING:
     from cellfast.embedding.decoding import Decoding
@@ -100,19 +100,19 @@ def embed_source(
     bits = 8 * np.dtype(source.dtype).itemsize
     model.check_screen(source.name, source.channel_names, source.crop_size, bits)
     device = torch.device(device)
-    place = Place(out)
+    folder = folder_at(out)
     tune_malloc()
     encoder = CropEncoder(model, device=device, **options.for_encoder())
     store, rank, world_size = join_processes(device)
     if world_size > 1 and options.engine == "ray":
         raise CellfastError("--engine ray spreads the work itself: start it without torchrun")
-    run = EmbedRun(source, encoder, place, options, show_progress and rank == 0)
+    run = EmbedRun(source, encoder, folder, options, show_progress and rank == 0)
     with ExitStack() as stack:
         watch = Watch(store, rank, world_size).start() if world_size > 1 else None
         if watch is not None:
             stack.callback(watch.close)
         if rank == 0:
-            run.lock = stack.enter_context(OutputLock(place, tell=run.tell))
+            run.lock = stack.enter_context(OutputLock(folder, tell=run.tell))
         todo, kept = run.plan() if rank == 0 else ([], {})
         run.queue = BlockQueue(store, rank, world_size, todo, watch)
         run.embed_blocks(todo)
@@ -127,13 +127,13 @@ class EmbedRun:
 
     queue: BlockQueue
 
-    def __init__(self, source: CellSource, encoder: CropEncoder, place: Place, options: EmbedOptions, show: bool) -> None:
-        self.source, self.encoder, self.place, self.options, self.show = source, encoder, place, options, show
+    def __init__(self, source: CellSource, encoder: CropEncoder, out: Folder, options: EmbedOptions, show: bool) -> None:
+        self.source, self.encoder, self.out, self.options, self.show = source, encoder, out, options, show
         self.lock: OutputLock | None = None  # of the first process
         self.decoding: Decoding | None = None
         self._counted: dict[str, int] = {}
         model = encoder.loaded
-        self.blocks = BlockFiles(place, options, model.digest, feature_names(options.features, encoder.num_features))
+        self.blocks = BlockFiles(out, options, model.digest, feature_names(options.features, encoder.num_features))
         model_name = f"cellfast_{model.model.config.encoder}_{model.digest[:7]}"
         self.formats = [PLATE_FORMATS[name](self.blocks, model_name) for name in dict.fromkeys(options.formats)]
         self.plan_of = {plan.plate: plan for plan in source.plans}
@@ -148,9 +148,9 @@ class EmbedRun:
         """What is left to do, plate by plate, and what is finished."""
         todo, kept = [], {}
         stems = {"embeddings", "quarantine", *(plan.file_stem for plan in self.source.plans)}
-        self.place.remove_partial_files("", deep=False, stems=stems)
+        self.out.remove_partial_files("", deep=False, stems=stems)
         for folder in (WORK_FOLDER, f"{GALLERY}/profiles", f"{GALLERY}/collated"):
-            self.place.remove_partial_files(folder, deep=True)
+            self.out.remove_partial_files(folder, deep=True)
         self._take_over_records()
         for plan in self.source.plans:
             finished = [] if self.options.force else [one.finished(plan) for one in self.formats]
@@ -181,7 +181,7 @@ class EmbedRun:
         if self.blocks.damaged:
             self.tell(f"{self.blocks.damaged} block files were damaged; those blocks are computed again")
         if todo:
-            self.place.write_bytes(RUN_FILE, self._describe_run())
+            self.out.write_bytes(RUN_FILE, self._describe_run())
         return todo, kept
 
     def tell(self, text: str) -> None:
@@ -192,7 +192,7 @@ class EmbedRun:
     def _take_over_records(self) -> None:
         """Tell the formats what the ledger of an earlier run knows of its files."""
         try:
-            ledger = json.loads(self.place.read_bytes(EMBEDDINGS_FILE))
+            ledger = json.loads(self.out.read_bytes(EMBEDDINGS_FILE))
         except FileNotFoundError:
             return
         except (ValueError, RecursionError):
@@ -336,7 +336,7 @@ class EmbedRun:
             finished = kept.get(plan.plate) or [one.finished(plan, just_made=True) for one in self.formats]
             missing = [one.last_file(plan) for one, found in zip(self.formats, finished) if found is None]
             if missing:
-                raise CellfastError(f"{self.place.path(missing[0])} is not there or lacks rows; run the same command again")
+                raise CellfastError(f"{self.out.path(missing[0])} is not there or lacks rows; run the same command again")
             plates.append((plan, finished))
         decoding = replace(self.decoding, **self._count_decoded()) if self.decoding else None
         model = self.encoder.loaded
@@ -356,10 +356,10 @@ class EmbedRun:
             "unused_metadata": list(self.source.unused),
         }
         ledger = make_ledger(plates, about)
-        write_ledger(self.place, ledger)
-        for name in self.place.names(WORK_FOLDER):
+        write_ledger(self.out, ledger)
+        for name in self.out.names(WORK_FOLDER):
             if name != LOCK_NAME.rsplit("/", 1)[-1]:
-                self.place.remove(f"{WORK_FOLDER}/{name}")
+                self.out.remove(f"{WORK_FOLDER}/{name}")
         return ledger
 
     def summary(self, ledger: EmbedLedger | None, kept: dict[str, Any]) -> EmbedSummary:

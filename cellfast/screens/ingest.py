@@ -15,7 +15,6 @@ from typing import Any
 
 from cellfast.atomic import remove_abandoned, told_when_full
 from cellfast.errors import CellfastError
-from cellfast.folder_lock import FolderLock
 from cellfast.printable import masked_values
 from cellfast.progress import Progress
 from cellfast.screens import unfinished
@@ -23,6 +22,7 @@ from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
+from cellfast.storage.locks import FolderLock
 
 # Set in each worker process by `_begin_worker`: how many fields or files are done, over all workers.
 _counter: Any = None
