@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.printable import masked_values
 
 # The disk is full, the quota is spent, or a file may not grow further.
@@ -117,7 +117,8 @@ def told_when_full(target: str | os.PathLike[str], where: str | os.PathLike[str]
         free = shutil.disk_usage(folder if folder.is_dir() else ".").free
         raise CellfastError(
             f"no space left to write {target} ({free / 2**20:,.0f} MiB free at {folder}; a quota or limit may be lower). "
-            "Nothing is half written, what was finished stays: make room and run the same command again (cellfast train: with --resume)"
+            "Nothing is half written, what was finished stays: make room and run the same command again (a training: with "
+            f"{option('resume', True)})"
         ) from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cellfast import __version__
 from cellfast.atomic import atomic_path
 from cellfast.bounded import check_claim
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.names import check_text
 from cellfast.models import ModelConfig, SimCLR, adapt_input_channels
 from cellfast.printable import printable
@@ -249,15 +249,15 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
         if not path.exists():
             raise CellfastError(
                 f"{run} has no model.pt: it is not the folder of a finished training run (cellfast train SCREEN -o {run}). "
-                "An interrupted run writes it at the next validation or with --resume"
+                f"An interrupted run writes it at the next validation or with {option('resume', True)}"
             )
     if not path.exists():
         raise CellfastError(f"the model {path} does not exist: give a run folder of cellfast train, or its model.pt")
     content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CellfastError(
-            f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go in with "
-            "cellfast train --weights"
+            f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go into a "
+            f"training with {option('weights')}"
         )
     if not isinstance(content.get("format_version"), int):
         raise CellfastError(f"the model {path} is damaged: it names no format version")
@@ -380,7 +380,7 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
         hint = ""
         convolution = given.get("conv1.weight")
         if convolution is not None and convolution.ndim == 4 and convolution.shape[-1] == 7 and model.config.stem != "imagenet":
-            hint = ". The file's first convolution is 7×7: use --stem imagenet"
+            hint = f". The file's first convolution is 7×7: use {option('stem', 'imagenet')}"
         if not new and (prefixes := _prefixes(given, encoder)):
             shown = _shorten([f"'{printable(prefix)}' ({count} tensors)" for prefix, count in prefixes])
             raise CellfastError(

@@ -139,7 +139,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"cellfast {report['cellfast']}, Python {report['python']}, {report['platform']}",
         f"CPU      {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {', '.join(cpu['features']) or 'no known vector features'}",
         f"memory   {report['memory_bytes'] / 2**30:.1f} GiB",
-        f"bfloat16 {'native' if report['bfloat16_native'] else 'emulated here: float32 is faster, leave --amp out'}",
+        f"bfloat16 {'native' if report['bfloat16_native'] else 'emulated here: float32 is faster, leave amp out'}",
     ]
     lines += [
         f"GPU      {g['name']}, {g['memory_bytes'] / 2**30:.0f} GiB, sm_{g['capability'].replace('.', '')}"

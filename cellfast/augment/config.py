@@ -14,7 +14,7 @@
 * crop, flip and affine are one bilinear interpolation, not three; the crop is taken from the central output window of the stored
   crop, so that an affine that reaches across the crop's edge meets real pixels first and reflected ones after;
 * its crops are inverted (a pixel conversion wraps around) and normalised with constants for that: ``inverted`` lets the operations
-  act on the inverted image as they do there, and the model's ``input_transform`` does the rest; ``--recipe perakis2021`` sets both.
+  act on the inverted image as they do there, and the model's ``input_transform`` does the rest; the recipe ``perakis2021`` sets both.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from cellfast.augment.config import AugmentConfig
 from cellfast.augment.parameters import NOISE_STARTS, NOISE_STEP, ParameterDraws, ViewParameters
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.ops.augment import PADDINGS, missing_on
 
 METHODS = ("fused", "torch")
@@ -317,7 +317,7 @@ def _check_sizes(num_channels: int, crop_size: int, output_size: int) -> None:
     if output_size > crop_size:
         raise CellfastError(
             f"output_size {output_size} px is larger than the stored crops ({crop_size} px): choose output_size {crop_size} "
-            f"or less, or ingest the screen again with --crop-size {output_size} or more"
+            f"or less, or ingest the screen again with {option('crop_size', output_size)} or more"
         )
 
 

@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import BATCH, PLATE, SITE, WELL
 from cellfast.metadata.names import check_batch
 
@@ -25,7 +25,7 @@ def batch_of_plate(plate: str, pattern: str | None = None) -> str | None:
     try:
         found = re.search(pattern or DEFAULT_BATCH_REGEX, plate)
     except re.error as error:
-        raise CellfastError(f"--batch-regex '{pattern}' is not a regular expression: {error}.") from None
+        raise CellfastError(f"{option('batch_regex', pattern)} is not a regular expression: {error}.") from None
     if found is None:
         return None
     return check_batch(found.group(1) if found.re.groups else found.group(0)) or None
@@ -46,7 +46,8 @@ def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[di
     if pattern and missed:
         share = "none" if len(missed) == len(found) else f"not all, {len(missed)} of {len(found)} missed,"
         raise CellfastError(
-            f"--batch-regex '{pattern}' matches {share} of the plates, such as '{missed[0]}': give one that matches every plate's name."
+            f"{option('batch_regex', pattern)} matches {share} of the plates, such as '{missed[0]}': give one that matches every "
+            "plate's name."
         )
     if len(missed) == len(found):
         source = "plate name (no batch column, and no Week prefix in the plate names)"
@@ -67,7 +68,9 @@ def fill_batches(metadata: pd.DataFrame, pattern: str | None = None) -> tuple[pd
     has = BATCH in metadata and (metadata[BATCH] != "").any()
     if PLATE not in metadata:
         if pattern:
-            raise CellfastError(f"--batch-regex '{pattern}' takes the batch from the plate's name, and the input has no plates.")
+            raise CellfastError(
+                f"{option('batch_regex', pattern)} takes the batch from the plate's name, and the input has no plates."
+            )
         return metadata, "column" if BATCH in metadata else "none"
     if pattern is None and has and (metadata[BATCH] != "").all():
         return metadata, f"column {BATCH}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import (
     BATCH,
     CANONICAL,
@@ -104,7 +104,9 @@ def _wells(text: pd.Series, columns: pd.Series | None, where: str) -> pd.Series:
             names.append(well_name(row, column if columns is not None else None))
         except CellfastError as error:
             first = int((codes == code).argmax())
-            raise CellfastError(f"{where}, row {first + 2}: {error}. Name another column with --column well=COLUMN.") from None
+            raise CellfastError(
+                f"{where}, row {first + 2}: {error}. Name another column with {option('columns', {'well': 'COLUMN'})}."
+            ) from None
     return pd.Series(np.array([*names, ""], dtype=object)[codes], index=text.index, dtype="str")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 PLATE, WELL, SITE = "Metadata_Plate", "Metadata_Well", "Metadata_Site"
 IMAGE_NUMBER, OBJECT_NUMBER = "Metadata_ImageNumber", "Metadata_ObjectNumber"
@@ -36,7 +36,7 @@ TREATMENT = (BATCH, COMPOUND, CONCENTRATION, MOA)
 #: Columns whose values are names: text as written.
 NAMES = (PLATE, WELL, SITE, BATCH, COMPOUND, MOA)
 
-#: Short names accepted by ``--column NAME=COLUMN``.
+#: Short names of the canonical columns, by which a table's columns may be named.
 SHORT_NAMES = {
     "plate": PLATE,
     "well": WELL,
@@ -161,9 +161,11 @@ def parse_column_overrides(overrides: Iterable[str]) -> dict[str, str]:
         name, _, column = text.partition("=")
         canonical = SHORT_NAMES.get(name.strip().lower())
         if canonical is None or not column.strip():
-            raise CellfastError(f"--column must be NAME=COLUMN with NAME one of {', '.join(SHORT_NAMES)}; got '{text}'.")
+            raise CellfastError(
+                f"{option('columns')} must be NAME=COLUMN with NAME one of {', '.join(SHORT_NAMES)}; got '{text}'."
+            )
         if canonical in chosen:
-            raise CellfastError(f"--column names {name.strip()} twice: {chosen[canonical]} and {column.strip()}.")
+            raise CellfastError(f"{option('columns')} names {name.strip()} twice: {chosen[canonical]} and {column.strip()}.")
         chosen[canonical] = column.strip()
     return chosen
 
@@ -191,7 +193,7 @@ def check_doubled(columns: Sequence[str], where: str) -> None:
             )
 
 
-def require_column(name: str, columns: Sequence[str], where: str, option: str = "--column") -> str:
+def require_column(name: str, columns: Sequence[str], where: str, parameter: str = "columns") -> str:
     """The column called ``name``, letter case aside where only one fits.
 
     Raises:
@@ -205,7 +207,8 @@ def require_column(name: str, columns: Sequence[str], where: str, option: str = 
     near = difflib.get_close_matches(name, list(columns), n=3, cutoff=0.5)
     listed = ", ".join(list(columns)[:30])
     raise CellfastError(
-        f"{option}: {where} has no column '{name}'{'; near it: ' + ', '.join(near) if near else ''}; its columns begin with: {listed}."
+        f"{option(parameter)}: {where} has no column '{name}'{'; near it: ' + ', '.join(near) if near else ''}; its columns begin with: "
+        f"{listed}."
     )
 
 
@@ -300,12 +303,12 @@ def infer_features(
         try:
             compiled = [re.compile(pattern) for pattern in patterns]
         except re.error as error:
-            raise CellfastError(f"--features: not a prefix or regular expression: {error}.") from None
+            raise CellfastError(f"{option('features')}: not a prefix or regular expression: {error}.") from None
         # What was asked for is taken, whatever its name says.
         chosen = [c for c in candidates if any(p.match(c) for p in compiled)]
         if not chosen:
             raise CellfastError(
-                f"--features {' '.join(patterns)} matches no numeric column of {where}; its numeric columns begin with: "
+                f"{option('features', ' '.join(patterns))} matches no numeric column of {where}; its numeric columns begin with: "
                 f"{', '.join(candidates[:20]) or 'none'}."
             )
         return chosen
@@ -320,6 +323,7 @@ def infer_features(
     if not rest:
         raise CellfastError(
             f"No feature columns found in {where}: expected h000…, Cells_/Cytoplasm_/Nuclei_… or other numeric columns besides the "
-            f"metadata; found {', '.join(list(numeric_columns)[:20]) or 'no numeric column'}. Name them with --features."
+            f"metadata; found {', '.join(list(numeric_columns)[:20]) or 'no numeric column'}. Name them "
+            f"with {option('features')}."
         )
     return rest

@@ -1,4 +1,4 @@
-"""The language of ``--controls``: conditions on metadata columns, read by a parser of its own; nothing in a query is ever executed.
+"""The language of queries for controls: conditions on metadata columns, read by a parser of its own; nothing in a query is ever executed.
 
 ::
 
@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 MOST_CHARACTERS, MOST_DEPTH, MOST_PATTERN = 4000, 50, 300
 
@@ -107,7 +107,7 @@ class _Parser:
         self.depth = self.at = 0
         if len(query) > MOST_CHARACTERS:
             raise CellfastError(
-                f"--controls is not a query over the metadata: {len(query)} characters, at most {MOST_CHARACTERS}"
+                f"{option('controls')} is not a query over the metadata: {len(query)} characters, at most {MOST_CHARACTERS}"
             )
         self.tokens: list[tuple[str, str]] = []
         place = 0
@@ -120,7 +120,7 @@ class _Parser:
         self.tokens.append(("end", ""))
 
     def refuse(self, why: str) -> NoReturn:
-        raise CellfastError(f'--controls "{self.query}" is not a query over the metadata: {why}. {LANGUAGE}')
+        raise CellfastError(f"{option('controls', self.query)} is not a query over the metadata: {why}. {LANGUAGE}")
 
     def next_is(self, *texts: str) -> bool:
         kind, text = self.tokens[self.at]

@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Cells in a well, site or treatment, as pycytominer names it; written by ``embed --aggregate well`` and by ``profile``.
+#: Cells in a well, site or treatment, as pycytominer names it; written by embeddings of wells and by profiles.
 CELL_COUNT = "Metadata_Cell_Count"
 
 #: Names of the same, in the order in which they are looked for, in lower case and without ``Metadata_`` and ``Image_``.

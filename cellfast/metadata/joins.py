@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.canonical import canonical_metadata, ordered
 from cellfast.metadata.columns import (
     ALIASES,
@@ -39,7 +39,7 @@ _KEYS = ((PLATE, WELL), (PLATE, IMAGE_NUMBER), (WELL,), (IMAGE_NUMBER,), (COMPOU
 
 
 def split_overrides(overrides: Mapping[str, str], columns: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The ``--column`` choices that name a column of this table, and those meant for a table that is joined to it."""
+    """The columns chosen by the user that name a column of this table, and those meant for a table that is joined to it."""
     plain = {plain_name(c) for c in columns}
     here = {name: column for name, column in overrides.items() if column in columns or plain_name(column) in plain}
     return here, {name: column for name, column in overrides.items() if name not in here}
@@ -84,12 +84,13 @@ def join_plate_map(
             nothing joins.
     """
     notes: list[str] = []
-    table, placed = _read(path, "--metadata", overrides or {}, notes)
+    table, placed = _read(path, option("metadata"), overrides or {}, notes)
     key = next((k for k in _KEYS if all(c in table and c in metadata and (table[c].astype(str) != "").any() for c in k)), None)
     if key is None or not set(table.columns) - set(key):
         raise CellfastError(
-            f"--metadata {path}: expected a column for the well (and plate), or the image number, compound or plate, that the input has "
-            f"too, and what to add; found {', '.join(map(str, table.columns[:20]))}. Name columns with --column NAME=COLUMN."
+            f"{option('metadata', path)}: expected a column for the well (and plate), or the image number, compound or plate, that the "
+            f"input has too, and what to add; found {', '.join(map(str, table.columns[:20]))}. Name columns with "
+            f"{option('columns', {'NAME': 'COLUMN'})}."
         )
     if key == (WELL,) and PLATE in table:
         notes.append("the input has no plates: the file's rows are joined by well alone")
@@ -106,7 +107,7 @@ def join_plate_map(
             keys = len({theirs[i] for i in np.flatnonzero(differs)})
             advice = "" if PLATE in key or key[0] == COMPOUND else " Add a column with the plate, or correct the file."
             raise CellfastError(
-                f"--metadata {path}: {keys} of its {_called(key)} have more than one {column.removeprefix('Metadata_')}; first: "
+                f"{option('metadata', path)}: {keys} of its {_called(key)} have more than one {column.removeprefix('Metadata_')}; first: "
                 f"{' '.join(str(table[c].iloc[a]) for c in key)}: {_shown(table[column].iloc[a])!r} and {_shown(table[column].iloc[b])!r}."
                 + advice
             )
@@ -117,7 +118,8 @@ def join_plate_map(
     have = row >= 0
     if not have.any():
         raise CellfastError(
-            f"--metadata {path}: nothing of the input is in it. The input has for example '{' '.join(_example(metadata, key))}', the file "
+            f"{option('metadata', path)}: nothing of the input is in it. The input has for example "
+            f"'{' '.join(_example(metadata, key))}', the file "
             f"'{' '.join(_example(table, key))}' ({' and '.join(key)})."
         )
     result = metadata.copy()
@@ -190,7 +192,8 @@ def _one_plate_per_image(metadata: pd.DataFrame, path: object) -> None:
         number = twice[IMAGE_NUMBER].iloc[0]
         plates = ", ".join(twice.loc[twice[IMAGE_NUMBER] == number, PLATE].iloc[:3])
         raise CellfastError(
-            f"--metadata {path}: it goes by ImageNumber, and image {number} is on plates {plates}: add a column with the plate, or the well"
+            f"{option('metadata', path)}: it goes by ImageNumber, and image {number} is on plates {plates}: add a column with the "
+            "plate, or the well"
         )
 
 
@@ -225,8 +228,8 @@ class MoaTable:
             same = next((n for n in before if same_dose(rows[n][1], concentration)), None)
             if same is not None and folded(rows[same][2]) != folded(moa):
                 raise CellfastError(
-                    f"--moa {path}: {treatment_name(compound, concentration)} has two MoAs: '{rows[same][2]}' and '{moa}'. Keep one of "
-                    "the rows, or both names in one cell as 'a|b'."
+                    f"{option('moa', path)}: {treatment_name(compound, concentration)} has two MoAs: '{rows[same][2]}' and '{moa}'. "
+                    "Keep one of the rows, or both names in one cell as 'a|b'."
                 )
             before.append(number)
 
@@ -253,7 +256,7 @@ class MoaTable:
         notes = [] if notes is None else notes
         frame = read_table(path, "a table of compound, concentration, moa", notes)
         here, _ = split_overrides(overrides or {}, list(frame.columns))
-        found = find_columns(list(frame.columns), here, f"--moa {path}")
+        found = find_columns(list(frame.columns), here, option("moa", path))
         if COMPOUND not in here:
             aliases = [c for c in frame.columns if plain_name(c) in ALIASES[COMPOUND]]
             wanted = {folded(c) for c in compounds}
@@ -264,9 +267,10 @@ class MoaTable:
                 found[COMPOUND] = best
         if COMPOUND not in found or MOA not in found:
             raise CellfastError(
-                f"--moa {path}: expected columns compound, moa (and concentration); found {', '.join(map(str, frame.columns[:20]))}."
+                f"{option('moa', path)}: expected columns compound, moa (and concentration); found "
+                f"{', '.join(map(str, frame.columns[:20]))}."
             )
-        table = canonical_metadata(frame[list(dict.fromkeys(found.values()))], found, f"--moa {path}", notes)
+        table = canonical_metadata(frame[list(dict.fromkeys(found.values()))], found, option("moa", path), notes)
         doses = table[CONCENTRATION] if CONCENTRATION in table and with_doses else np.full(len(table), math.nan)
         rows = list(zip(table[COMPOUND], map(float, doses), table[MOA]))
         return cls(path, [row for row in rows if row[0]], tuple(here))
@@ -299,7 +303,8 @@ def join_moa(
     """
     if COMPOUND not in metadata or not (metadata[COMPOUND] != "").any():
         raise CellfastError(
-            "--moa joins by compound, and the input has none: give --metadata TABLE, or name the column with --column compound=COLUMN."
+            f"{option('moa')} joins by compound, and the input has none: give {option('metadata', 'TABLE')}, or name the column with "
+            f"{option('columns', {'compound': 'COLUMN'})}."
         )
     notes: list[str] = []
     doses = metadata[CONCENTRATION].to_numpy(float) if CONCENTRATION in metadata else np.full(len(metadata), math.nan)
@@ -325,7 +330,7 @@ def join_moa(
         example = treatment_name(treatments[0][0], math.nan if treatments[0][1] < 0 else treatments[0][1])
         listed = treatment_name(*known.rows[0][:2]) if known.rows else "nothing"
         raise CellfastError(
-            f"--moa {path}: no treatment of the input is in it. The input has for example '{example}', the file '{listed}'."
+            f"{option('moa', path)}: no treatment of the input is in it. The input has for example '{example}', the file '{listed}'."
         )
     result = metadata.copy()
     result[MOA] = pd.Series(moas, index=result.index, dtype="str")
@@ -345,8 +350,8 @@ def join_moa(
 
 
 def unplaced_overrides(overrides: Mapping[str, str], placed: set[str], where: str) -> None:
-    """Raise `CellfastError` where ``--column`` named a column that no table has; ``where`` says which were looked at."""
+    """Raise `CellfastError` where the user named a column that no table has; ``where`` says which were looked at."""
     short = {canonical: name for name, canonical in SHORT_NAMES.items()}
     for canonical, column in overrides.items():
         if canonical not in placed:
-            raise CellfastError(f"--column {short[canonical]}={column}: {where} has a column '{column}'.")
+            raise CellfastError(f"{option('columns', {short[canonical]: column})}: {where} has a column '{column}'.")

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast import bounded
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import check_doubled, find_columns, is_measured, is_metadata
 
 ROWS_PER_BLOCK = 16384
@@ -311,8 +311,8 @@ class TextTable:
 def not_a_number(path: object, column: str, row: int, value: str) -> CellfastError:
     """The error for text in a feature column."""
     return CellfastError(
-        f"{path}, row {row}: column '{column}' is a feature and holds '{value[:60]}', which is not a number. Correct it, leave the cell "
-        "empty where the value is missing, or choose the features with --features."
+        f"{path}, row {row}: column '{column}' is a feature and holds '{value[:60]}', which is not a number. Correct it, "
+        f"leave the cell empty where the value is missing, or choose the features with {option('features')}."
     )
 
 

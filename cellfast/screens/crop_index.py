@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.doses import concentrations_um
 from cellfast.metadata.joins import MoaTable
 from cellfast.metadata.tables import read_table
@@ -54,13 +54,13 @@ def read_crop_index(
     """
     path = Path(path)
     if layout not in LAYOUTS:
-        raise CellfastError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        raise CellfastError(f"{option('layout')} must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     raw = read_table(path, f"an index of crops with the columns {','.join(COLUMNS)}").astype(str)
     known = {name.lower(): name for name in (*COLUMNS, *REFERENCE_COLUMNS)}
     raw.columns = [known.get(name.lower(), name) for name in raw.columns]
     folder = Path(root) if root is not None else path.parent
     if not folder.is_dir():
-        raise CellfastError(f"--root {folder}: no such folder; expected the one the index's file names are relative to")
+        raise CellfastError(f"{option('root', folder)}: no such folder; expected the one the index's file names are relative to")
     notes: list[str] = []
     if set(REFERENCE_COLUMNS[:2]) <= set(raw.columns):
         table = _from_reference(raw, path)

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.names import check_batch, check_text, file_name
 from cellfast.metadata.wells import well_name
 from cellfast.screens import schema, sealed
@@ -348,7 +348,9 @@ class Screen:
         screen = cls(path, [PlateStore(file) for file in files])
         screen.unfinished = what_is_missing(path, {store.plate for store in screen.plates})
         if screen.unfinished and not allow_unfinished:
-            raise CellfastError(f"{path}: {screen.unfinished}; or take the plates that are there with --allow-unfinished")
+            raise CellfastError(
+                f"{path}: {screen.unfinished}; or take the plates that are there with {option('allow_unfinished', True)}"
+            )
         return screen
 
     def metadata(self) -> pd.DataFrame:

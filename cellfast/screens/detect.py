@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 DEFAULT_DIAMETER_PX = 30.0
 # The foreground must be brighter than the background by so many standard deviations of the background, else the field is empty.
@@ -32,7 +32,7 @@ def detect_nuclei(
     from skimage.segmentation import watershed
 
     if not 3 <= diameter_px <= 500:
-        raise CellfastError(f"--diameter must lie in 3..500 px, got {diameter_px:g}")
+        raise CellfastError(f"{option('diameter_px')} must lie in 3..500 px, got {diameter_px:g}")
     none = np.zeros(0, np.float32)
     smooth = ndimage.gaussian_filter(plane.astype(np.float32), diameter_px / 15)
     # The background varies slowly; a low percentile over a coarse grid follows it without following the nuclei.

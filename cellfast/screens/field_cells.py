@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.cutting import crop_origins, cut_crops, inside
 from cellfast.screens.illumination import Illumination
@@ -224,7 +224,7 @@ def count_refused(
     """
     where = f"{field.well} site {field.site}"
     if strict:
-        raise CellfastError(f"plate {field.plate}, {where}: {error} (--strict stops here)")
+        raise CellfastError(f"plate {field.plate}, {where}: {error} ({option('strict', True)} stops here)")
     ledger.refuse_field(error.reason, where, str(error))
     if found is not None:
         ledger.cells_found += len(found.object_number) + sum(found.dropped.values())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.canonical import canonical_metadata
 from cellfast.metadata.columns import BATCH, COMPOUND, CONCENTRATION, IMAGE_NUMBER, MOA, PLATE, SITE, WELL, find_columns
 from cellfast.metadata.tables import read_table
@@ -88,7 +88,9 @@ def read_image_table(
     illumination: dict[tuple[str, str], tuple[str, str]] = {}
     found = find_columns(list(table.columns), where=str(path))
     if PLATE not in found and plate is None:
-        raise CellfastError(f"{path}: no column with the plate (found {found_columns(table)}); name the plate with --plate")
+        raise CellfastError(
+            f"{path}: no column with the plate (found {found_columns(table)}); name the plate with {option('plate')}"
+        )
     known = canonical_metadata(table[list(dict.fromkeys(found.values()))], found, str(path), notes)
     if WELL not in known:
         notes.append("the table has no wells: all fields are taken to be of well A01")
@@ -147,14 +149,15 @@ def image_table_from_pattern(
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise CellfastError(f"--pattern {pattern!r} is not a regular expression: {error}") from error
+        raise CellfastError(f"{option('pattern', pattern)} is not a regular expression: {error}") from error
     groups = set(regex.groupindex)
     if "channel" not in groups or not ("well" in groups or {"row", "column"} <= groups):
         raise CellfastError(
-            f"--pattern must have the groups (?P<channel>…) and (?P<well>…), or row and column; it has {sorted(groups) or 'none'}"
+            f"{option('pattern')} must have the groups (?P<channel>…) and (?P<well>…), or row and column; it has "
+            f"{sorted(groups) or 'none'}"
         )
     if "plate" not in groups and plate is None:
-        raise CellfastError("--pattern has no group (?P<plate>…): name the plate with --plate")
+        raise CellfastError(f"{option('pattern')} has no group (?P<plate>…): name the plate with {option('plate')}")
     found: dict[tuple[str, str, int], dict[str, str]] = {}
     unmatched = []
     for name, file in files_under(root):
@@ -172,16 +175,18 @@ def image_table_from_pattern(
         files = found.setdefault(key, {})
         if part["channel"] in files:
             raise CellfastError(
-                f"--pattern matches two files for plate {key[0]}, well {key[1]}, site {site}, channel {part['channel']}: {files[part['channel']]} and {file}"
+                f"{option('pattern')} matches two files for plate {key[0]}, well {key[1]}, site {site}, channel {part['channel']}: "
+                f"{files[part['channel']]} and {file}"
             )
         files[part["channel"]] = str(file)
     if not found:
         raise CellfastError(
-            f"--pattern matches none of {len(unmatched)} files under {root}" + (f", such as {unmatched[0]}" if unmatched else "")
+            f"{option('pattern')} matches none of {len(unmatched)} files under {root}"
+            + (f", such as {unmatched[0]}" if unmatched else "")
         )
     known = sorted({channel for files in found.values() for channel in files})
     names = chosen(channels, known, "file names")
-    notes = [f"{len(unmatched)} files under --image-root do not match the pattern, such as {unmatched[0]}"] if unmatched else []
+    notes = [f"{len(unmatched)} files under {root} do not match the pattern, such as {unmatched[0]}"] if unmatched else []
     fields = [
         Field(plate=p, well=w, site=s, image_number=i + 1, files=tuple(files.get(name, "") for name in names))
         for i, ((p, w, s), files) in enumerate(sorted(found.items()))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast.bounded import load_npy
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.batches import batches_of_plates
 from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
@@ -87,7 +87,9 @@ def _channels_first(pixels: np.ndarray, path: Path, layout: str, num_channels: i
         return pixels.transpose(2, 0, 1)
     if pixels.shape[0] <= MOST_CHANNELS:
         return pixels
-    raise CropError(f"{path}: cannot tell the channels of shape {pixels.shape}; say --layout HWC or CHW", "wrong shape")
+    raise CropError(
+        f"{path}: cannot tell the channels of shape {pixels.shape}; say {option('layout', 'HWC')} or CHW", "wrong shape"
+    )
 
 
 def _probe(index: CropIndex) -> tuple[tuple[int, int, int], np.dtype]:
@@ -104,12 +106,12 @@ def _probe(index: CropIndex) -> tuple[tuple[int, int, int], np.dtype]:
         key = (crop.shape, crop.dtype.name)
         seen[key] = seen.get(key, 0) + 1
     if not seen:
-        raise CellfastError(f"none of {len(positions)} crops tried can be read; check --root. {'; '.join(errors[:3])}")
+        raise CellfastError(f"none of {len(positions)} crops tried can be read; check {option('root')}. {'; '.join(errors[:3])}")
     shape, dtype = max(seen, key=lambda key: seen[key])
     if shape[1] != shape[2]:
         raise CellfastError(
             f"{index.table['file'].iloc[0]}: crops must be square, got {shape[1]} × {shape[2]} px with {shape[0]} channels; "
-            "channels side by side need --layout strip"
+            f"channels side by side need {option('layout', 'strip')}"
         )
     return shape, np.dtype(dtype)
 
@@ -140,7 +142,7 @@ def ingest_crops(
         channel_names = [f"channel{i + 1}" for i in range(shape[0])]
     if len(channel_names) != shape[0]:
         raise CellfastError(
-            f"--channels names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
+            f"{option('channels')} names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
         )
     tasks, times = [], FileTimes()
     batches, _ = batches_of_plates([str(plate) for plate in index.table["plate"].unique()], batch_regex)
@@ -211,7 +213,7 @@ def ingest_crop_plate(task: PlateTask) -> PlateLedger:
                         raise CropError(f"{row.file}: expected {dtype} as most crops have, got {crop.dtype}", "wrong bit depth")
                 except CropError as error:
                     if work["strict"]:
-                        raise CellfastError(f"{error} (--strict stops here)") from error
+                        raise CellfastError(f"{error} ({option('strict', True)} stops here)") from error
                     ledger.drop_cells(error.reason, 1)
                     ledger.refusals.append({"reason": error.reason, "where": f"{well} site {site}", "message": str(error)})
                 else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.paths import Place, like_a_plate, plate_of_path
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.detect import centroids_of_labels
@@ -147,7 +147,7 @@ def _cells_of(labels: np.ndarray, path: str, *, split: bool) -> Locations:
 
 def _check_objects(labels: np.ndarray, path: str, number: np.ndarray, of_piece: np.ndarray, area: np.ndarray) -> None:
     """Refuse masks whose labels are no objects: binary ones, and those of classes such as nucleus, border and background."""
-    hint = "--split-components makes each connected piece a cell; or save the mask with a label for each cell"
+    hint = f"{option('split_components', True)} makes each connected piece a cell; or save the mask with a label for each cell"
     if len(number) == 1:
         raise LocationError(
             f"{path}: a binary mask: all its labelled pixels are {number[0]}, in {len(of_piece)} pieces; {hint}", "binary mask"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata import joins
 from cellfast.metadata.columns import BATCH, COMPOUND, CONCENTRATION, IMAGE_NUMBER, MOA, PLATE, WELL
 from cellfast.metadata.treatments import treatment_name
@@ -19,7 +19,7 @@ from cellfast.screens.image_table import Field, ImageTable
 
 @dataclass(frozen=True)
 class JoinReport:
-    """What did not join: wells or treatments without a row in the table, and rows that no field uses; ``placed``: the ``--column`` choices
+    """What did not join: wells or treatments without a row in the table, and rows that no field uses; ``placed``: the columns chosen by the user
     that the table has.
     """
 
@@ -79,7 +79,9 @@ def join_moa(table: ImageTable, path: str | Path, overrides: Mapping[str, str] |
         CellfastError: as there, or fields without compounds.
     """
     if not any(f.compound for f in table.fields):
-        raise CellfastError(f"{path}: the image table has no compounds to join a MoA to; join them first with --metadata")
+        raise CellfastError(
+            f"{path}: the image table has no compounds to join a MoA to; join them first with {option('metadata')}"
+        )
     joined, report = joins.join_moa(_frame(table), path, overrides)
     fields = _fields(table, joined)
     missing = Counter(treatment_name(f.compound, f.concentration) for f in fields if not f.moa)

@@ -10,7 +10,7 @@ import torch
 
 from cellfast import __version__
 from cellfast.atomic import atomic_path, partial_path
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.models import SimCLR
 from cellfast.tensor_file import load_tensors, write_tensors
 
@@ -93,7 +93,7 @@ def find_checkpoint(path: Path) -> tuple[Path | None, str]:
                 f"; the one before it cannot be used either: {other}" if earlier.exists() else f", and there is no {earlier.name}"
             )
             raise CellfastError(
-                f"{error}{also}. Copy the checkpoint back from where it was whole, or start anew with --force"
+                f"{error}{also}. Copy the checkpoint back from where it was whole, or start anew with {option('force', True)}"
             ) from error
         kept = path.with_name("damaged.pt")
         os.replace(path, kept)

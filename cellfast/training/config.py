@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from cellfast.atomic import write_text
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.printable import masked_values
 
 # As in cellfast.models, which imports torch; a test compares them.
@@ -93,7 +93,7 @@ class TrainConfig:
         group="Input",
     )
     augment: dict[str, Any] = _value(  # noqa: RUF009
-        {"preset": "default"}, "Augmentation preset; single values with --set augment.NAME=VALUE.", group="Input"
+        {"preset": "default"}, "Augmentation preset; single values as augment.NAME.", group="Input"
     )
     plates: list[str] = _value([], "Train on these plates only (comma-separated); none given: all.", group="Input")  # noqa: RUF009
     hold_out_plates: list[str] = _value([], "Leave these plates out of training and validation.", group="Input")  # noqa: RUF009
@@ -127,7 +127,7 @@ class TrainConfig:
     epochs: int = _value(100, "Passes over the training cells.", minimum=0, group="Optimisation")
     steps: int | None = _value(
         None,
-        "Minibatches in all, instead of epochs; 0 writes the model as it starts: random (the baseline), or with --weights.",
+        "Minibatches in all, instead of epochs; 0 writes the model as it starts: random (the baseline), or with weights.",
         minimum=0,
         group="Optimisation",
     )
@@ -390,11 +390,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """``key=value`` of ``--set`` as a key and a YAML value, e.g. ``lr=3e-4``, ``augment.rotation_deg=90``, ``plates=[A, B]``."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise CellfastError(f"--set {text!r}: expected key=value, e.g. --set lr=3e-4")
+        raise CellfastError(f"{option('set', text)}: expected key=value, e.g. {option('set', 'lr=3e-4')}")
     try:
         return key.strip(), _yaml(value)
     except CellfastError as error:
-        raise CellfastError(f"--set {text[:200]!r}: the value is not valid YAML: {error}") from error
+        raise CellfastError(f"{option('set', text[:200])}: the value is not valid YAML: {error}") from error
 
 
 def resolve_config(
@@ -411,7 +411,9 @@ def resolve_config(
     if "recipe" in overrides:
         recipe = overrides.pop("recipe")
     if recipe and "recipe" in from_file and from_file["recipe"] != recipe:
-        raise CellfastError(f"--recipe {recipe} contradicts {file}, whose recipe is {from_file['recipe']}: give one of them")
+        raise CellfastError(
+            f"{option('recipe', recipe)} contradicts {file}, whose recipe is {from_file['recipe']}: give one of them"
+        )
     name = recipe or from_file.get("recipe", "default")
     if not isinstance(name, str) or name not in RECIPES:
         raise CellfastError(f"recipe: {name!r} is not known: choose one of {', '.join(RECIPES)}")
@@ -426,10 +428,10 @@ def resolve_config(
     if "augment" in overrides:
         given = overrides.pop("augment")
         # Another preset starts anew: single values of the old one would be a mixture nobody asked for.
-        augment = _augment_values(given, "--set")
+        augment = _augment_values(given, "configuration")
     for key, value in single.items():
         augment[key.removeprefix("augment.")] = value
-    check_keys(overrides, "--set")
+    check_keys(overrides, "configuration")
     values.update(overrides)
     if augment:
         values["augment"] = augment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.training.step import TrainingStep
 
 _WARM_UP = 3
@@ -31,7 +31,7 @@ class GraphedStep(TrainingStep):
         elif self.chunk_size is not None:
             reason = "a minibatch in pieces (chunk_size) is not recorded"
         if reason:
-            raise CellfastError(f"--cuda-graphs cannot be used: {reason}")
+            raise CellfastError(f"{option('cuda_graphs', True)} cannot be used: {reason}")
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def compute_loss(self, views: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 # How long one exchange may take. It must exceed a validation on rank 0, during which the others wait.
 TIMEOUT = timedelta(minutes=30)
@@ -77,8 +77,8 @@ def lost_sentence(error: BaseException) -> str:
     missing = re.search(r"[Rr]anks? ([\d, ]+?) failed to pass", str(error))
     who = f"process {missing[1]}" if missing else "another process"
     return (
-        f"{who} of this training has ended or answers no more, so this one stopped too; what it says itself stands above or in its own log. "
-        "The same command with --resume goes on from the last checkpoint"
+        f"{who} of this training has ended or answers no more, so this one stopped too; what it says itself stands above or in its "
+        f"own log. The same command with {option('resume', True)} goes on from the last checkpoint"
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from cellfast.augment import AugmentConfig, TwoViews
 from cellfast.data import Loader
 from cellfast.data.malloc import tune_malloc
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.losses import NTXentLoss
 from cellfast.model_file import ModelMetadata, load_weights, save_model
 from cellfast.models import ModelConfig, build_model
@@ -93,14 +93,10 @@ def train(
         checkpoint, note = processes.first_does(lambda: folder.take(resume=resume, force=force))
         return _Training(Path(screen_path), folder, config, device, processes, checkpoint, note, allow_unfinished, say).run()
     except torch.OutOfMemoryError as error:
-        raise CellfastError(
-            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
-        ) from error
+        raise _out_of_memory(f" on {device}", config) from error
     except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
-            raise CellfastError(
-                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
-            ) from error
+            raise _out_of_memory("", config) from error
         lost = processes.lost(error)
         if lost is None:
             raise
@@ -108,6 +104,13 @@ def train(
     finally:
         folder.release()
         processes.stop()
+
+
+def _out_of_memory(where: str, config: TrainConfig) -> CellfastError:
+    return CellfastError(
+        f"out of memory{where}: use a smaller {option('batch_size')} (now {config.batch_size}), {option('output_size')} or "
+        f"{option('encoder')}, or {option('chunk_size')} to encode it in pieces"
+    )
 
 
 class _Training:
@@ -145,7 +148,7 @@ class _Training:
         if len(self.split.training) < config.batch_size and not self.total_is_zero:
             raise CellfastError(
                 f"{screen_path}: {len(self.split.training)} cells to train on are fewer than one minibatch of {config.batch_size}; "
-                "use a smaller --batch-size, or more cells"
+                f"use a smaller {option('batch_size')}, or more cells"
             )
         self.output_size = config.output_size or automatic_output_size(screen.crop_size)
         augment = dict(config.augment)
@@ -178,7 +181,7 @@ class _Training:
             self.model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
         self.loader = None if self.total_is_zero else self._make_loader()
-        # Last: --force discards the earlier run only when nothing else stands in the way of this one.
+        # Last: the earlier run is discarded the earlier run only when nothing else stands in the way of this one.
         if processes.is_first and checkpoint is None:
             folder.clear()
         self.steps_per_epoch = len(self.loader) if self.loader else 0
@@ -358,8 +361,9 @@ class _Training:
     def _not_finite(self, what: str) -> None:
         kept = f"; the last good state is in {self.folder.checkpoint}" if self.folder.checkpoint.exists() else ""
         raise CellfastError(
-            f"{what}{kept}. Try a smaller --lr (now {self.config.lr:g}), a longer --warmup "
-            f"(now {self.config.warmup:g}), a higher --temperature (now {self.config.temperature:g}), --clip-grad-norm 1, or float32 (no --amp)"
+            f"{what}{kept}. Try a smaller {option('lr')} (now {self.config.lr:g}), a longer {option('warmup')} "
+            f"(now {self.config.warmup:g}), a higher {option('temperature')} (now {self.config.temperature:g}), "
+            f"{option('clip_grad_norm', 1)}, or float32 (no {option('amp')})"
         )
 
     def _validate(self, log: MetricsLog, step: int, progress: Progress) -> dict[str, float]:

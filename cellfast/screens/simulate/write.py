@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellfast import __version__
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.progress import Progress
 from cellfast.screens.simulate.cells import NoiseBank
 from cellfast.screens.simulate.design import (
@@ -111,13 +111,13 @@ def _prepare(out: Path, force: bool) -> Path:
     if present and not force:
         shown = ", ".join(present[:5]) + (", …" if len(present) > 5 else "")
         raise CellfastError(
-            f"{out} is not empty (it holds {shown}): give another folder, or --force to replace a simulated screen there"
+            f"{out} is not empty (it holds {shown}): give another folder, or {option('force', True)} to replace a simulated screen there"
         )
     taken = [name for name in present if name in _PRODUCTS]
     if taken and not _is_simulation(out):
         raise CellfastError(
-            f"{out} holds {', '.join(taken)} but no simulation.json of cellfast: --force replaces only what cellfast simulated; "
-            "give another folder"
+            f"{out} holds {', '.join(taken)} but no simulation.json of cellfast: {option('force', True)} replaces only what cellfast "
+            "simulated; give another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     for stale in out.iterdir():
