@@ -20,7 +20,7 @@ from cellfast.bounded import check_claim
 from cellfast.errors import CellfastError, option
 from cellfast.metadata.names import check_text
 from cellfast.models import ModelConfig, SimCLR, adapt_input_channels
-from cellfast.printable import printable
+from cellfast.printable import Shown, printable
 from cellfast.tensor_file import load_tensors, write_tensors
 
 FORMAT = "cellfast-model"
@@ -102,14 +102,20 @@ class ModelMetadata:
         return cls(**{"cellfast_version": "", **{name: value for name, value in values.items() if name in known}})
 
 
-@dataclass
-class LoadedModel:
+@dataclass(repr=False)
+class LoadedModel(Shown):
     """A model from a file, on its device in evaluation mode, with what it was trained for."""
 
     model: SimCLR
     metadata: ModelMetadata
     path: Path
     digest: str
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return format_description(self.describe())
 
     @property
     def channel_names(self) -> list[str]:

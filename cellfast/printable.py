@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +125,16 @@ def has_unprintable(text: str) -> bool:
 def printable(text: object, keep: str = "") -> str:
     """``text`` masked and escaped: one line, for people."""
     return escaped(masked(str(text)), keep)
+
+
+class Shown:
+    """What is shown at the Python prompt and in a notebook is ``__str__``, printable."""
+
+    def __repr__(self) -> str:
+        return printable(self, keep="\n")
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
 
 class _PrintableStream:

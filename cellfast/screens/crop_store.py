@@ -17,6 +17,7 @@ import pandas as pd
 from cellfast.errors import CellfastError, option
 from cellfast.metadata.names import check_batch, check_text, file_name
 from cellfast.metadata.wells import well_name
+from cellfast.printable import Shown
 from cellfast.screens import schema, sealed
 from cellfast.screens.hdf5_tables import datasets_of, values_of
 from cellfast.screens.unfinished import what_is_missing
@@ -293,7 +294,7 @@ class PlateStore:
         self._refuse(bad)
 
 
-class Screen:
+class Screen(Shown):
     """All plates of a screen, as one sequence of cells: global row = ``offsets[plate] + row in the plate``.
 
     Attributes:
@@ -324,6 +325,17 @@ class Screen:
         self.channel_names, self.crop_size, self.dtype = list(first.channel_names), first.crop_size, first.dtype
         self.offsets = np.concatenate([[0], np.cumsum([store.num_cells for store in self.plates])]).astype(np.int64)
         self.num_cells = int(self.offsets[-1])
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        batches = len({store.batch for store in self.plates})
+        return (
+            f"screen {self.path}: {self.num_cells:,} cells of {self.crop_size} px, {np.dtype(self.dtype).name}, on {len(self.plates)} plates "
+            f"of {batches} batches; channels {', '.join(self.channel_names)}"
+            + (f"; {self.unfinished}" if self.unfinished else "")
+        )
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_unfinished: bool = False) -> Screen:

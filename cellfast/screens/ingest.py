@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -16,6 +15,7 @@ from typing import Any
 from cellfast.atomic import remove_abandoned, told_when_full
 from cellfast.errors import CellfastError, option
 from cellfast.folder_lock import FolderLock
+from cellfast.fresh_processes import FreshProcesses
 from cellfast.printable import masked_values
 from cellfast.progress import Progress
 from cellfast.screens import unfinished
@@ -209,8 +209,7 @@ def _run_parallel(
     workers: int,
     shown: _Shown,
 ) -> None:
-    # spawn: a fork would copy locks of HDF5 and of thread pools in the state another thread left them in.
-    context = multiprocessing.get_context("spawn")
+    context = FreshProcesses()
     counter = context.Array("q", 2)
     with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_begin_worker, initargs=(counter,)) as pool:
         plate_of = {pool.submit(_do, work, task): task.plate for task in todo}

@@ -22,6 +22,7 @@ from cellfast.errors import CellfastError, option
 from cellfast.losses import NTXentLoss
 from cellfast.model_file import ModelMetadata, load_weights, save_model
 from cellfast.models import ModelConfig, build_model
+from cellfast.printable import Shown
 from cellfast.progress import Progress
 from cellfast.screens import Screen
 from cellfast.training.checkpoint import load_checkpoint, restore, save_checkpoint
@@ -40,9 +41,9 @@ from cellfast.training.step import TrainingStep, TwoViewModel, views_seed
 from cellfast.training.validation import Validation
 
 
-@dataclass
-class TrainResult:
-    """How a training ended."""
+@dataclass(repr=False)
+class TrainResult(Shown):
+    """How a training ended; as a path it is the run folder."""
 
     steps: int
     interrupted: bool
@@ -50,6 +51,17 @@ class TrainResult:
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict)
     cells_per_second: float | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.model.parent)
+
+    def __str__(self) -> str:
+        end = f"stopped at step {self.steps}" if self.interrupted else f"{self.steps} steps"
+        parts = [f"run {self.model.parent}: {end}"]
+        parts += [f"loss {self.loss:.4g}"] if self.loss is not None else []
+        parts += [f"{name} {value:.4g}" for name, value in self.validation.items()]
+        parts += [f"{self.cells_per_second:,.0f} cells/s"] if self.cells_per_second else []
+        return ", ".join(parts)
 
 
 def train(
