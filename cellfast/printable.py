@@ -18,7 +18,10 @@ _UNPRINTABLE = re.compile(
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 # Names of values that are secret wherever they stand; in a URL the shorter ones are as well.
-_SECRET = r"secret|passw(?:or)?d|passwd|passphrase|pwd|token|signature|credentials?|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|connection[_-]?string"
+_SECRET = (
+    r"secret|passw(?:or)?d|passwd|passphrase|pwd|token|signature|credentials?|api[_-]?key|access[_-]?key|account[_-]?key"
+    r"|private[_-]?key|connection[_-]?string"
+)
 # One of these is in every text that the patterns below find something in.
 _SECRET_WORDS = ("secret", "pass", "pwd", "token", "signature", "credential", "key", "connection", "bearer", "authorization")
 _SECRET_NAME = re.compile(rf"(?i)(?:{_SECRET}|authorization|^x-(?:amz|goog)-|^(?:key|sig|sas|auth|pass|user|username|code)$)")

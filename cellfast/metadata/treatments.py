@@ -18,10 +18,10 @@ CONTROL_COMPOUND = "DMSO"
 # What cells are or were given besides the compound: profiles of different ones are not replicates of a treatment.
 _BIOLOGY = {
     "cell_line", "cellline", "cell_type", "celltype", "cell_model", "strain", "species", "donor", "patient", "tissue", "clone",
-    "time", "timepoint", "time_point", "time_h", "time_hours", "hours", "day", "days", "treatment_time", "incubation_time", "exposure_time",
-    "pert_time", "genotype", "genetic_background", "mutation", "gene", "gene_symbol", "symbol", "guide", "guide_id", "sgrna", "grna", "sirna", "orf",
-    "crispr", "stimulus", "stimulation", "medium", "media", "stain", "staining", "dye", "cell_density", "seeding_density", "density",
-    "passage",
+    "time", "timepoint", "time_point", "time_h", "time_hours", "hours", "day", "days", "treatment_time", "incubation_time",
+    "exposure_time", "pert_time", "genotype", "genetic_background", "mutation", "gene", "gene_symbol", "symbol", "guide", "guide_id",
+    "sgrna", "grna", "sirna", "orf", "crispr", "stimulus", "stimulation", "medium", "media", "stain", "staining", "dye",
+    "cell_density", "seeding_density", "density", "passage",
 }  # fmt: skip
 
 

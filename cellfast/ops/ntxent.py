@@ -12,7 +12,10 @@ from cellfast.ops.extension import backends, require_cpu_backend
 
 require_cpu_backend()
 
-NO_DOUBLE_BACKWARD = "cellfast.ops.ntxent_loss has first-order gradients only; for a gradient of its gradient use cellfast.ops.ntxent_loss_reference"
+NO_DOUBLE_BACKWARD = (
+    "cellfast.ops.ntxent_loss has first-order gradients only; for a gradient of its gradient use "
+    "cellfast.ops.ntxent_loss_reference"
+)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

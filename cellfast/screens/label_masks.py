@@ -89,7 +89,8 @@ class MaskLocations:
         """Masks that belong to no field of the image table; images of the table's that lie in the same folder are none."""
         if not self.left:
             return None
-        return f"{len(self.left):,} images in the folder of masks are of no field of the image table, such as {Path(self.left[0]).name}"
+        first = Path(self.left[0]).name
+        return f"{len(self.left):,} images in the folder of masks are of no field of the image table, such as {first}"
 
     def _read(self, path: str, planes: Callable[[int], np.ndarray]) -> Locations:
         shape = planes(0).shape

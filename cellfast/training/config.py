@@ -324,8 +324,8 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
 
 # What other programs call these.
 _SYNONYMS = {
-    "learning_rate": "lr", "tau": "temperature", "wd": "weight_decay", "batch": "batch_size", "model": "encoder", "arch": "encoder",
-    "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment", "out_dim": "projection_dim",
+    "learning_rate": "lr", "tau": "temperature", "wd": "weight_decay", "batch": "batch_size", "model": "encoder",
+    "arch": "encoder", "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment", "out_dim": "projection_dim",
 }  # fmt: skip
 
 
