@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ class ViewParameters:
         def part(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values.unflatten(0, (2, batch))[:, cells].flatten(0, 1)
 
-        kept = {name: part(getattr(self, name)) for name in _PER_VIEW}
+        kept: dict[str, Any] = {name: part(getattr(self, name)) for name in _PER_VIEW}
         return ViewParameters(elastic=self.elastic, **kept)
 
     def on(self, device: torch.device) -> ViewParameters:
@@ -192,7 +193,7 @@ def smoothing_basis(size: int, sigma: float) -> torch.Tensor:
     return (weights / weights.norm(dim=1, keepdim=True)).float()
 
 
-def _uniform(bounds: Range, shape: int | tuple[int, int]) -> torch.Tensor:
+def _uniform(bounds: Range, shape: int | tuple[int, ...]) -> torch.Tensor:
     from kornia.augmentation.random_generator import PlainUniformGenerator
 
     count = shape if isinstance(shape, int) else math.prod(shape)

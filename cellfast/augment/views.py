@@ -166,7 +166,7 @@ class TwoViews:
             return values.unflatten(0, (2, batch))[:, cells].transpose(0, 1).contiguous().to(device, non_blocking=True)
 
         grid = _affine_grid(grid_matrix[:, cells].transpose(0, 1).contiguous().to(device, non_blocking=True), s)
-        if p.elastic is not None:
+        if p.elastic is not None and p.elastic_row is not None:
             self._displace(grid.view(2 * k, s, s), p.elastic, p.elastic_row.unflatten(0, (2, batch))[:, cells].T.reshape(-1))
         points = torch.view_as_real(grid).view(k, 2 * s, s, 2)
         v = F.grid_sample(x, points, mode="bilinear", padding_mode=self.config.padding, align_corners=False)
@@ -185,7 +185,7 @@ class TwoViews:
             v.mul_(gain[..., None, None])
             if offset is not None:
                 v.add_(offset[..., None, None])
-        if p.noise_std is not None:
+        if p.noise_std is not None and p.noise_start is not None:
             std = of_chunk(p.noise_std)[:, None, :].expand(k, self.num_channels, 2)
             start = of_chunk(p.noise_start).transpose(1, 2)
             windows = self._constant("noise", device).as_strided((NOISE_STARTS, s * s), (NOISE_STEP, 1))

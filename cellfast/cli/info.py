@@ -30,9 +30,9 @@ def info(
     """
     import json
 
-    if (screen is None) == (not system):
+    if (screen is None) != system:
         raise click.UsageError("give either SCREEN, MODEL or --system")
-    if system:
+    if screen is None:
         from cellfast.system import format_report, system_report
 
         report = system_report()

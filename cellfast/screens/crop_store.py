@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class PlateStore:
                     f"{self.path}: truncated: the pixels end at byte {self._offset + length:,}, the file at {self.path.stat().st_size:,}; {AGAIN}"
                 )
 
-        def table(group: str, columns: dict[str, np.dtype | None]) -> dict[str, np.ndarray]:
+        def table(group: str, columns: Mapping[str, np.dtype | None]) -> dict[str, np.ndarray]:
             return {name: values_of(datasets[f"{group}/{name}"], self.path, dtype) for name, dtype in columns.items()}
 
         number = np.dtype(np.float64)
@@ -108,7 +108,7 @@ class PlateStore:
         self._fields = table(schema.FIELDS, schema.FIELD_COLUMNS)
         self._wells = table(schema.WELLS, {**dict.fromkeys(schema.WELL_TEXT), "concentration_um": number})
         self.source_files = values_of(datasets[f"{schema.FIELDS}/source_files"], self.path, None)
-        self.ledger: dict[str, Any] | None = json.loads(values_of(datasets["ledger"], self.path, None)[()])
+        self.ledger: dict[str, Any] | None = json.loads(str(values_of(datasets["ledger"], self.path, None)[()]))
         if not isinstance(self.options, dict) or not isinstance(self.ledger, (dict, type(None))):
             raise CellfastError(f"{self.path}: its options and its ledger must be JSON objects; {AGAIN}")
         self._check_names()
@@ -143,8 +143,9 @@ class PlateStore:
         for name, values in {**self._cells, **self._fields, **self._wells}.items():
             if values.ndim != 1:
                 raise CellfastError(f"{self.path}: table column {name} must have one axis, got shape {values.shape}; {AGAIN}")
-        for group in (self._fields, self._wells, dict(enumerate((self.channel_names, self.scale_low, self.scale_high)))):
-            if len({len(values) for values in group.values()}) > 1:
+        channels: list[Any] = [self.channel_names, self.scale_low, self.scale_high]
+        for columns in (self._fields.values(), self._wells.values(), channels):
+            if len({len(values) for values in columns}) > 1:
                 raise CellfastError(f"{self.path}: the columns of a table are not of one length; {AGAIN}")
         num_fields, num_wells = len(self._fields["well"]), len(self._wells["name"])
         for rows, bound, what in (
@@ -266,7 +267,7 @@ class PlateStore:
         crops = np.empty((stop - start, *self._shape[1:]), dtype=self.dtype)
         if not crops.size:
             return crops
-        memory, done = memoryview(crops.reshape(-1).view(np.uint8)), 0
+        memory, done = crops.reshape(-1).view(np.uint8).data, 0
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * crops[0].nbytes)
             while done < len(memory):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -31,7 +31,7 @@ class FileColumns:
     file: str | None = None
     url: str | None = None
 
-    def of(self, row: dict[str, Any]) -> tuple[str, str]:
+    def of(self, row: Mapping[Any, Any]) -> tuple[str, str]:
         """(folder, name) in a row of the table; ``("", "")`` where it names none. Either may be of a URL, or have ``\\`` for ``/``."""
         name = str(row[self.file]).strip() if self.file is not None else ""
         if self.url is not None and (self.folder is None or not name):

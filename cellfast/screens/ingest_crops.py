@@ -113,7 +113,7 @@ def _probe(index: CropIndex) -> tuple[tuple[int, int, int], np.dtype]:
             f"{index.table['file'].iloc[0]}: crops must be square, got {shape[1]} × {shape[2]} px with {shape[0]} channels; "
             f"channels side by side need {option('layout', 'strip')}"
         )
-    return shape, np.dtype(dtype)
+    return (shape[0], shape[1], shape[2]), np.dtype(dtype)
 
 
 def ingest_crops(
@@ -200,7 +200,9 @@ def ingest_crop_plate(task: PlateTask) -> PlateLedger:
         options=task.options,
     ) as writer:
         for (well, site), group in groups:
-            crops, kept = [], []
+            crops: list[np.ndarray] = []
+            kept: list[Any] = []
+            row: Any
             for row in group.itertuples():
                 try:
                     crop = read_crop(row.file, layout=work["layout"], num_channels=shape[0])

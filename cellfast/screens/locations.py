@@ -58,10 +58,14 @@ FAR_PX = 1e9
 
 
 class LocationSource(Protocol):
-    """Anything that knows where the cells of a field are; ``description`` identifies it in the ledger."""
+    """Anything that knows where the cells of a field are."""
 
-    description: str
     reads_images: bool
+
+    @property
+    def description(self) -> str:
+        """What the source is; the ledger names it."""
+        ...
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
         """The cells of ``field``; ``planes(channel)`` reads a plane. Raises `LocationError` when the source has nothing for the field."""
@@ -272,7 +276,7 @@ class TableLocations:
         )
 
 
-def _grouped(table: pd.DataFrame, keys: Sequence[tuple[Any, ...]], path: Path | str) -> dict[tuple[Any, ...], Locations]:
+def _grouped(table: pd.DataFrame, keys: list[Any], path: Path | str) -> dict[tuple[Any, ...], Locations]:
     codes, unique = pd.factorize(pd.Series(keys, dtype=object))
     groups = {key: _locations_of(table.iloc[rows], str(path)) for key, rows in zip(unique, _rows_of(codes, len(unique)))}
     return {tuple(key[:-1]) + (int(key[-1]),): found for key, found in groups.items()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cellfast.errors import CellfastError, option
+from cellfast.training.gradient_cache import ViewPieces
 from cellfast.training.step import TrainingStep
 
 _WARM_UP = 3
@@ -21,7 +24,7 @@ class GraphedStep(TrainingStep):
         CellfastError: a CPU, several processes, or a ``chunk_size``.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         reason = None
         if self.device.type != "cuda":
@@ -34,10 +37,12 @@ class GraphedStep(TrainingStep):
             raise CellfastError(f"{option('cuda_graphs', True)} cannot be used: {reason}")
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def compute_loss(self, views: Tensor) -> Tensor:
+    def compute_loss(self, views: Tensor | ViewPieces) -> Tensor:
         """The loss of a minibatch of views; its gradients are already in the parameters."""
+        assert isinstance(views, Tensor)
         if self._graph is None:
             self._record(views)
+        assert self._graph is not None
         if views.shape != self._views.shape:
             raise CellfastError(f"the recorded step takes views {list(self._views.shape)}, got {list(views.shape)}")
         self._views.copy_(views)

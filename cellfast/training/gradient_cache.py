@@ -59,12 +59,12 @@ class GradientCache:
         self, module: nn.Module, encode: Callable[[nn.Module, Tensor], Tensor], loss: Callable[[Tensor], Tensor]
     ) -> None:
         self.module, self.encode, self.loss = module, encode, loss
-        self._distributed = isinstance(module, nn.parallel.DistributedDataParallel)
         self._pending: tuple[ViewPieces, Tensor] | None = None
 
     def compute_loss(self, pieces: ViewPieces) -> Tensor:
         """The loss of the whole minibatch; call :meth:`backward` with it before the next."""
-        inner = self.module.module if self._distributed else self.module
+        module = self.module
+        inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
         with torch.no_grad(), _batch_norm_remembers_nothing(inner):
             parts = [self.encode(inner, pieces[number]) for number in range(len(pieces))]
         # [2B, D] with the first views of all cells first, as the loss pairs them.
@@ -78,10 +78,12 @@ class GradientCache:
         assert self._pending is not None, "compute_loss comes first"
         (pieces, z), self._pending = self._pending, None
         loss.backward()
+        assert z.grad is not None
         gradient = z.grad.unflatten(0, (2, -1))
         for number, cells in enumerate(pieces.cells):
             last = number + 1 == len(pieces)
-            with self.module.no_sync() if self._distributed and not last else nullcontext():
+            shared = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
+            with nullcontext() if shared is None or last else shared.no_sync():
                 part = self.encode(self.module, pieces[number])
                 part.backward(gradient[:, cells].flatten(0, 1))
 

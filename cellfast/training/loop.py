@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ class _Training:
             self.model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
         self.loader = None if self.total_is_zero else self._make_loader()
-        # Last: the earlier run is discarded the earlier run only when nothing else stands in the way of this one.
+        # Last: an earlier run is discarded only when nothing else stands in the way of this one.
         if processes.is_first and checkpoint is None:
             folder.clear()
         self.steps_per_epoch = len(self.loader) if self.loader else 0
@@ -254,9 +254,11 @@ class _Training:
             start = f"holds the weights of {config.weights} as they are" if config.weights else "is randomly initialised"
             self.say(f"no steps asked for: {self.folder.model} {start}")
             return TrainResult(0, False, self.folder.model)
+        loader = self.loader
+        assert loader is not None
         module: torch.nn.Module = TwoViewModel(self.model, config.batch_norm == "per-view")
         if config.compile:
-            module = torch.compile(module)
+            module = cast(torch.nn.Module, torch.compile(module))
         module = synchronise_gradients(module, self.processes, self.device)
         self.losses = LossReader(self.device)
         self.step = (GraphedStep if config.cuda_graphs else TrainingStep)(
@@ -289,7 +291,7 @@ class _Training:
             # SIGTERM is how clusters and torchrun ask a process to end.
             old = {number: signal.signal(number, self._on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return self._loop(log)
+            return self._loop(log, loader)
         except RuntimeError as error:
             # torchrun ends all processes when one is gone; this one is to say so first.
             if self.processes.lost(error):
@@ -300,9 +302,9 @@ class _Training:
             for number, handler in old.items():
                 signal.signal(number, handler)
             # What exchanges gradients must not outlive the process group.
-            module, self.step = None, None
+            del module, self.step
             log.close()
-            self.loader.close()
+            loader.close()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -317,14 +319,14 @@ class _Training:
         if self.processes.is_first:
             sys.stderr.write("\ninterrupted: saving after this step (once more to stop at once)\n")
 
-    def _loop(self, log: MetricsLog) -> TrainResult:
+    def _loop(self, log: MetricsLog, loader: Loader) -> TrainResult:
         config, result = self.config, TrainResult(self.first_step, False, self.folder.model)
         total_cells = (self.total_steps - self.first_step) * config.batch_size
         step, began, cells = self.first_step, time.monotonic(), 0
         self.model.train()
         with Progress("train", total_cells, "cells", enabled=self.processes.is_first) as progress:
             while step < self.total_steps:
-                for batch in self.loader:
+                for batch in loader:
                     factor = learning_rate_factor(
                         step,
                         total_steps=self.total_steps,
@@ -382,11 +384,11 @@ class _Training:
         if self.validation is None:
             return {}
         found = self.validation.measure(self.model)
-        values = {"validation_loss": found.loss, "retrieval": found.retrieval, "retrieval_chance": found.chance}
-        values = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        measured = {"validation_loss": found.loss, "retrieval": found.retrieval, "retrieval_chance": found.chance}
+        values = {key: value for key, value in measured.items() if value is not None and math.isfinite(value)}
         log.write(step, **values)
         text = f"step {step}: validation loss {found.loss:.4f} ({len(self.validation)} cells)"
-        if found.retrieval is not None:
+        if found.retrieval is not None and found.chance is not None:
             text += f", same treatment nearest in another well {100 * found.retrieval:.1f} % (chance {100 * found.chance:.1f} %)"
         progress.message(text)
         return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cellfast.atomic import remove_abandoned, told_when_full, write_text
 from cellfast.errors import CellfastError, option
@@ -104,13 +104,14 @@ class MetricsLog:
     """Writes scalars to metrics.jsonl (one JSON object a line) and to TensorBoard; does nothing on other ranks."""
 
     def __init__(self, folder: RunFolder, *, enabled: bool, step: int) -> None:
-        self._file, self._board, self._folder = None, None, folder
+        self._file: IO[str] | None = None
+        self._folder = folder
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             folder.forget_after(step)
             self._file = open(folder.metrics, "a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=step)
+            self._board: Any = SummaryWriter(str(folder.tensorboard), purge_step=step)
 
     def write(self, step: int, **values: Any) -> None:
         """Write ``values`` (numbers; None is left out) at ``step``."""

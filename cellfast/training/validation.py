@@ -104,8 +104,8 @@ class Validation:
                     losses.append(float(ntxent_loss(z, self.temperature)))
                     weights.append(len(index))
                 for cells in pieces.cells:
-                    bounds = (bound if bound.ndim == 1 else bound[cells] for bound in (low, high))
-                    plain = center_crop(crops[cells], *bounds, self.two_views.output_size, memory_format=torch.channels_last)
+                    bottom, top = (bound if bound.ndim == 1 else bound[cells] for bound in (low, high))
+                    plain = center_crop(crops[cells], bottom, top, self.two_views.output_size, memory_format=torch.channels_last)
                     features.append(self._run(model.encode, plain).cpu())
             h = torch.empty((len(self.rows), features[0].shape[1]))
             h[torch.from_numpy(self.order)] = torch.cat(features)
