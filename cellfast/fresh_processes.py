@@ -11,8 +11,8 @@ from typing import Any
 class _Process(SpawnProcess):
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
-        # A child of "spawn" first runs the parent's main module, and a script without `if __name__ == "__main__"` would begin anew there.
-        # Our work is functions of this package: the child is told of an empty one.
+        # A child of "spawn" first runs the parent's main module, and a script without `if __name__ == "__main__"` would begin
+        # anew there. Our work is functions of this package: the child is told of an empty one.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
         try:

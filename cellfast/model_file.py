@@ -182,9 +182,9 @@ class LoadedModel(Shown):
         if wrong:
             reordered = channel_names != self.channel_names and sorted(channel_names) == sorted(self.channel_names)
             raise CellfastError(
-                f"the model {self.path} does not fit the screen {name}: {'; '.join(wrong)}"
-                f"{' (the same channels in another order)' if reordered else ''}. "
-                "Ingest the screen with the model's channels and crop size, or train a model on this screen"
+                f"the model {self.path} does not fit the screen {name}: "
+                f"{'; '.join(wrong)}{' (the same channels in another order)' if reordered else ''}. Ingest the screen with the "
+                "model's channels and crop size, or train a model on this screen"
             )
 
 
@@ -391,8 +391,8 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
             shown = _shorten([f"'{printable(prefix)}' ({count} tensors)" for prefix, count in prefixes])
             raise CellfastError(
                 f"the weights {path}: no tensor has a name of the encoder {model.config.encoder} (expected {next(iter(encoder))} "
-                f"and so on); the names in the file begin with {shown}. Of prefixes only {', '.join(map(repr, _PREFIXES))} are removed: "
-                "save the file again without the others, with the tensors of one encoder only"
+                f"and so on); the names in the file begin with {shown}. Of prefixes only {', '.join(map(repr, _PREFIXES))} are "
+                "removed: save the file again without the others, with the tensors of one encoder only"
             )
         raise CellfastError(
             f"the weights {path} do not fit the encoder {model.config.encoder} with stem {model.config.stem}: "

@@ -162,7 +162,8 @@ class _PrintableStream:
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Within the block everything printed is masked and escaped: the last line of defence behind `CellfastError` and the reports."""
+    """Within the block everything printed is masked and escaped: the last line of defence behind `CellfastError` and the
+    reports."""
     import sys
 
     before = sys.stdout, sys.stderr

@@ -19,7 +19,8 @@ def takes(
     """Say in a function's signature what its ``**options`` are: the values of these declarations, with their defaults.
 
     ``unset``: None stands for a value that is not given, and something else than the declaration decides it.
-    ``refuse``: False where the function refuses other names itself. ``without``: names that the function gives the declaration itself.
+    ``refuse``: False where the function refuses other names itself. ``without``: names that the function gives the declaration
+        itself.
     """
 
     def decorate(function: _Function) -> _Function:

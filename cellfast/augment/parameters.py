@@ -160,10 +160,11 @@ class ParameterDraws:
 
 
 def anchor_affine(n: int, size: int, p: float, most_px: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Linear parts [n, 2, 2] and shifts [n, 2], float64, that map a view's pixels, counted from its centre, to those before three anchors moved.
+    """Linear parts [n, 2, 2] and shifts [n, 2], float64, that map a view's pixels, counted from its centre, to those before three
+    anchors moved.
 
-    With probability 1 − ``p`` the identity. Equivalent to the inverse of ``cv2.getAffineTransform(anchors, anchors + uniform(±most_px))`` with
-    the anchors (c + k, c + k), (c + k, c − k), (c − k, c − k), c = size // 2, k = size // 3.
+    With probability 1 − ``p`` the identity. Equivalent to the inverse of ``cv2.getAffineTransform(anchors, anchors +
+    uniform(±most_px))`` with the anchors (c + k, c + k), (c + k, c − k), (c − k, c − k), c = size // 2, k = size // 3.
 
     Source: the affine in albumentations' ElasticTransform before version 1.4, which the implementation of Perakis et al. uses.
     """

@@ -17,8 +17,8 @@ from cellfast.errors import CellfastError, option
 from cellfast.ops.augment import PADDINGS, missing_on
 
 METHODS = ("fused", "torch")
-# Cells that the plain form handles at a time on a CPU: their float32 intermediates stay in the last-level cache. On a GPU the chunk
-# only bounds memory.
+# Cells that the plain form handles at a time on a CPU: their float32 intermediates stay in the last-level cache. On a GPU the
+# chunk only bounds memory.
 _CPU_CHUNK = 64
 _GPU_CHUNK = 1024
 

@@ -35,7 +35,8 @@ def batch_of_plate(plate: str, pattern: str | None = None) -> str | None:
 def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[dict[str, str], str]:
     """Plate → batch from the plates' names, and in words where it came from.
 
-    With ``pattern`` every plate must match. Without one ``^(Week\\d+)_`` is tried, and a plate that does not match is its own batch.
+    With ``pattern`` every plate must match. Without one ``^(Week\\d+)_`` is tried, and a plate that does not match is its own
+    batch.
 
     Raises:
         CellfastError: ``pattern`` matches none, or not all, of the plates; not a regular expression.
@@ -59,7 +60,8 @@ def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[di
 
 
 def batches_as_said(said: Iterable[tuple[str, str]], pattern: str | None = None) -> dict[str, str]:
-    """Plate → batch of (plate, batch or ``""``) as tables say them: ``pattern`` in the plate's name, else as said, else `batches_of_plates`.
+    """Plate → batch of (plate, batch or ``""``) as tables say them: ``pattern`` in the plate's name, else as said, else
+    `batches_of_plates`.
 
     Raises:
         CellfastError: a plate of two batches, a name that cannot name a folder, or a pattern that does not match.

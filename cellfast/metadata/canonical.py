@@ -46,8 +46,9 @@ def canonical_metadata(
 ) -> pd.DataFrame:
     """Metadata under canonical names and types, with a plain index.
 
-    Names are text as written, missing ``""``; wells ``A01``; sites whole numbers as text where they are some; concentrations float64 µM,
-    missing NaN. The other columns of ``frame`` are kept under ``Metadata_…``; text whose every value is a number becomes numbers.
+    Names are text as written, missing ``""``; wells ``A01``; sites whole numbers as text where they are some; concentrations
+    float64 µM, missing NaN. The other columns of ``frame`` are kept under ``Metadata_…``; text whose every value is a number
+    becomes numbers.
 
     Args:
         frame: columns of a table.

@@ -154,7 +154,8 @@ def parse_column_overrides(overrides: Iterable[str]) -> dict[str, str]:
     """``["compound=Metadata_JCP2022"]`` → ``{"Metadata_Compound": "Metadata_JCP2022"}``.
 
     Raises:
-        CellfastError: not ``NAME=COLUMN`` or NAME is none of plate, well, site, batch, compound, concentration, moa; a name twice.
+        CellfastError: not ``NAME=COLUMN`` or NAME is none of plate, well, site, batch, compound, concentration, moa; a name
+            twice.
     """
     chosen: dict[str, str] = {}
     for text in overrides:
@@ -207,8 +208,8 @@ def require_column(name: str, columns: Sequence[str], where: str, parameter: str
     near = difflib.get_close_matches(name, list(columns), n=3, cutoff=0.5)
     listed = ", ".join(list(columns)[:30])
     raise CellfastError(
-        f"{option(parameter)}: {where} has no column '{name}'{'; near it: ' + ', '.join(near) if near else ''}; its columns begin with: "
-        f"{listed}."
+        f"{option(parameter)}: {where} has no column '{name}'{'; near it: ' + ', '.join(near) if near else ''}; its columns "
+        f"begin with: {listed}."
     )
 
 
@@ -216,8 +217,8 @@ def find_columns(columns: Sequence[str], overrides: Mapping[str, str] | None = N
     """Canonical name → the column of a table that holds it; what is not there is left out.
 
     Order of preference: an override, the canonical name itself, then `ALIASES` in their order, with or without
-    ``Image_``/``Metadata_``, then the same with a channel suffix (``Image_Metadata_Plate_DAPI``). ``ROW`` and ``COLUMN`` are given where
-    the table has both and no well.
+    ``Image_``/``Metadata_``, then the same with a channel suffix (``Image_Metadata_Plate_DAPI``). ``ROW`` and ``COLUMN`` are
+    given where the table has both and no well.
 
     Raises:
         CellfastError: an override names a column that the table does not have.
@@ -288,10 +289,10 @@ def infer_features(
 ) -> list[str]:
     """The feature columns of a table, in its order.
 
-    ``patterns`` are prefixes or regular expressions matched at the start of the name; a column is a feature when any of them matches.
-    Without patterns: the embedding columns ``h000…`` if there are any; else the CellProfiler measurements (``Cells_``, ``Cytoplasm_``,
-    ``Nuclei_``, or any ``<object>_<measurement>_…`` such as ``Image_Texture_…``); else every numeric column that is neither metadata nor
-    bookkeeping.
+    ``patterns`` are prefixes or regular expressions matched at the start of the name; a column is a feature when any of them
+    matches. Without patterns: the embedding columns ``h000…`` if there are any; else the CellProfiler measurements (``Cells_``,
+    ``Cytoplasm_``, ``Nuclei_``, or any ``<object>_<measurement>_…`` such as ``Image_Texture_…``); else every numeric column that
+    is neither metadata nor bookkeeping.
 
     Raises:
         CellfastError: no column is left, or a pattern is not a regular expression.
@@ -322,8 +323,8 @@ def infer_features(
     rest = [c for c in rest if not c.lower().startswith("image_")]
     if not rest:
         raise CellfastError(
-            f"No feature columns found in {where}: expected h000…, Cells_/Cytoplasm_/Nuclei_… or other numeric columns besides the "
-            f"metadata; found {', '.join(list(numeric_columns)[:20]) or 'no numeric column'}. Name them "
-            f"with {option('features')}."
+            f"No feature columns found in {where}: expected h000…, Cells_/Cytoplasm_/Nuclei_… or other numeric columns besides "
+            f"the metadata; found {', '.join(list(numeric_columns)[:20]) or 'no numeric column'}. Name them with "
+            f"{option('features')}."
         )
     return rest

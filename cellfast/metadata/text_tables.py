@@ -103,7 +103,8 @@ def _encoding(file: Path, shown: str) -> tuple[str, list[str]]:
 
 
 def read_text(file: Path, shown: str, form: TextFormat | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """The whole table as text, blanks around values stripped, a cell that a short row lacks ``""``, rows without any value left out.
+    """The whole table as text, blanks around values stripped, a cell that a short row lacks ``""``, rows without any value left
+    out.
 
     Raises:
         CellfastError: damaged, or a row with more values than the header has names (names the line).
@@ -153,8 +154,8 @@ def _read_by_line(file: Path, shown: str, form: TextFormat) -> pd.DataFrame:
                     continue
                 if any(value.strip() for value in row[width:]):
                     raise CellfastError(
-                        f"{shown}, line {reader.line_num}: the row has {len(row)} values, the header {width} names. Quote values that "
-                        "hold the separator, or name the columns"
+                        f"{shown}, line {reader.line_num}: the row has {len(row)} values, the header {width} names. Quote values "
+                        "that hold the separator, or name the columns"
                     )
                 rows.append([*row[:width], *[""] * (width - len(row))])
     except CellfastError:
@@ -167,7 +168,8 @@ def _read_by_line(file: Path, shown: str, form: TextFormat) -> pd.DataFrame:
 
 
 class TextTable:
-    """A text table of features: parsed once, names as text, numbers as float64 in memory or, where they are many, in a temporary file."""
+    """A text table of features: parsed once, names as text, numbers as float64 in memory or, where they are many, in a temporary
+    file."""
 
     def __init__(self, file: Path, shown: str) -> None:
         self.path = Path(shown)

@@ -19,9 +19,9 @@ CONTROL_COMPOUND = "DMSO"
 _BIOLOGY = {
     "cell_line", "cellline", "cell_type", "celltype", "cell_model", "strain", "species", "donor", "patient", "tissue", "clone",
     "time", "timepoint", "time_point", "time_h", "time_hours", "hours", "day", "days", "treatment_time", "incubation_time",
-    "exposure_time", "pert_time", "genotype", "genetic_background", "mutation", "gene", "gene_symbol", "symbol", "guide", "guide_id",
-    "sgrna", "grna", "sirna", "orf", "crispr", "stimulus", "stimulation", "medium", "media", "stain", "staining", "dye",
-    "cell_density", "seeding_density", "density", "passage",
+    "exposure_time", "pert_time", "genotype", "genetic_background", "mutation", "gene", "gene_symbol", "symbol", "guide",
+    "guide_id", "sgrna", "grna", "sirna", "orf", "crispr", "stimulus", "stimulation", "medium", "media", "stain", "staining",
+    "dye", "cell_density", "seeding_density", "density", "passage",
 }  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def treatment_key(metadata: pd.DataFrame, group_by: Sequence[str] = (), pool: Se
     """The columns that tell treatments apart: compound, concentration, and those of ``group_by``.
 
     Raises:
-        CellfastError: a column of ``group_by`` or ``pool`` is not there, or the cells of one treatment differ in a column of biology that
-            neither names (says how to tell them apart or to pool them).
+        CellfastError: a column of ``group_by`` or ``pool`` is not there, or the cells of one treatment differ in a column of
+            biology that neither names (says how to tell them apart or to pool them).
     """
     columns = list(metadata.columns)
     groups = [require_column(SHORT_NAMES.get(c.lower(), c), columns, "the metadata", "group_by") for c in group_by]
@@ -79,7 +79,8 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
 
     Args:
         metadata: canonical metadata [N, …].
-        query: a condition on the metadata in the language of `cellfast.metadata.controls` (short names such as ``compound`` work too);
+        query: a condition on the metadata in the language of `cellfast.metadata.controls` (short names such as ``compound`` work
+            too);
             ``all``: every row; None: the compound is DMSO, else a control type column (``Metadata_pert_type``,
             ``Metadata_control_type``) says negcon, else the MoA is DMSO.
 
@@ -107,8 +108,8 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
                 return mask, f"{column} is {value}"
     named = option("controls", "Metadata_Compound == 'NAME'")
     raise CellfastError(
-        f"No control wells found: no compound is DMSO and no control type is negcon. Compounds: {_some(metadata, COMPOUND)}. "
-        f"Say which they are with {named}, take every well with {option('controls', 'all')}, or use {option('normalize', 'none')}."
+        f"No control wells found: no compound is DMSO and no control type is negcon. Compounds: {_some(metadata, COMPOUND)}. Say "
+        f"which they are with {named}, take every well with {option('controls', 'all')}, or use {option('normalize', 'none')}."
     )
 
 

@@ -63,7 +63,8 @@ class PlateStore:
         version = int(attributes["schema_version"])
         if version > schema.SCHEMA_VERSION:
             raise CellfastError(
-                f"{self.path}: written with crop store schema {version}, this cellfast reads up to {schema.SCHEMA_VERSION}; update cellfast"
+                f"{self.path}: written with crop store schema {version}, this cellfast reads up to {schema.SCHEMA_VERSION}; "
+                "update cellfast"
             )
         if version < 1:
             raise CellfastError(f"{self.path}: crop store schema must be 1 or more, got {version}; {AGAIN}")
@@ -94,7 +95,8 @@ class PlateStore:
                 raise CellfastError(f"{self.path}: the pixels were never allocated; {AGAIN}")
             if self._offset + length > self.path.stat().st_size:
                 raise CellfastError(
-                    f"{self.path}: truncated: the pixels end at byte {self._offset + length:,}, the file at {self.path.stat().st_size:,}; {AGAIN}"
+                    f"{self.path}: truncated: the pixels end at byte {self._offset + length:,}, the file at "
+                    f"{self.path.stat().st_size:,}; {AGAIN}"
                 )
 
         def table(group: str, columns: Mapping[str, np.dtype | None]) -> dict[str, np.ndarray]:
@@ -333,8 +335,8 @@ class Screen(Shown):
     def __str__(self) -> str:
         batches = len({store.batch for store in self.plates})
         return (
-            f"screen {self.path}: {self.num_cells:,} cells of {self.crop_size} px, {np.dtype(self.dtype).name}, on {len(self.plates)} plates "
-            f"of {batches} batches; channels {', '.join(self.channel_names)}"
+            f"screen {self.path}: {self.num_cells:,} cells of {self.crop_size} px, {np.dtype(self.dtype).name}, on "
+            f"{len(self.plates)} plates of {batches} batches; channels {', '.join(self.channel_names)}"
             + (f"; {self.unfinished}" if self.unfinished else "")
         )
 
@@ -343,10 +345,12 @@ class Screen(Shown):
         """Open the screen folder ``path``.
 
         Args:
-            allow_unfinished: take the plates that are there where the ingest has not ended; `Screen.unfinished` says what is missing.
+            allow_unfinished: take the plates that are there where the ingest has not ended; `Screen.unfinished` says what is
+                missing.
 
         Raises:
-            CellfastError: no such folder, no plates in it, a damaged plate, plates that do not fit together, or an unfinished ingest.
+            CellfastError: no such folder, no plates in it, a damaged plate, plates that do not fit together, or an unfinished
+                ingest.
         """
         path = Path(path)
         if not path.is_dir():

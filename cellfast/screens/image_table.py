@@ -1,4 +1,5 @@
-"""Image tables: which file is which channel of which field. BBBC021's image CSV, CellProfiler's load_data and Image.csv, file-name patterns."""
+"""Image tables: which file is which channel of which field. BBBC021's image CSV, CellProfiler's load_data and Image.csv,
+file-name patterns."""
 
 from __future__ import annotations
 
@@ -77,13 +78,15 @@ def read_image_table(
     Args:
         path: CSV or CSV.gz with ``[Image_]FileName_<channel>`` and ``[Image_]PathName_<channel>``, or ``URL_[Orig]<channel>``,
             or a column of paths per channel (DeepProfiler's index.csv); see `cellfast.screens.image_files.channel_columns`.
-        image_root: folder (fsspec URL, or field store) that relative paths start from; absolute paths that do not exist here are looked up under it.
+        image_root: folder (fsspec URL, or field store) that relative paths start from; absolute paths that do not exist here are
+            looked up under it.
         channels: channels to take, in this order; None: all, in the table's order.
         plate: plate name for tables without one.
         columns: canonical name → the column that holds it, where it is not recognised; the table's ``placed`` names those it has.
 
     Raises:
-        CellfastError: unreadable, needed columns missing (lists those found), unknown channels, wells that are none, one field listed twice.
+        CellfastError: unreadable, needed columns missing (lists those found), unknown channels, wells that are none, one field
+            listed twice.
     """
     root = image_root_of(image_root)
     table = read_table(path, "an image table")
@@ -148,8 +151,8 @@ def image_table_from_pattern(
     """Make an image table from file names under ``image_root``.
 
     Args:
-        pattern: regular expression with the named groups ``channel`` and ``well`` (or ``row`` and ``column``), and perhaps ``site`` and
-            ``plate``, searched in each file's path relative to ``image_root`` (with ``/``).
+        pattern: regular expression with the named groups ``channel`` and ``well`` (or ``row`` and ``column``), and perhaps
+            ``site`` and ``plate``, searched in each file's path relative to ``image_root`` (with ``/``).
 
     Raises:
         CellfastError: not a regular expression, groups missing, nothing matches, one field and channel matched twice.
@@ -184,8 +187,8 @@ def image_table_from_pattern(
         files = found.setdefault(key, {})
         if part["channel"] in files:
             raise CellfastError(
-                f"{option('pattern')} matches two files for plate {key[0]}, well {key[1]}, site {site}, channel {part['channel']}: "
-                f"{files[part['channel']]} and {file}"
+                f"{option('pattern')} matches two files for plate {key[0]}, well {key[1]}, site {site}, channel "
+                f"{part['channel']}: {files[part['channel']]} and {file}"
             )
         files[part["channel"]] = str(file)
     if not found:

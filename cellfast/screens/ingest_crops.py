@@ -36,8 +36,8 @@ def read_crop(path: str | Path, *, layout: str = "auto", num_channels: int | Non
     """Read one crop as uint8 or uint16 [C, H, W] from ``.npy``, TIFF or PNG.
 
     Args:
-        layout: ``HWC``, ``CHW``, ``strip`` (C square channels side by side) or ``auto``: an axis of at most 16 is the channels', the last
-            one first (images are HWC more often); two axes are one channel.
+        layout: ``HWC``, ``CHW``, ``strip`` (C square channels side by side) or ``auto``: an axis of at most 16 is the channels',
+            the last one first (images are HWC more often); two axes are one channel.
         num_channels: channels of a ``strip``; None: as many squares as fit.
 
     Raises:
@@ -131,7 +131,8 @@ def ingest_crops(
 ) -> Ledger:
     """Write one crop store per plate from files of one crop each, and the ledger.
 
-    A file that is missing, unreadable or unlike the rest in shape or type is dropped and counted with its reason, unless ``strict``.
+    A file that is missing, unreadable or unlike the rest in shape or type is dropped and counted with its reason, unless
+    ``strict``.
 
     Raises:
         CellfastError: nothing readable, crops not square, the wrong number of channel names, a plate made otherwise before.

@@ -56,7 +56,8 @@ class MaskLocations:
                 taken.setdefault(found[0], []).append(one)
             elif found:
                 source.problems[_place(one)] = (
-                    f"two masks of one name, {found[0]} and {found[1]}: put each plate's masks into a folder of the plate's name ({one.plate})"
+                    f"two masks of one name, {found[0]} and {found[1]}: put each plate's masks into a folder of the plate's name "
+                    f"({one.plate})"
                 )
         for mask, sharing in taken.items():
             # masks/A01/s1.png is of the image A01/s1.tif and not of B01/s1.tif.
@@ -64,8 +65,8 @@ class MaskLocations:
             if len(owners) != 1:
                 names = " and ".join(f"plate {f.plate}, well {f.well}, site {f.site}" for f in sharing[:2])
                 raise CellfastError(
-                    f"{mask}: one mask for {len(sharing)} fields, {names}, whose images have one name; put each plate's masks into a folder "
-                    f"of the plate's name, such as {source.folder.name}/{sharing[0].plate}/{Path(mask).name}"
+                    f"{mask}: one mask for {len(sharing)} fields, {names}, whose images have one name; put each plate's masks "
+                    f"into a folder of the plate's name, such as {source.folder.name}/{sharing[0].plate}/{Path(mask).name}"
                 )
             source.masks[_place(owners[0])] = mask
         source.left = sorted(search.files - {os.path.realpath(mask) for mask in source.masks.values()})
@@ -160,7 +161,8 @@ def _check_objects(labels: np.ndarray, path: str, number: np.ndarray, of_piece: 
     in_pieces = int((second >= largest / 10).sum())  # specks beside a cell are no second cell
     if in_pieces * 2 > len(number) or (len(number) <= 3 and (labels != 0).all()):
         raise LocationError(
-            f"{path}: {in_pieces} of its {len(number)} labels lie in several pieces of like size: classes of pixels, not cells; {hint}",
+            f"{path}: {in_pieces} of its {len(number)} labels lie in several pieces of like size: classes of pixels, not cells; "
+            f"{hint}",
             "mask is not a label image",
         )
 

@@ -20,8 +20,8 @@ from cellfast.screens.image_table import Field, ImageTable
 
 @dataclass(frozen=True)
 class JoinReport:
-    """What did not join: wells or treatments without a row in the table, and rows that no field uses; ``placed``: the columns chosen by the user
-    that the table has.
+    """What did not join: wells or treatments without a row in the table, and rows that no field uses; ``placed``: the columns
+    chosen by the user that the table has.
     """
 
     unmatched: tuple[str, ...]
@@ -74,7 +74,8 @@ def join_metadata(
 
 
 def join_moa(table: ImageTable, path: str | Path, overrides: Mapping[str, str] | None = None) -> tuple[ImageTable, JoinReport]:
-    """Give each field the MoA of its treatment, as `cellfast.metadata.joins.join_moa`; a treatment keeps the MoA it has where no row names it.
+    """Give each field the MoA of its treatment, as `cellfast.metadata.joins.join_moa`; a treatment keeps the MoA it has where no
+    row names it.
 
     Raises:
         CellfastError: as there, or fields without compounds.
@@ -105,7 +106,7 @@ def _said(report: dict[str, Any]) -> tuple[str, ...]:
     ]
     added = [c.removeprefix("Metadata_") for c in report["columns_added"]]
     kept_out = [
-        f"{report['file']}: {', '.join(added[:12])}{' …' if added[12:] else ''} {'is' if len(added) == 1 else 'are'} not kept with the "
-        "cells; join the file to profiles again to use it"
+        f"{report['file']}: {', '.join(added[:12])}{' …' if added[12:] else ''} {'is' if len(added) == 1 else 'are'} not kept "
+        "with the cells; join the file to profiles again to use it"
     ]
     return (*report["notes"], *replaced, *(kept_out if added else []))

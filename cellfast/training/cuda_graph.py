@@ -1,4 +1,5 @@
-"""The training step as one recorded CUDA graph: for minibatches so small that launching kernels takes longer than running them."""
+"""The training step as one recorded CUDA graph: for minibatches so small that launching kernels takes longer than running
+them."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ _WARM_UP = 3
 class GraphedStep(TrainingStep):
     """`TrainingStep` whose forward and backward passes are recorded with the first minibatch and replayed with every later one.
 
-    Clipping and the optimiser run outside the graph: the learning rate stays an ordinary number. Arguments as `TrainingStep`; CUDA,
-    one process, one piece, minibatches of one shape.
+    Clipping and the optimiser run outside the graph: the learning rate stays an ordinary number. Arguments as `TrainingStep`;
+    CUDA, one process, one piece, minibatches of one shape.
 
     Raises:
         CellfastError: a CPU, several processes, or a ``chunk_size``.
@@ -67,7 +68,8 @@ class GraphedStep(TrainingStep):
         # Without gradients the recorded pass makes its own and writes, not adds to, them at every replay.
         self.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
-        # Not the default, under which what the loader's thread does meanwhile (pinned memory, events) ends the recording with an error.
+        # Not the default, under which what the loader's thread does meanwhile (pinned memory, events) ends the recording with an
+        # error.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             loss = super().compute_loss(self._views)
             loss.backward()

@@ -1,4 +1,5 @@
-"""Large minibatches in pieces: the loss sees every projection, the encoder one piece at a time, and the gradients are the same."""
+"""Large minibatches in pieces: the loss sees every projection, the encoder one piece at a time, and the gradients are the
+same."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from cellfast.augment import TwoViews
 class ViewPieces:
     """The views of a minibatch, made a piece of its cells at a time; asking for a piece again makes the same views again.
 
-    Pieces differ by at most one cell. Joined, they are ``two_views(crops, low, high, seed=seed)``: the draws are those of the whole
-    minibatch.
+    Pieces differ by at most one cell. Joined, they are ``two_views(crops, low, high, seed=seed)``: the draws are those of the
+    whole minibatch.
     """
 
     def __init__(self, two_views: TwoViews, crops: Tensor, low: Tensor, high: Tensor, *, seed: int, chunk_size: int) -> None:
@@ -42,10 +43,10 @@ class ViewPieces:
 class GradientCache:
     """Forward and backward of a minibatch given as :class:`ViewPieces`.
 
-    Equivalent, for a module whose rows do not depend on one another, to ``loss(module(torch.cat(views))).backward()``: the first pass
-    gives all projections z without their graphs, the loss gives ∂L/∂z, and the second pass encodes each piece again and sends its
-    rows of ∂L/∂z back. BatchNorm's statistics are those of a piece, the same in both passes; its running averages are moved by the
-    second pass only, once per piece.
+    Equivalent, for a module whose rows do not depend on one another, to ``loss(module(torch.cat(views))).backward()``: the first
+    pass gives all projections z without their graphs, the loss gives ∂L/∂z, and the second pass encodes each piece again and
+    sends its rows of ∂L/∂z back. BatchNorm's statistics are those of a piece, the same in both passes; its running averages are
+    moved by the second pass only, once per piece.
 
     Args:
         module: stacked views → z; in `DistributedDataParallel` gradients are exchanged once, with the last piece.

@@ -76,21 +76,22 @@ def train(
 ) -> TrainResult:
     """Train an encoder on a screen and write the run folder.
 
-    With ``torchrun`` every process calls this with the same arguments; the loss then is over the global minibatch and rank 0 writes.
+    With ``torchrun`` every process calls this with the same arguments; the loss then is over the global minibatch and rank 0
+    writes.
 
     Args:
         screen_path: a screen folder.
         run: the run folder.
         config: every value of the run.
-        resume: go on from the run's last whole checkpoint, on a CPU bit-identically to a run that had not stopped; from the beginning
-            where there is none yet.
+        resume: go on from the run's last whole checkpoint, on a CPU bit-identically to a run that had not stopped; from the
+            beginning where there is none yet.
         force: discard a run that is in the folder.
         allow_unfinished: take the plates that are there of a screen whose ingest has not ended.
         say: prints a line.
 
     Raises:
-        CellfastError: options and data that do not fit, a run in the way, another training in the folder, a loss that is not finite, out
-            of memory, a full disk, another process of the training that ended or hangs.
+        CellfastError: options and data that do not fit, a run in the way, another training in the folder, a loss that is not
+            finite, out of memory, a full disk, another process of the training that ended or hangs.
     """
     device = choose_device(config.device)
     tune_malloc()
@@ -159,8 +160,8 @@ class _Training:
         self.total_is_zero = config.steps == 0 or (config.steps is None and config.epochs == 0)
         if len(self.split.training) < config.batch_size and not self.total_is_zero:
             raise CellfastError(
-                f"{screen_path}: {len(self.split.training)} cells to train on are fewer than one minibatch of {config.batch_size}; "
-                f"use a smaller {option('batch_size')}, or more cells"
+                f"{screen_path}: {len(self.split.training)} cells to train on are fewer than one minibatch of "
+                f"{config.batch_size}; use a smaller {option('batch_size')}, or more cells"
             )
         self.output_size = config.output_size or automatic_output_size(screen.crop_size)
         augment = dict(config.augment)
@@ -237,8 +238,9 @@ class _Training:
         config = self.config
         self.say(f"{self.screen.path}: {self.split.description}")
         self.say(
-            f"{config.encoder} (stem {config.stem}), {self.output_size} px, {', '.join(self.screen.channel_names)}; {self.device}, "
-            f"{'bfloat16 autocast' if config.amp else 'float32'}, {self.processes.world_size} process(es), {torch.get_num_threads()} threads"
+            f"{config.encoder} (stem {config.stem}), {self.output_size} px, {', '.join(self.screen.channel_names)}; "
+            f"{self.device}, {'bfloat16 autocast' if config.amp else 'float32'}, {self.processes.world_size} process(es), "
+            f"{torch.get_num_threads()} threads"
         )
         if config.amp and (warning := amp_warning(self.device)):
             self.say(warning)
@@ -375,8 +377,8 @@ class _Training:
     def _not_finite(self, what: str) -> None:
         kept = f"; the last good state is in {self.folder.checkpoint}" if self.folder.checkpoint.exists() else ""
         raise CellfastError(
-            f"{what}{kept}. Try a smaller {option('lr')} (now {self.config.lr:g}), a longer {option('warmup')} "
-            f"(now {self.config.warmup:g}), a higher {option('temperature')} (now {self.config.temperature:g}), "
+            f"{what}{kept}. Try a smaller {option('lr')} (now {self.config.lr:g}), a longer {option('warmup')} (now "
+            f"{self.config.warmup:g}), a higher {option('temperature')} (now {self.config.temperature:g}), "
             f"{option('clip_grad_norm', 1)}, or float32 (no {option('amp')})"
         )
 
