@@ -49,11 +49,11 @@ import click
 )
 @click.option(
     "--batch-rule",
-    type=click.Choice(["joined", "overlap", "plates"]),
-    default="joined",
+    type=click.Choice(["overlap", "joined", "plates"]),
+    default="overlap",
     show_default=True,
-    help="Same batch: joined, equal sets of batches (as DeepProfilerExperiments); overlap, a common batch; plates, "
-    "equal sets of plates.",
+    help="Same batch: overlap, a common batch; joined, equal sets of batches (the published convention, as "
+    "DeepProfilerExperiments); plates, equal sets of plates.",
 )
 @click.option(
     "--group-by",
@@ -82,6 +82,13 @@ import click
     help="MoAs of a single batch under NSCB: exclude as queries and candidates, as queries only, or keep.",
 )
 @click.option(
+    "--unanswerable",
+    type=click.Choice(["exclude", "count"]),
+    default="exclude",
+    show_default=True,
+    help="Profiles without any candidate of their MoA: exclude as queries, or count as wrong (the published convention).",
+)
+@click.option(
     "--controls", metavar="QUERY", help="Rows that are controls and left out. Default: as marked by cellfast profile, else DMSO."
 )
 @click.option("--metadata", type=click.Path(path_type=Path), help="Table of plate, well, compound, concentration to join.")
@@ -100,20 +107,12 @@ import click
     "--wells", type=click.Path(path_type=Path), help="Wells of these treatments, for replicate reproducibility and precision."
 )
 @click.option(
-    "--resamples",
-    "num_resamples",
-    type=click.IntRange(min=1),
-    default=10_000,
-    show_default=True,
-    help="Bootstrap resamples of compounds.",
-)
-@click.option(
     "--permutations",
     "num_permutations",
     type=click.IntRange(min=1),
     default=1_000,
     show_default=True,
-    help="Random assignments of MoAs.",
+    help="Random exchanges of MoAs among compounds of the same batches.",
 )
 @click.option(
     "--precision/--no-precision",
@@ -131,18 +130,19 @@ import click
     help="Map of the profiles in the pictures.",
 )
 @click.option("--pictures/--no-pictures", default=True, show_default=True, help="Write PNG pictures.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the bootstrap, the permutations and the map.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the permutations, the replicates' null and the map.")
 def evaluate(profiles: tuple[Path, ...], output: Path | None, compare: tuple[Path, Path] | None, **options: Any) -> None:
     """Score profiles by mechanism of action: NSC, NSCB and drop.
 
     NSC asks whether the nearest profile of another compound has the same MoA; NSCB leaves out the same batch as well. Every
-    score comes with its counts, a 95 % bootstrap interval over compounds, and what was left out and why. Equally near neighbours
-    count by the expectation over a random choice among them; identical profiles of different treatments are refused.
+    score comes with its counts, a 95 % interval over MoAs, what chance gives in the same batches, and what was left out and why. A compound
+    of several MoAs (a|b) is right with either. Equally near neighbours count by the expectation over a random choice among them;
+    identical profiles of different treatments are refused.
     """
     if compare:
         if profiles:
             raise click.UsageError("--compare takes two results and no PROFILES.")
-        _compare(compare, output, options["num_resamples"], options["seed"])
+        _compare(compare, output)
         return
     if len(profiles) != 1 or output is None:
         raise click.UsageError("Give one PROFILES file and -o RESULT.json, or --compare A.json B.json.")
@@ -164,12 +164,12 @@ def evaluate(profiles: tuple[Path, ...], output: Path | None, compare: tuple[Pat
         click.echo(f"written   {path}")
 
 
-def _compare(paths: tuple[Path, Path], output: Path | None, num_resamples: int, seed: int) -> None:
+def _compare(paths: tuple[Path, Path], output: Path | None) -> None:
     from cellfast.atomic import write_json
     from cellfast.profiles.compare import compare_results, load_result
     from cellfast.profiles.report import comparison_lines
 
-    report = compare_results(load_result(paths[0]), load_result(paths[1]), num_resamples, seed)
+    report = compare_results(load_result(paths[0]), load_result(paths[1]))
     for line in comparison_lines(report):
         click.echo(line)
     if output is not None:
