@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from cellfast.cli.profile_inputs import input_options
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("profiles", nargs=-1, type=click.Path(path_type=Path), metavar="PROFILES")
@@ -56,25 +58,6 @@ import click
     "DeepProfilerExperiments); plates, equal sets of plates.",
 )
 @click.option(
-    "--group-by",
-    multiple=True,
-    metavar="COLUMN",
-    help="Tell treatments apart by this column too, such as the cell line; repeat for several.",
-)
-@click.option(
-    "--pool",
-    multiple=True,
-    metavar="COLUMN",
-    help="Take wells that differ in this column (cell line, time, …) as one treatment; repeat for several.",
-)
-@click.option(
-    "--batch-regex",
-    "--batch-pattern",
-    "batch_regex",
-    metavar="REGEX",
-    help="Take the batch from the plate name: the first group of this regular expression.",
-)
-@click.option(
     "--one-batch-moas",
     type=click.Choice(["exclude", "queries", "keep"]),
     default="exclude",
@@ -88,21 +71,7 @@ import click
     show_default=True,
     help="Profiles without any candidate of their MoA: exclude as queries, or count as wrong (the published convention).",
 )
-@click.option(
-    "--controls", metavar="QUERY", help="Rows that are controls and left out. Default: as marked by cellfast profile, else DMSO."
-)
-@click.option("--metadata", type=click.Path(path_type=Path), help="Table of plate, well, compound, concentration to join.")
-@click.option("--moa", type=click.Path(path_type=Path), help="Table of compound, concentration, MoA to join.")
-@click.option(
-    "--features", multiple=True, metavar="PATTERN", help="Prefix or regular expression of feature names. Default: inferred."
-)
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    metavar="NAME=COLUMN",
-    help="Where plate, well, batch, compound, concentration or moa is, if not found.",
-)
+@input_options
 @click.option(
     "--wells", type=click.Path(path_type=Path), help="Wells of these treatments, for replicate reproducibility and precision."
 )

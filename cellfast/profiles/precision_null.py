@@ -49,7 +49,7 @@ def null_precisions(configurations: np.ndarray, size: int, seed: int) -> np.ndar
             precision = np.arange(1, positives + 1, dtype=np.float32) / (ranks + 1)
             result[i] = precision.sum(axis=1) / positives
         else:
-            draw_precisions(positives, total, int(seeds[i]), result[i])
+            draw_precisions(positives, total, np.array([seeds[i]], np.uint64), result[i])
     return result
 
 

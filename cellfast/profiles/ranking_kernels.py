@@ -83,22 +83,85 @@ def rank_rows(similarity, kind, rows, columns, x, offset, norm, slack, euclidean
 
 
 @njit()
-def draw_precisions(positives, total, seed, values):
+def _draw_below(state, limit):
+    """A whole number below ``limit``, and the next ``state`` uint64 [1] (splitmix64; the bias of the remainder is below 1e-9)."""
+    state[0] += np.uint64(0x9E3779B97F4A7C15)
+    z = state[0]
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return np.int64((z >> np.uint64(1)) % np.uint64(limit))
+
+
+@njit()
+def _insert(values, count, value):
+    """Put ``value`` into its place among the first ``count`` sorted ones."""
+    while count > 0 and values[count - 1] > value:
+        values[count] = values[count - 1]
+        count -= 1
+    values[count] = value
+
+
+@njit()
+def draw_precisions(positives, total, state, values):
     """Average precision of ``positives`` places drawn at random of ``total``, into ``values`` float32."""
-    np.random.seed(seed)
     places = np.empty(positives, np.int64)
     for i in range(len(values)):
-        # Floyd's draw without replacement.
+        # Floyd's draw without replacement; what is drawn last of equal ones is the largest possible.
         for k in range(positives):
             j = total - positives + k
-            place = np.random.randint(0, j + 1)
-            for seen in range(k):
-                if places[seen] == place:
-                    place = j
-                    break
-            places[k] = place
-        ordered = np.sort(places)
+            place = _draw_below(state, j + 1)
+            at = _num_below(places[:k], place)
+            _insert(places, k, j if at < k and places[at] == place else place)
         found = 0.0
         for k in range(positives):
-            found += (k + 1) / (ordered[k] + 1)
+            found += (k + 1) / (places[k] + 1)
         values[i] = found / positives
+
+
+@njit()
+def exchange_labels(starts, wanted, ranks, apart, forms, sides, constants, weight, num, state, result):
+    """Statistics of the wells called treated, and of ``num`` random calls of as many in each stratum, into ``result`` [1 + forms, 1 + num].
+
+    The pool is ordered by stratum, stratum s is ``starts[s]:starts[s + 1]`` and its first ``wanted[s]`` are the treated.
+    Row 0: mean average precision, ``ranks`` int [n, n] the place of every other one in a query's order, from 0; only pairs
+    whose ``apart`` differ are ranked (negative: all). Rows 1…: the quadratic forms aᵀMa of the contrast a between treated and
+    other wells of each stratum: ``forms`` [f, n, n], ``weight`` [n] what a call adds to a, ``sides`` [f, n] and ``constants`` [f]
+    M w and wᵀMw for the contrast −w of none called.
+    """
+    n = starts[-1]
+    r = wanted.sum()
+    order = np.arange(n)
+    called, nearest = np.empty(r, np.int64), np.empty(r, np.int64)
+    for i in range(num + 1):
+        k = 0
+        for s in range(len(wanted)):
+            for j in range(wanted[s]):
+                at = starts[s] + j
+                if i > 0:
+                    other = at + _draw_below(state, starts[s + 1] - at)
+                    order[at], order[other] = order[other], order[at]
+                called[k] = order[at]
+                k += 1
+        total, queries = 0.0, 0
+        for a in range(r):
+            q, p = called[a], 0
+            for b in range(r):
+                if a != b and (apart[q] < 0 or apart[q] != apart[called[b]]):
+                    _insert(nearest, p, ranks[q, called[b]])
+                    p += 1
+            if p > 0:
+                found = 0.0
+                for b in range(p):
+                    found += (b + 1) / (nearest[b] + 1)
+                total += found / p
+                queries += 1
+        result[0, i] = total / queries if queries > 0 else np.nan
+        for f in range(len(forms)):
+            value = constants[f]
+            for a in range(r):
+                q = called[a]
+                value -= 2 * weight[q] * sides[f, q]
+                for b in range(r):
+                    value += weight[q] * weight[called[b]] * forms[f, q, called[b]]
+            result[1 + f, i] = value
