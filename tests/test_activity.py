@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from cellfast.cli.activity import activity as activity_command
 from cellfast.errors import CellfastError
 from cellfast.profiles.activity import ActivityOptions, precision_against, score_activity
+from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
 from cellfast.profiles.exchange import exchange
 from cellfast.profiles.hits import activity_lines
 from cellfast.profiles.precision_null import false_discovery_rates, null_precisions, precision_p_values
 from cellfast.profiles.ranking_kernels import draw_precisions
+from cellfast.profiles.results import read_annotated
 from cellfast.profiles.table import ProfileTable, write_profiles
 
 QUICK = {"num_permutations": 499, "null_size": 500}
@@ -254,3 +256,18 @@ def test_command_writes_tables_and_says_what_is_wrong(tmp_path):
     with pytest.raises(CellfastError, match="across plate needs wells of several"):
         score_activity(single.rows(np.r_[0 : len(single), 12 : len(single)]), ActivityOptions(across="plate"))
     assert isinstance(run(tmp_path / "wells.parquet", "-o", tmp_path / "hits.txt").exception, CellfastError)
+
+
+def test_marks_of_controls_in_a_csv_are_read_as_what_they_say(tmp_path):
+    """As text both True and False are true, and every row would be a control."""
+    wells = plates(np.random.default_rng(8), treatments=3)
+    wells.metadata["Metadata_Control"] = (wells.metadata["Metadata_Compound"] == "DMSO").to_numpy()
+    write_profiles(wells, tmp_path / "wells.csv")
+    table = read_annotated(tmp_path / "wells.csv")
+    assert table.metadata["Metadata_Control"].sum() == 36
+    assert evaluate_profiles(table, EvaluationOptions(num_permutations=9)).result["counts"]["controls"] == 36
+    assert score_activity(table, ActivityOptions(**QUICK)).result["counts"]["controls"] == 36
+    wells.metadata["Metadata_Control"] = "perhaps"
+    write_profiles(wells, tmp_path / "wells.csv")
+    with pytest.raises(CellfastError, match="must be True or False in every row; found 'perhaps'"):
+        read_annotated(tmp_path / "wells.csv")

@@ -306,3 +306,15 @@ def test_mean_average_precision_is_printed_with_its_chance():
         moa_precision(table([(f"c{i}", 1.0, f"m{i % 5}", "w") for i in range(25)], rng.normal(size=(25, 6)))) for _ in range(60)
     ]
     assert np.mean([f["mean"] for f in found]) == pytest.approx(found[0]["chance"], abs=0.01)
+
+
+def test_the_count_of_cells_alone_stands_beside_every_score():
+    """Counts tell X from Y here, and nothing else: the baseline is right wherever the nearest count is of the MoA."""
+    rng = np.random.default_rng(8)
+    profiles = table([(f"c{i}", 1.0, "XY"[i % 2], f"w{i % 3}") for i in range(24)], rng.normal(size=(24, 5)))
+    assert evaluate_profiles(profiles, EvaluationOptions(**QUICK)).result["cell_count_baseline"] is None
+    profiles.metadata["Metadata_Cell_Count"] = [100 + i + 900 * (i % 2) for i in range(24)]
+    profiles.metadata["Metadata_NumWells"] = 1
+    result = evaluate_profiles(profiles, EvaluationOptions(num_permutations=9)).result
+    assert result["cell_count_baseline"] == {"nsc": 1.0, "nscb": 1.0, "mean_average_precision": pytest.approx(1.0)}
+    assert "the number of cells alone gets NSC 100.0 %, NSCB 100.0 %" in "\n".join(evaluation_lines(result))

@@ -76,8 +76,8 @@ def compare_results(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
-    """Option → its value in A and in B, where they differ; the seed and the numbers of random draws change no score."""
-    drawn = {"seed", "num_permutations", "num_resamples"}
+    """Option → its value in A and in B, where they differ; the seed, random draws and what is scored besides change no score."""
+    drawn = {"seed", "num_permutations", "num_resamples", "average_precision"}
     return {
         name: [a.get(name), b.get(name)]
         for name in dict.fromkeys([*a, *b])

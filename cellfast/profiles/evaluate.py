@@ -14,6 +14,7 @@ from cellfast.metadata import columns as names
 from cellfast.metadata.counts import CELL_COUNT
 from cellfast.metadata.treatments import treatment_key
 from cellfast.profiles.build import treatments
+from cellfast.profiles.count_baseline import count_baseline
 from cellfast.profiles.evaluated_rows import UNKNOWN_BATCH, batch_sets, choose_rows
 from cellfast.profiles.identical import refuse_identical
 from cellfast.profiles.intervals import difference_interval, ratio_interval
@@ -178,6 +179,7 @@ def evaluate_profiles(
                         "batches": len({b for s in batches for b in s}), "features": len(profiles.feature_names),
                         "moa_clusters": int(cluster.max()) + 1,
                         "cells": int(metadata[CELL_COUNT].sum()) if CELL_COUNT in metadata else None}  # fmt: skip
+    result["cell_count_baseline"] = count_baseline(profiles, pairs, moas, [total > 0 for _, total in counted])
     result["replicate_reproducibility"] = None
     result["mean_average_precision"] = None
     if options.average_precision:

@@ -24,6 +24,8 @@ def nearest_treatments(wells: ProfileTable, codes: np.ndarray, treatments: pd.Da
         wells: [n]; codes: int64 [n], the rows of ``treatments``, −1 for controls; metric: similarities are its (of euclidean −distance² / 2
             up to a term that all share).
     """
+    if len(treatments) < 2:
+        return treatments
     x, offset = prepare(_means(wells.features, codes, len(treatments)), metric)
     x, offset = x.astype(np.float32), offset.astype(np.float32)
     compound = pd.factorize(treatments[names.COMPOUND])[0]

@@ -194,6 +194,12 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
             lines.append(
                 f"drop      {100 * drop:.1f} points{what}  95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
             )
+    if baseline := result["cell_count_baseline"]:
+        alone = [f"{rule.upper()} {100 * baseline[rule]:.1f} %" for rule in ("nsc", "nscb") if baseline[rule] is not None]
+        alone += (
+            [f"mAP per moa {baseline['mean_average_precision']:.4f}"] if baseline["mean_average_precision"] is not None else []
+        )
+        lines.append(f"baseline  the number of cells alone gets {', '.join(alone)}")
     if result["one_batch_moas"]:
         how = {"exclude": "left out of NSCB as queries and candidates", "queries": "left out of NSCB as queries", "keep": "kept"}
         lines.append(f"one batch {', '.join(result['one_batch_moas'])}: {how[result['options']['one_batch_moas']]}")
