@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cellfast.cli.field_options import field_options, open_fields
+from cellfast.cli.field_options import field_options, open_named_fields
 
 # Fields were quarantined: everything else is there.
 EXIT_QUARANTINED = 3
@@ -130,7 +130,8 @@ def embed(
             raise click.UsageError("fields need --image-root")
     else:
         given = {"--image-root": image_root, "--locations": locations, "--crop-size": crop_size, "--batch-regex": batch_regex}
-        given |= {f"--{name.removesuffix('_px').replace('_', '-')}": value for name, value in fields.items()}
+        given |= {f"--{name.removesuffix('_px').replace('_', '-')}": value for name, value in fields.items() if name != "columns"}
+        given["--column"] = fields["columns"] or None
         given["--decode"] = None if decode == "auto" else decode
         wrong = [name for name, value in given.items() if value is not None and value is not False]
         if wrong:
@@ -173,7 +174,7 @@ def embed(
             raise CellfastError(
                 f"--crop-size {crop_size}: the model {model.path} was trained on crops of {model.crop_size} px; leave the option out"
             )
-        opened = open_fields(
+        opened = open_named_fields(
             screen, image_root=str(image_root), locations=str(locations), pattern=pattern, batch_regex=batch_regex, **fields
         )
         summary = embed_fields(
