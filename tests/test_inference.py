@@ -147,7 +147,7 @@ def covered(intervals, values):
 
 
 def test_intervals_of_scores_cover_in_95_percent_of_screens():
-    """150 screens of 12 MoAs; the bootstrap over compounds covered 81 to 87 %. ± 2 standard errors of 150 are 3.6 points."""
+    """150 screens of 12 MoAs; resampling compounds covered 81 to 87 %. ± 2 standard errors of 150 are 3.6 points."""
     rng = np.random.default_rng(0)
     values, intervals = {k: [] for k in ("nsc", "nscb", "drop", "mAP")}, {k: [] for k in ("nsc", "nscb", "drop", "mAP")}
     for _ in range(150):

@@ -30,55 +30,71 @@ def _num_below(sorted_values, value):
 
 
 @njit()
+def _count_around(similarity, offset, scaled, added, length, low, high):
+    """Entries that are surely above ``high``, and those that are perhaps not below ``low``, float32's rounding considered."""
+    surely, perhaps = np.int32(0), np.int32(0)
+    for j in range(len(similarity)):
+        s = similarity[j] - offset[j]
+        unsure = scaled[j] * length + added[j]
+        # Written so that it is compiled to vectors.
+        surely += np.int32(1) if s - unsure > high else np.int32(0)
+        perhaps += np.int32(1) if s + unsure >= low else np.int32(0)
+    return surely, perhaps
+
+
+@njit()
+def _count_kind(kind, value):
+    count = np.int32(0)
+    for j in range(len(kind)):
+        count += np.int32(1) if kind[j] == value else np.int32(0)
+    return count
+
+
+@njit()
 def rank_rows(similarity, kind, rows, columns, x, offset, norm, slack, euclidean, values, num_positive, num_total, tied):
     """Average precision of each of ``rows`` into ``values``; ``tied`` where some negative is as near as a positive (value to be made
     anew).
 
-    ``similarity`` float32 and ``kind`` uint8 (1 positive, 2 negative) [rows, columns]; ``columns`` are rows of ``x`` [n, D].
-    ``slack`` [2, n]: what float32 can be wrong by, a factor of the query's length for each candidate and an addition.
+    ``similarity`` float32 (written over) and ``kind`` uint8 (1 positive, 2 negative) [rows, columns]; ``columns`` are rows of ``x`` [n, D].
+    ``slack`` [2, n]: what float32 can be wrong by, a factor of the query's length for each candidate and an addition. For each positive
+    the negatives above it are counted in one vectorised pass; those too near for float32 are looked at one by one.
     """
     scale = 2 * _EPSILON * (8 + x.shape[1] ** 0.5)
+    num = len(columns)
+    offsets, scaled, added = np.empty(num, np.float32), np.empty(num, np.float32), np.empty(num, np.float32)
+    for j in range(num):
+        c = columns[j]
+        offsets[j], scaled[j], added[j] = offset[c], slack[0, c], slack[1, c]
     for i in range(len(rows)):
         q = rows[i]
-        p, m = 0, 0
-        for j in range(len(columns)):
-            p += kind[i, j] == 1
-            m += kind[i, j] == 2
-        num_positive[q], num_total[q] = p, p + m
+        p = _count_kind(kind[i], 1)
+        num_positive[q], num_total[q] = p, p + _count_kind(kind[i], 2)
         if p == 0:
             continue
         good = np.empty(p)
         k = 0
-        for j in range(len(columns)):
+        for j in range(num):
             if kind[i, j] == 1:
                 good[k] = _exact(x, offset, q, columns[j])
                 k += 1
+            if kind[i, j] != 2:
+                similarity[i, j] = -np.inf
         good.sort()
-        low, high = np.empty(p), np.empty(p)
+        total, length = 0.0, np.float32(norm[q])
         for k in range(p):
             square = norm[q] ** 2 + (0.0 if euclidean else 1.0) - 2 * good[k]
             tolerance = scale * (norm[q] + max(square, 0.0) ** 0.5) ** 2
-            low[k], high[k] = good[k] - tolerance, good[k] + tolerance
-        above = np.zeros(p + 1, np.int64)
-        for j in range(len(columns)):
-            if kind[i, j] != 2:
-                continue
-            c = columns[j]
-            unsure = slack[0, c] * norm[q] + slack[1, c]
-            s = similarity[i, j] - offset[c]
-            if s + unsure < low[0]:
-                continue
-            k = _num_below(good, s)
-            if (k > 0 and s - unsure <= high[k - 1]) or (k < p and s + unsure >= low[k]):
-                s = _exact(x, offset, q, c)
-                k = _num_below(good, s)
-                if (k > 0 and s <= high[k - 1]) or (k < p and s >= low[k]):
-                    tied[q] = True
-            above[k] += 1
-        total, nearer = 0.0, 0
-        for k in range(p - 1, -1, -1):
-            nearer += above[k + 1]
-            total += (p - k) / (p - k + nearer)
+            low, high = good[k] - tolerance, good[k] + tolerance
+            above, perhaps = _count_around(similarity[i], offsets, scaled, added, length, np.float32(low), np.float32(high))
+            if perhaps > above:
+                for j in range(num):
+                    s = similarity[i, j] - offsets[j]
+                    unsure = scaled[j] * length + added[j]
+                    if s + unsure >= np.float32(low) and not s - unsure > np.float32(high):
+                        exact = _exact(x, offset, q, columns[j])
+                        above += exact > high
+                        tied[q] = tied[q] or low <= exact <= high
+            total += (p - k) / (p - k + above)
         values[q] = total / p
 
 

@@ -1,4 +1,4 @@
-"""How often intervals hold the truth and tests reject without an effect, on simulated screens: ``python benchmarks/coverage.py``.
+"""How often intervals hold the truth and tests reject without an effect, on simulated screens: ``python benchmarks/interval_coverage.py``.
 
 Prints the tables of docs/profiles.md and writes ``results/coverage.json``. Truth is the mean over all screens of a design, which draw their
 MoAs, compounds, doses and weeks anew. Minutes; ``--screens 100`` for a quick look (± 4 points).
