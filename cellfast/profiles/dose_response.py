@@ -33,10 +33,10 @@ def dose_responses(
     rows: list[dict[str, object]] = []
     if names.CONCENTRATION in treatments:
         doses = metadata[names.CONCENTRATION].to_numpy(np.float64)
-        for value, part in treatments.groupby(key, sort=True, dropna=False):
-            part = part[part[names.CONCENTRATION].notna()].sort_values(names.CONCENTRATION)
-            if part[names.CONCENTRATION].nunique() < FEWEST_DOSES:
-                continue
+        num = treatments.groupby(key, dropna=False)[names.CONCENTRATION].transform("nunique")
+        several = treatments[(num >= FEWEST_DOSES) & treatments[names.CONCENTRATION].notna()]
+        for value, part in several.groupby(key, sort=True, dropna=False):
+            part = part.sort_values(names.CONCENTRATION)
             wells = np.flatnonzero(np.isin(codes, part.index.to_numpy()))
             active = part["active"].to_numpy(dtype=bool)
             first = int(active.argmax())
