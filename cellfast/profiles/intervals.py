@@ -6,39 +6,66 @@ import math
 
 import numpy as np
 
+FEWEST = 3  # clusters of a second clustering that can say anything
+
 
 def ratio_interval(
-    right: np.ndarray, total: np.ndarray, cluster: np.ndarray, level: float = 0.95, most: float | None = None
+    right: np.ndarray,
+    total: np.ndarray,
+    cluster: np.ndarray,
+    level: float = 0.95,
+    most: float | None = None,
+    also: np.ndarray | None = None,
 ) -> list[float] | None:
     """Interval of Σ right / Σ total, a share between 0 and 1, over clusters of dependent profiles; None where nothing is counted.
 
     Wilson's interval with the effective number n = p(1 − p) / s², s² the delete-one-cluster jackknife's variance, and Student's t with
-    one degree of freedom less than clusters; to s² is added half of what one more cluster, half right, would. n is at most the number counted and at
-    least the number of clusters (of equal weight), so the interval has a width where all are right or all are wrong.
+    one degree of freedom less than clusters; to s² is added half of what one more cluster, half right, would. n is at most the number
+    counted and at least the number of clusters (of equal weight), so the interval has a width where all are right or all are wrong.
 
     Args:
         right: float [n], how right each profile is (0 … 1); total: float [n], 1 where it is counted, 0 where not.
         cluster: int [n]; profiles of different clusters are taken to be independent.
         most: the largest effective number; None: the number counted, as of what is either right or wrong.
+        also: int [n], a second clustering: profiles are taken to be independent where they differ in both. Not used where it has fewer
+            than ``FEWEST`` clusters.
 
-    Source: Wilson 1927; Korn & Graubard 1998 (effective number); Dean & Pagano 2015 (Wilson's form and t for clustered samples).
+    Source: Wilson 1927; Korn & Graubard 1998 (effective number); Dean & Pagano 2015 (Wilson's form and t for clustered samples);
+    Cameron, Gelbach & Miller 2011 (two clusterings); Satterthwaite 1946 (their degrees of freedom).
     """
-    right, total = (np.bincount(cluster, weights=values * (total > 0)) for values in (right, total))
-    right, total = right[total > 0], total[total > 0]
+    counted = total > 0
+    right, total, cluster = right[counted], total[counted], cluster[counted]
     if len(total) == 0:
         return None
-    if len(total) == 1:
+    clusterings = [np.unique(cluster, return_inverse=True)[1]]
+    if also is not None and len(np.unique(also[counted])) >= FEWEST:
+        clusterings.append(np.unique(also[counted], return_inverse=True)[1])
+    num = int(clusterings[0].max()) + 1
+    if num == 1:
         # One cluster says nothing about others.
         return [0.0, 1.0]
     p = min(max(right.sum() / total.sum(), 0.0), 1.0)
+    variances = [_left_out_variance(right, total, one) for one in clusterings]
+    variance, freedom = max(variances), num - 1.0
+    if len(clusterings) == 2:
+        both = np.unique(np.stack(clusterings), axis=1, return_inverse=True)[1].reshape(-1)
+        variance = max(variance, sum(variances) - _left_out_variance(right, total, both))
+        parts = sum(v**2 / one.max() for v, one in zip(variances, clusterings))
+        freedom = sum(variances) ** 2 / parts if parts > 0 else freedom
     # Few clusters with an error, or none, say little of how errors cluster.
-    variance = _jackknife_variance((right.sum() - right) / (total.sum() - total)) + 0.5 * ((p - 0.5) / (len(total) + 1)) ** 2
-    fewest = total.sum() ** 2 / (total**2).sum()
+    variance += 0.5 * ((p - 0.5) / (num + 1)) ** 2
+    weights = np.bincount(clusterings[0], weights=total)
+    fewest = weights.sum() ** 2 / (weights**2).sum()
     number = min(p * (1 - p) / variance, total.sum() if most is None else most) if variance > 0 else 0.0
-    number, t = max(number, fewest), _student(level, len(total) - 1)
+    number, t = max(number, fewest), _student(level, freedom)
     centre = (p + t**2 / (2 * number)) / (1 + t**2 / number)
     half = t / (1 + t**2 / number) * math.sqrt(p * (1 - p) / number + t**2 / (4 * number**2))
     return [max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))]
+
+
+def _left_out_variance(right: np.ndarray, total: np.ndarray, cluster: np.ndarray) -> float:
+    right, total = np.bincount(cluster, weights=right), np.bincount(cluster, weights=total)
+    return _jackknife_variance((right.sum() - right) / (total.sum() - total))
 
 
 def mean_interval(values: np.ndarray, cluster: np.ndarray, level: float = 0.95) -> list[float] | None:
@@ -116,7 +143,7 @@ def _jackknife_variance(left: np.ndarray) -> float:
     return float((len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum())
 
 
-def _student(level: float, freedom: int) -> float:
+def _student(level: float, freedom: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, 0.5 + level / 2))

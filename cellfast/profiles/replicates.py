@@ -84,7 +84,11 @@ def replicate_reproducibility(
         " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row)
         for row in metadata[key].iloc[first].itertuples(index=False, name=None)
     ]
-    scores = {scope: _share(passed[scope], similarity[scope], cluster[first]) for scope in SCOPES}
+    # Treatments of one layout share plates, and with these how easily wells resemble each other.
+    layout_of = np.full(len(sizes), -1)
+    for number, members in enumerate(layouts.values()):
+        layout_of[members] = number
+    scores = {scope: _share(passed[scope], similarity[scope], cluster[first], layout_of) for scope in SCOPES}
     return {
         **(scores["all"] or {"percent_replicating": None, "num_reproducible": 0, "num_treatments": 0}),
         "across_plates": scores["across_plates"],
@@ -99,11 +103,14 @@ def replicate_reproducibility(
     }
 
 
-def _share(passed: dict[int, bool], similarity: dict[int, float], cluster: np.ndarray) -> dict[str, Any] | None:
+def _share(
+    passed: dict[int, bool], similarity: dict[int, float], cluster: np.ndarray, layout: np.ndarray
+) -> dict[str, Any] | None:
     if not passed:
         return None
     right = np.array(list(passed.values()), np.float64)
-    interval = ratio_interval(right, np.ones(len(right)), cluster[list(passed)])
+    tested = list(passed)
+    interval = ratio_interval(right, np.ones(len(right)), cluster[tested], also=layout[tested])
     return {
         "percent_replicating": 100.0 * float(right.mean()),
         "interval_95": [100.0 * v for v in interval],
