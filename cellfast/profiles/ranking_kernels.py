@@ -7,6 +7,7 @@ import numpy as np
 from cellfast.compiled import njit
 
 _EPSILON = np.finfo(np.float64).eps
+_MANY = 12  # positives of a query beyond which its negatives are sorted in among them
 
 
 @njit()
@@ -56,8 +57,8 @@ def rank_rows(similarity, kind, rows, columns, x, offset, norm, slack, euclidean
     anew).
 
     ``similarity`` float32 (written over) and ``kind`` uint8 (1 positive, 2 negative) [rows, columns]; ``columns`` are rows of ``x`` [n, D].
-    ``slack`` [2, n]: what float32 can be wrong by, a factor of the query's length for each candidate and an addition. For each positive
-    the negatives above it are counted in one vectorised pass; those too near for float32 are looked at one by one.
+    ``slack`` [2, n]: what float32 can be wrong by, a factor of the query's length for each candidate and an addition. Few
+    positives: for each the negatives above it are counted in a vectorised pass. What is too near for float32 is looked at one by one.
     """
     scale = 2 * _EPSILON * (8 + x.shape[1] ** 0.5)
     num = len(columns)
@@ -80,21 +81,47 @@ def rank_rows(similarity, kind, rows, columns, x, offset, norm, slack, euclidean
             if kind[i, j] != 2:
                 similarity[i, j] = -np.inf
         good.sort()
-        total, length = 0.0, np.float32(norm[q])
+        low, high = np.empty(p), np.empty(p)
         for k in range(p):
             square = norm[q] ** 2 + (0.0 if euclidean else 1.0) - 2 * good[k]
             tolerance = scale * (norm[q] + max(square, 0.0) ** 0.5) ** 2
-            low, high = good[k] - tolerance, good[k] + tolerance
-            above, perhaps = _count_around(similarity[i], offsets, scaled, added, length, np.float32(low), np.float32(high))
-            if perhaps > above:
-                for j in range(num):
-                    s = similarity[i, j] - offsets[j]
-                    unsure = scaled[j] * length + added[j]
-                    if s + unsure >= np.float32(low) and not s - unsure > np.float32(high):
-                        exact = _exact(x, offset, q, columns[j])
-                        above += exact > high
-                        tied[q] = tied[q] or low <= exact <= high
-            total += (p - k) / (p - k + above)
+            low[k], high[k] = good[k] - tolerance, good[k] + tolerance
+        above, length = np.zeros(p, np.int64), np.float32(norm[q])
+        if p > _MANY:
+            # Each negative is put between two positives.
+            between = np.zeros(p + 1, np.int64)
+            for j in range(num):
+                s = np.float64(similarity[i, j]) - offset[columns[j]]
+                unsure = slack[0, columns[j]] * norm[q] + slack[1, columns[j]]
+                if s + unsure < low[0]:
+                    continue
+                k = _num_below(good, s)
+                if (k > 0 and s - unsure <= high[k - 1]) or (k < p and s + unsure >= low[k]):
+                    s = _exact(x, offset, q, columns[j])
+                    k = _num_below(good, s)
+                    tied[q] = tied[q] or (k > 0 and s <= high[k - 1]) or (k < p and s >= low[k])
+                between[k] += 1
+            nearer = 0
+            for k in range(p - 1, -1, -1):
+                nearer += between[k + 1]
+                above[k] = nearer
+        else:
+            for k in range(p):
+                surely, perhaps = _count_around(
+                    similarity[i], offsets, scaled, added, length, np.float32(low[k]), np.float32(high[k])
+                )
+                above[k] = surely
+                if perhaps > surely:
+                    for j in range(num):
+                        s = similarity[i, j] - offsets[j]
+                        unsure = scaled[j] * length + added[j]
+                        if s + unsure >= np.float32(low[k]) and not s - unsure > np.float32(high[k]):
+                            exact = _exact(x, offset, q, columns[j])
+                            above[k] += exact > high[k]
+                            tied[q] = tied[q] or low[k] <= exact <= high[k]
+        total = 0.0
+        for k in range(p):
+            total += (p - k) / (p - k + above[k])
         values[q] = total / p
 
 
