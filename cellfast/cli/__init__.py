@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("cellfast.cli.export", "export", "Write a model as TorchScript, pt2 or ONNX for other programs."),
     "profile": ("cellfast.cli.profile", "profile", "Aggregate and normalise embeddings or feature tables to profiles."),
     "evaluate": ("cellfast.cli.evaluate", "evaluate", "Score profiles by mechanism of action: NSC, NSCB, drop."),
+    "activity": ("cellfast.cli.activity", "activity", "Find active treatments: each against the controls of its plates."),
     "benchmark": ("cellfast.cli.benchmark", "benchmark", "Measure cellfast's parts on this machine."),
     "demo": ("cellfast.cli.demo", "demo", "Run the whole path on a small simulated screen."),
 }

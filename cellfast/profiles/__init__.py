@@ -20,6 +20,8 @@ _PUBLIC = {
     "nearest_neighbours": "neighbours",
     "EvaluationOptions": "evaluate",
     "evaluate_profiles": "evaluate",
+    "ActivityOptions": "activity",
+    "score_activity": "activity",
     "average_precision": "mean_average_precision",
     "compare_results": "compare",
 }

@@ -68,7 +68,7 @@ def _profile(*inputs: str) -> Callable:
 
 
 def _evaluate(case: Path) -> list[object]:
-    few = ["--resamples", 20, "--permutations", 20, "--no-pictures"]
+    few = ["--permutations", 20, "--no-pictures"]
     return ["evaluate", case / "profiles.parquet", "-o", case / "out.json", *few]
 
 

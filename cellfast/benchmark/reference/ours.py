@@ -208,7 +208,7 @@ def two_numbers() -> Any:
     """Options that leave out what the reference does not give: intervals and average precision."""
     from cellfast.profiles.evaluate import EvaluationOptions
 
-    return EvaluationOptions(num_resamples=0, num_permutations=0, average_precision=False)
+    return EvaluationOptions(num_permutations=0, average_precision=False)
 
 
 def evaluated_wells(features: np.ndarray, metadata: Any, steps: list[str]) -> Any:
