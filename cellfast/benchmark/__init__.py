@@ -40,7 +40,7 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "decode": Subject(
         "TIFF fields from HDF5 decoded by DALI beside tifffile, and their cells cut, on the GPU where there is one.",
-        "cellfast.benchmark.device:measure_decode",
+        "cellfast.benchmark.decode:measure_decode",
         full={"fields": 24},
         quick={"fields": 8, "compressions": ("none", "lzw"), "repeats": 1},
     ),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cellfast.embedding.device_cutting import cut_on_device
+from cellfast.data.device_cutting import cut_on_device
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.embedding.parts import PartWork
 from cellfast.embedding.sources import CellSource, Chunk, Part
