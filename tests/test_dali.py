@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_loader import all_crops, collect, make_screen
+from screens import all_crops, collect, raw_screen
 
 from cellfast.data import Loader
 from cellfast.errors import CellfastError
@@ -19,7 +19,7 @@ pytest.importorskip("nvidia.dali")
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
 @pytest.mark.parametrize("options", [{"shuffle": True, "seed": 5}, {"shuffle": False}, {"drop_last": True}])
 def test_the_same_pixels_as_memory_maps_for_the_same_rows(tmp_path, dtype, options):
-    screen = make_screen(tmp_path, channels=5, size=12, dtype=dtype)
+    screen = raw_screen(tmp_path, channels=5, size=12, dtype=dtype)
     dali, mmap = Loader(screen, 4, backend="dali", **options), Loader(screen, 4, backend="mmap", **options)
     for _ in range(2):  # two epochs through one pipeline
         crops, rows = collect(dali)
@@ -31,7 +31,7 @@ def test_the_same_pixels_as_memory_maps_for_the_same_rows(tmp_path, dtype, optio
 
 
 def test_a_break_and_a_restored_state_go_on_in_the_same_way(tmp_path):
-    screen = make_screen(tmp_path)
+    screen = raw_screen(tmp_path)
     expected = collect(Loader(screen, 3, seed=1))
     loader = Loader(screen, 3, seed=1, backend="dali")
     crops, rows = [], []
@@ -48,7 +48,7 @@ def test_a_break_and_a_restored_state_go_on_in_the_same_way(tmp_path):
 
 
 def test_a_rank_without_rows_gets_an_empty_batch(tmp_path):
-    screen = make_screen(tmp_path, counts=(9,))
+    screen = raw_screen(tmp_path, counts=(9,))
     for rank in range(4):
         dali = [batch.rows.tolist() for batch in Loader(screen, 2, rank=rank, world_size=4, backend="dali")]
         assert dali == [batch.rows.tolist() for batch in Loader(screen, 2, rank=rank, world_size=4)]
@@ -56,7 +56,7 @@ def test_a_rank_without_rows_gets_an_empty_batch(tmp_path):
 
 
 def test_batches_stay_as_they_are_until_the_next_is_asked_for(tmp_path):
-    screen = make_screen(tmp_path, counts=(100,))
+    screen = raw_screen(tmp_path, counts=(100,))
     expected = all_crops(screen)
     for batch in Loader(screen, 4, backend="dali", prefetch=3):
         np.testing.assert_array_equal(batch.crops.numpy(), expected[batch.rows.numpy()])
@@ -74,12 +74,12 @@ def test_without_dali_the_message_says_what_to_install(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(CellfastError, match="pip install nvidia-dali"):
-        Loader(make_screen(tmp_path), 4, backend="dali")
+        Loader(raw_screen(tmp_path), 4, backend="dali")
 
 
 @pytest.mark.cuda
 def test_the_same_pixels_on_a_gpu(tmp_path):
-    screen = make_screen(tmp_path, counts=(300,))
+    screen = raw_screen(tmp_path, counts=(300,))
     expected = torch.from_numpy(all_crops(screen).astype(np.int32)).cuda()
     for batch in Loader(screen, 16, backend="dali", device="cuda"):
         assert batch.crops.is_cuda

@@ -1,4 +1,4 @@
-"""Fields decoded by DALI: the rows, the account and the quarantine of the host's decoding; what is chosen, told and refused."""
+"""Fields decoded by DALI: the rows, the ledger and the quarantine of the host's decoding; what is chosen, told and refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from test_embed import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
+from screens import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.data.device_cutting import cut_on_device
 from cellfast.embedding import decoding
@@ -37,7 +37,7 @@ def work(tmp_path_factory):
     return folder
 
 
-def account(folder):
+def ledger(folder):
     return json.loads((folder / "embeddings.json").read_text())
 
 
@@ -53,11 +53,11 @@ def image(folder, plate="P1", well="B03", site=1, channel="Actin"):
         ("drop", "model.pt", ["--aggregate", "well"]),
     ],
 )
-def test_the_same_rows_and_account_as_the_host(work, tmp_path, border, model, more):
+def test_the_same_rows_and_ledger_as_the_host(work, tmp_path, border, model, more):
     embed("fields", work, tmp_path / "host", "--border", border, "--decode", "host", *more, model=model)
     told = embed("fields", work, tmp_path / "dali", "--border", border, "--decode", "dali", *more, model=model)
     assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), rtol=0, atol=0)
-    host, dali = account(tmp_path / "host"), account(tmp_path / "dali")
+    host, dali = ledger(tmp_path / "host"), ledger(tmp_path / "dali")
     assert (host["totals"], host["quarantined"]) == (dali["totals"], dali["quarantined"])
     assert dali["totals"]["dropped"] == host["totals"]["dropped"]
     assert host["decode"]["used"] == "host"
@@ -72,7 +72,7 @@ def test_the_same_rows_on_a_gpu(work, tmp_path, border):
     for decode in ("host", "dali"):
         embed("fields", work, tmp_path / decode, "--border", border, "--decode", decode, "--device", "cuda", "--batch-size", 9)
     assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), rtol=1e-5, atol=1e-6)
-    decode = account(tmp_path / "dali")["decode"]
+    decode = ledger(tmp_path / "dali")["decode"]
     assert decode["how"] in ("cpu", "mixed")
     assert decode["fields_dali"] == 18
     assert "fields/s on 8 fields" in decode["reason"]
@@ -94,7 +94,7 @@ def test_fields_in_hdf5_are_decoded_by_dali(work, store, tmp_path, device):
     given = [work / "load_data.csv", "--image-root", store, "--locations", work / "locations", "--model", work / "model.pt"]
     result = run("embed", *given, "-o", tmp_path / "dali", "--decode", "dali", "--device", device)
     assert result.exit_code == 0, f"{result.output} {result.exception!r}"
-    decode = account(tmp_path / "dali")["decode"]
+    decode = ledger(tmp_path / "dali")["decode"]
     assert (decode["used"], decode["fields_dali"], decode["fields_host"]) == ("dali", 18, 0)
     tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
     assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), **tolerance)
@@ -107,23 +107,23 @@ def test_cells_of_fields_in_hdf5_are_decoded_and_cut_where_they_lie(work, store,
     table = read_image_table(work / "load_data.csv", store)
     locations = open_locations(str(work / "locations"), table)
     source = FieldSource(table, FieldReader(table.channel_names, locations, None, 24, border, (60, 80), "uint16"), 16)
-    units = [unit for plan in source.plans for part in plan.parts for unit in source.units(part)]
+    units = [unit for plan in source.plans for block in plan.blocks for unit in source.units(block)]
     dali = DaliReader(source, 2, decoding.Decoding("dali", "dali", "cpu", "", 2), torch.device(device))
-    cells = 0
-    for (_, chunk), unit in zip(dali.chunks(enumerate(units)), units, strict=True):
+    count = 0
+    for (_, cells), unit in zip(dali.cells(enumerate(units)), units, strict=True):
         expected = source.read(unit)
-        assert chunk.count == expected.count
-        if not chunk.count:
+        assert cells.count == expected.count
+        if not cells.count:
             continue
-        crops = np.empty((chunk.count, 2, 16, 16), np.uint16)
-        expected.fill(crops, 0, chunk.count)
-        planes = torch.stack([torch.as_tensor(plane).to(device).view(torch.int16) for plane in chunk.planes]).view(torch.uint16)
-        found = cut_on_device(planes, torch.from_numpy(chunk.origins).to(device), chunk.size, chunk.border)
+        crops = np.empty((cells.count, 2, 16, 16), np.uint16)
+        expected.fill(crops, 0, cells.count)
+        planes = torch.stack([torch.as_tensor(plane).to(device).view(torch.int16) for plane in cells.planes]).view(torch.uint16)
+        found = cut_on_device(planes, torch.from_numpy(cells.origins).to(device), cells.size, cells.border)
         np.testing.assert_array_equal(found.cpu().numpy(), crops)
-        cells += chunk.count
+        count += cells.count
     dali.close()
     assert dali.decoding.fields_dali == len(units) == 18
-    assert cells > 100
+    assert count > 100
 
 
 @pytest.mark.data
@@ -175,7 +175,7 @@ def test_broken_files_cost_their_own_fields_and_are_counted_alike(tmp_path):
     tifffile.imwrite(image(tmp_path, plate="P2", well="A02"), plane, compression="lzma")  # readable, by the host
     for decode in ("host", "dali"):
         embed("fields", tmp_path, tmp_path / decode, "--decode", decode, "--retries", 1, exit_code=3)
-    host, dali = account(tmp_path / "host"), account(tmp_path / "dali")
+    host, dali = ledger(tmp_path / "host"), ledger(tmp_path / "dali")
     assert len(host["quarantined"]) == 7
     assert len({q["reason"] for q in host["quarantined"]}) >= 5
     assert (host["totals"], host["quarantined"]) == (dali["totals"], dali["quarantined"])
@@ -188,21 +188,21 @@ def test_broken_files_cost_their_own_fields_and_are_counted_alike(tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_whoever_decodes(work, tmp_path, monkeypatch):
-    from cellfast.embedding.parts import PartFiles
+    from cellfast.embedding.blocks import BlockFiles
 
     embed("fields", work, tmp_path / "whole")
-    real, written = PartFiles.write, []
+    real, written = BlockFiles.write, []
 
-    def stopped(self, plan, part_work):
+    def stopped(self, plan, work):
         if len(written) == 5:
             raise CellfastError("no space")
-        written.append(part_work.part)
-        real(self, plan, part_work)
+        written.append(work.block)
+        real(self, plan, work)
 
-    monkeypatch.setattr(PartFiles, "write", stopped)
+    monkeypatch.setattr(BlockFiles, "write", stopped)
     result = embed("fields", work, tmp_path / "e", "--decode", "dali", exit_code=None)
     assert "no space" in str(result.exception)
-    monkeypatch.setattr(PartFiles, "write", lambda self, plan, work: (written.append(work.part), real(self, plan, work))[1])
+    monkeypatch.setattr(BlockFiles, "write", lambda self, plan, work: (written.append(work.block), real(self, plan, work))[1])
     embed("fields", work, tmp_path / "e", "--decode", "dali")
     assert len(written) == len(set(written))
     assert_same(tables(tmp_path / "whole"), tables(tmp_path / "e"), rtol=0, atol=0)
@@ -212,14 +212,14 @@ def test_a_run_that_was_stopped_goes_on_whoever_decodes(work, tmp_path, monkeypa
 def test_auto_takes_the_faster_and_says_so(work, tmp_path, monkeypatch):
     told = embed("fields", work, tmp_path / "few")
     assert "decode host: 18 fields are too few for a choice to pay (from 256)" in told.output
-    assert account(tmp_path / "few")["decode"]["asked"] == "auto"
+    assert ledger(tmp_path / "few")["decode"]["asked"] == "auto"
     monkeypatch.setattr(decoding, "MEASURE_FROM", 4)
     for name, faster in (("host", "_host_run"), ("dali", "_dali_run")):
         with monkeypatch.context() as patch:
             slow = "_dali_run" if faster == "_host_run" else "_host_run"
             patch.setattr(decoding, slow, lambda *a: lambda: __import__("time").sleep(1.0))
             told = embed("fields", work, tmp_path / name)
-        record = account(tmp_path / name)["decode"]
+        record = ledger(tmp_path / name)["decode"]
         assert (record["asked"], record["used"]) == ("auto", name)
         assert "dali cpu" in record["reason"]
         assert "host" in record["reason"]
@@ -233,7 +233,7 @@ def test_dali_that_cannot_run_is_told(work, tmp_path, monkeypatch):
         assert f"--decode dali does not go with {' '.join(more)}" in str(run("embed", *arguments, *more).exception)
     store = run("embed", work, "--model", work / "model.pt", "-o", tmp_path / "e", "--decode", "dali")
     assert store.exit_code == 2
-    with pytest.raises(CellfastError, match="--decode must be one of auto, host, dali"):
+    with pytest.raises(CellfastError, match="decode: expected one of auto, host, dali"):
         EmbedOptions(decode="gpu")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "nvidia.dali", None)

@@ -17,23 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import torch
-from test_embed import assert_same, embed, field_arguments, make_fields, make_model, run, tables
+from screens import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.errors import CellfastError
 from cellfast.storage.folder import folder_at
 from cellfast.storage.locks import LOCK_NAME, STALE_AFTER_S, OutputLock, _system
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    """Fields, a model, their crop store, and the embeddings of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("faults")
-    make_fields(folder, sites=3)
-    make_model(folder / "model.pt")
-    assert run("ingest", "fields", *field_arguments(folder), "--crop-size", 24, "-o", folder / "store").exit_code == 0
-    embed("fields", folder, folder / "clean")
-    return folder
 
 
 @pytest.fixture
@@ -51,7 +40,7 @@ def image(folder, plate="P1", well="B03", site=1, channel="Actin"):
 # Imports once, then runs `cellfast embed` in forked children: one thread, slowed down so that a kill can fall anywhere in it.
 DRIVER = """
 import os, signal, sys, time
-import cellfast.cli.embed, cellfast.embedding.embed_fields, cellfast.embedding.embed_store, cellfast.training.loop
+import cellfast.cli.embed, cellfast.embedding.embed, cellfast.training.loop
 from cellfast.cli import main
 from cellfast.embedding import encoder
 real = encoder.CropEncoder._encode
@@ -112,8 +101,8 @@ def test_killed_at_any_moment_every_cell_is_there_once(clean, tmp_path, source):
     assert_same(tables(out), tables(clean / "clean"))
     keys = ["Metadata_Well", "Metadata_Site", "Metadata_ObjectNumber"]
     assert not any(t.duplicated(keys).any() for t in tables(out).values())
-    account = json.loads((out / "embeddings.json").read_text())
-    assert account["rows"] == sum(map(len, tables(out).values()))
+    ledger = json.loads((out / "embeddings.json").read_text())
+    assert ledger["rows"] == sum(map(len, tables(out).values()))
     assert not [p for p in out.rglob(".*partial*")]
 
 
@@ -154,10 +143,10 @@ def test_broken_and_missing_fields_are_quarantined_and_can_be_mended(fields, cle
         ("P2", "A10", "locations not usable", 2),
     ]
     assert "3 fields were quarantined" in result.output
-    account = json.loads((tmp_path / "e" / "embeddings.json").read_text())
-    for plate in account["plates"]:
+    ledger = json.loads((tmp_path / "e" / "embeddings.json").read_text())
+    for plate in ledger["plates"]:
         assert plate["locations"] == plate["rows"] + sum(plate["dropped"].values())
-    assert account["totals"]["dropped"] == {"field refused: not a readable image": 7, "field refused: file missing": 8}
+    assert ledger["totals"]["dropped"] == {"field refused: not a readable image": 7, "field refused: file missing": 8}
     whole = tables(clean / "clean")
     bad = whole["P1"].query("Metadata_Well == 'B03' and Metadata_Site == 1").index
     assert_same({"P1": tables(tmp_path / "e")["P1"]}, {"P1": whole["P1"].drop(bad).reset_index(drop=True)})
@@ -213,16 +202,16 @@ def test_images_and_locations_that_changed_are_embedded_again(fields, tmp_path):
     assert "2 of 2 plates" in embed("fields", fields, tmp_path / "e", *formats).output
 
 
-def test_parts_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch):
+def test_blocks_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch):
     from cellfast.embedding import run as embedding_run
 
     def stop(self, plan, **options):
         raise CellfastError("stopped before the plate's file")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedding_run._Run, "assemble", stop)
+        patch.setattr(embedding_run.EmbedRun, "assemble", stop)
         embed("fields", fields, tmp_path / "e", exit_code=1)
-    assert list((tmp_path / "e" / ".embed" / "parts" / "P1").rglob("*.arrow"))
+    assert list((tmp_path / "e" / ".embed" / "blocks" / "P1").rglob("*.arrow"))
     os.utime(image(fields), ns=(1, 1))
     result = embed("fields", fields, tmp_path / "e")
     assert "plate P1 was begun with other files or options and is begun anew" in result.output
@@ -459,7 +448,7 @@ def test_embedding_stops_before_it_writes_without_its_lock(clean, tmp_path, monk
     assert not list((tmp_path / "e").glob("*.parquet"))
 
 
-def test_damaged_parts_and_foreign_files_are_told(clean, tmp_path):
+def test_damaged_blocks_and_foreign_files_are_told(clean, tmp_path):
     (tmp_path / "e").mkdir()
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "e" / "P1.parquet")
     assert "not written by cellfast embed" in str(embed("fields", clean, tmp_path / "e", exit_code=1).exception)
@@ -474,9 +463,9 @@ def test_damaged_parts_and_foreign_files_are_told(clean, tmp_path):
 
 
 def test_a_killed_reader_process_is_replaced(clean, tmp_path, monkeypatch):
-    from cellfast.embedding import pipeline
+    from cellfast.embedding import reading
 
-    real = pipeline.ReaderPool._submit
+    real = reading.ReaderPool._submit
     killed = []
 
     def submit(self, unit):
@@ -488,7 +477,7 @@ def test_a_killed_reader_process_is_replaced(clean, tmp_path, monkeypatch):
             killed.append(victim.pid)
         return future
 
-    monkeypatch.setattr(pipeline.ReaderPool, "_submit", submit)
+    monkeypatch.setattr(reading.ReaderPool, "_submit", submit)
     embed("fields", clean, tmp_path / "e", "--readers", "processes", "--workers", 1)
     assert killed
     assert_same(tables(tmp_path / "e"), tables(clean / "clean"))

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from test_embed import assert_same, embed, make_fields, make_model, run, tables
+from screens import assert_same, embed, make_fields, make_model, run, tables
 
 from cellfast.errors import CellfastError
 from cellfast.screens import Screen

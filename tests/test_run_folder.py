@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import SMALL, go, make_screen
+from screens import SMALL, go
 
 from cellfast.atomic import atomic_path, is_abandoned, partial_path, remove_abandoned
 from cellfast.errors import CellfastError
@@ -27,11 +27,6 @@ from cellfast.training.loop import train
 
 # Learning rates that do not depend on the number of steps.
 EVEN = {"schedule": "constant", "warmup": 0.0}
-
-
-@pytest.fixture(scope="module")
-def screen(tmp_path_factory):
-    return make_screen(tmp_path_factory.mktemp("screen"))
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ import torch
 from cellfast.benchmark.timing import device_name, median_seconds, or_reason
 from cellfast.data import tune_malloc
 from cellfast.data.device_cutting import cut_on_device
+from cellfast.embedding.cells import Cells
 from cellfast.embedding.dali_reading import DaliReader
 from cellfast.embedding.decoding import Decoding
 from cellfast.embedding.field_source import FieldSource
-from cellfast.embedding.pipeline import ReaderPool
-from cellfast.embedding.sources import Chunk
+from cellfast.embedding.reading import ReaderPool
 from cellfast.screens.field_cells import FieldReader
 from cellfast.screens.field_store import write_field_store
 from cellfast.screens.image_table import read_image_table
@@ -110,40 +110,40 @@ def _measure(
         reader = ReaderPool(source, threads, "threads")
     else:
         reader = DaliReader(source, threads, decoding, device)
-    units = [unit for plan in source.plans for part in plan.parts for unit in source.units(part)]
+    units = [unit for plan in source.plans for block in plan.blocks for unit in source.units(block)]
 
-    def chunks() -> Iterator[Chunk]:
-        return (chunk for _, chunk in reader.chunks(enumerate(units)))
+    def fields() -> Iterator[Cells]:
+        return (cells for _, cells in reader.cells(enumerate(units)))
 
     try:
-        for chunk in reader.chunks([(0, units[0])]):
-            found = [torch.as_tensor(plane).cpu().numpy() for plane in chunk[1].planes or ()]
-            if len(found) != len(first) or not all(map(np.array_equal, found, first)):
-                raise RuntimeError("decoded pixels differ from the written ones; nothing was timed")
+        (_, cells), *_ = reader.cells([(0, units[0])])
+        found = [torch.as_tensor(plane).cpu().numpy() for plane in cells.planes]
+        if len(found) != len(first) or not all(map(np.array_equal, found, first)):
+            raise RuntimeError("decoded pixels differ from the written ones; nothing was timed")
         if decode != "host" and not decoding.fields_dali:
             raise RuntimeError(
                 f"DALI is given no file of this kind: the host decodes it ({decoding.failure or 'its damage would not show'})"
             )
         before = time.process_time()
-        seconds = median_seconds(lambda: [None for _ in chunks()], repeats, device)
+        seconds = median_seconds(lambda: [None for _ in fields()], repeats, device)
         per_core = len(units) * (repeats + 1) / (time.process_time() - before)
         return {
             "decode_fields_per_second": len(units) / seconds,
             "per_core": per_core,
             "decode_and_cut_fields_per_second": len(units)
-            / median_seconds(lambda: [_cut(chunk, device) for chunk in chunks()], repeats, device),
+            / median_seconds(lambda: [_cut(cells, device) for cells in fields()], repeats, device),
         }
     finally:
         reader.close()
 
 
-def _cut(chunk: Chunk, device: torch.device) -> None:
+def _cut(cells: Cells, device: torch.device) -> None:
     """The crops of a field, where an embedding run cuts them: on the host for the CPU, on the GPU for a GPU."""
-    assert chunk.planes is not None
-    assert chunk.origins is not None
+    assert cells.planes is not None
+    assert cells.origins is not None
     if device.type == "cpu":
-        chunk.fill(np.empty((chunk.count, len(chunk.planes), chunk.size, chunk.size), np.uint16), 0, chunk.count)
+        cells.fill(np.empty((cells.count, len(cells.planes), cells.size, cells.size), np.uint16), 0, cells.count)
         return
     # Few operations know uint16.
-    planes = torch.stack([torch.as_tensor(plane).view(torch.int16).to(device) for plane in chunk.planes]).view(torch.uint16)
-    cut_on_device(planes, torch.from_numpy(np.ascontiguousarray(chunk.origins)).to(device), chunk.size, chunk.border)
+    planes = torch.stack([torch.as_tensor(plane).view(torch.int16).to(device) for plane in cells.planes]).view(torch.uint16)
+    cut_on_device(planes, torch.from_numpy(np.ascontiguousarray(cells.origins)).to(device), cells.size, cells.border)

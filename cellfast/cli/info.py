@@ -25,7 +25,7 @@ def info(
     """Describe SCREEN: plates, wells, fields, cells, treatments, MoAs, controls, channels, size, integrity.
 
     Or MODEL, a run folder, a model file or an exported file: what it takes, and where it comes from. Or a folder of embeddings: its
-    account, and with --verify whether its files are as they were written. --json also tells where each
+    ledger, and with --verify whether its files are as they were written. --json also tells where each
     plate's pixels lie in its file.
     """
     import json

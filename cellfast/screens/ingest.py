@@ -1,4 +1,4 @@
-"""What both ingests share: finished plates are recognised, plates run side by side, the ledger closes the account."""
+"""What both ingests share: finished plates are recognised, plates run side by side, a ledger of what became of every cell."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,7 @@ def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
     changed = changed_files(recorded, task.inputs) if recorded is not None and not inputs else None
     if inputs or changed:
         return None, "; ".join([*inputs, *([changed] if changed else [])])
-    known = {f.name for f in fields(PlateLedger)}
-    ledger = PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
-    return ledger, "" if recorded is not None else "made before files were recorded"
+    return PlateLedger.from_json(store.ledger), "" if recorded is not None else "made before files were recorded"
 
 
 def stored_ledger(ledger: PlateLedger, task: PlateTask) -> dict[str, Any]:
