@@ -85,7 +85,8 @@ def check_claim(name: object, what: str, claimed: float, held: float, *, most: f
     """
     if claimed > most * held + slack:
         raise CellfastError(
-            f"{name}: damaged: {what} would be {size_text(claimed)}, more than the {size_text(held)} of the file can hold; write it again"
+            f"{name}: damaged: {what} would be {size_text(claimed)}, more than the {size_text(held)} of the file can hold; write "
+            "it again"
         )
     if claimed > ALWAYS_THERE and claimed > (free := available_bytes()):
         raise CellfastError(f"{name}: {what} takes {size_text(claimed)} of memory, and {size_text(free)} are free")
@@ -93,7 +94,8 @@ def check_claim(name: object, what: str, claimed: float, held: float, *, most: f
 
 @contextmanager
 def told(name: object, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a `CellfastError` that names the file and what it was to be; libraries have kinds of their own."""
+    """Whatever goes wrong inside is a `CellfastError` that names the file and what it was to be; libraries have kinds of their
+    own."""
     try:
         yield
     except CellfastError:
@@ -205,7 +207,8 @@ class _Text(io.RawIOBase):
         self._read += count
         if self._read > self._most:
             raise CellfastError(
-                f"{self.path}: damaged: {size_text(self._held)} that unpack to more than {size_text(self._most)}; expected a table"
+                f"{self.path}: damaged: {size_text(self._held)} that unpack to more than {size_text(self._most)}; expected a "
+                "table"
             )
         if self._read == count:
             self._wide = bytes(memoryview(buffer)[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -269,10 +272,11 @@ MOST_TORCH, TORCH_SLACK = 4, 64 << 20
 
 
 def check_torch_file(path: str | os.PathLike[str]) -> None:
-    """Raise `CellfastError` where reading a file of ``torch.save``, TorchScript or ``torch.export`` could take more than it holds.
+    """Raise `CellfastError` where reading a file of ``torch.save``, TorchScript or ``torch.export`` could take more than it
+    holds.
 
-    A file that is no archive (``torch.save`` of old) holds its tensors as they are; a ``bytearray`` is the one object that torch makes
-    of a number alone, of any size.
+    A file that is no archive (``torch.save`` of old) holds its tensors as they are; a ``bytearray`` is the one object that torch
+    makes of a number alone, of any size.
     """
     with told(path, "file of tensors"):
         with open(path, "rb") as handle:

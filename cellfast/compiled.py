@@ -19,9 +19,9 @@ if (_folder := os.environ.get("CELLFAST_CACHE")) and "NUMBA_CACHE_DIR" not in os
 def njit(**options: Any) -> Callable[[Any], Any]:
     """``numba.njit(cache=True, nogil=True, **options)``, without the cache where there is nowhere to keep it.
 
-    Compiled code is kept in ``$NUMBA_CACHE_DIR``, else in ``$CELLFAST_CACHE/numba``, else beside the module or in the user's cache
-    folder. Where none of them can be written to, each process compiles anew (seconds); the first one says so on stderr. No folder for
-    temporary files is tried: others could put code there that numba would load.
+    Compiled code is kept in ``$NUMBA_CACHE_DIR``, else in ``$CELLFAST_CACHE/numba``, else beside the module or in the user's
+    cache folder. Where none of them can be written to, each process compiles anew (seconds); the first one says so on stderr. No
+    folder for temporary files is tried: others could put code there that numba would load.
     """
 
     def decorate(function: Any) -> Any:

@@ -112,7 +112,7 @@ def test_where_no_checkpoint_is_whole_all_are_named_and_kept(screen, finished, t
     shutil.copytree(finished, run)
     for name in ("last.pt", "previous.pt"):
         (run / "checkpoints" / name).write_bytes(b"PK\3\4 no more")
-    with pytest.raises(CellfastError, match=r"last\.pt cannot be read.*previous\.pt cannot be read.*--force"):
+    with pytest.raises(CellfastError, match=r"last\.pt cannot be read.*previous\.pt cannot be read.*force=True"):
         go(screen, run, steps=6, resume=True)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["last.pt", "previous.pt"]
 

@@ -7,8 +7,11 @@ import os
 import re
 import sys
 import traceback
+from typing import Any
 
 import click
+
+from cellfast.errors import told_at_command_line
 
 # name → (module, attribute, one-line help). The help stands here so that `cellfast --help` imports nothing heavy.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -41,6 +44,10 @@ class LazyGroup(click.Group):
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"No such command '{args[0]}'. The commands are: {', '.join(COMMANDS)}.")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with told_at_command_line():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -122,8 +122,8 @@ def ingest_crops_command(
 ) -> None:
     """Collect ready-made crops, one .npy, TIFF or PNG per cell, listed in INDEX_CSV.
 
-    Its columns are file,plate,well,site,cell,compound,concentration,moa, or the reference implementation's Image_Name,Class_Name,Target with
-    strips of channels side by side.
+    Its columns are file,plate,well,site,cell,compound,concentration,moa, or the reference implementation's
+    Image_Name,Class_Name,Target with strips of channels side by side.
     """
     from cellfast.metadata.columns import parse_column_overrides
     from cellfast.screens.crop_index import read_crop_index

@@ -42,24 +42,27 @@ def train(
 
     Several processes: torchrun --standalone --nproc-per-node N -m cellfast train SCREEN -o RUN …; the loss is then over the global minibatch.
     """
-    from cellfast.errors import CellfastError
-    from cellfast.training.config import parse_assignment, resolve_config
+    from cellfast.api import train as run_training
+    from cellfast.errors import option
+    from cellfast.training.config import check_keys, parse_assignment
 
-    if screen.is_file():
-        raise CellfastError(
-            f"{screen} is a file; training takes a SCREEN folder of crops. From kept fields: cellfast ingest fields IMAGE_CSV --image-root "
-            f"{screen} --locations … -o SCREEN (docs/device.md tells why minibatches are not fed from fields)"
-        )
-    overrides = {key: value for key, value in options.items() if value is not None}
-    overrides.update(parse_assignment(text) for text in assignments)
-    if resume and config_file is None and (run / "config.yaml").exists():
-        config_file = run / "config.yaml"
-    config = resolve_config(recipe, config_file, overrides)
-    from cellfast.training.loop import train as run_training
-
+    options = {name: value for name, value in options.items() if value is not None}
+    assigned = dict(parse_assignment(text) for text in assignments)
+    check_keys((name.partition(".")[0] for name in assigned), option("set"))
+    options.update(assigned)
+    result = run_training(
+        screen,
+        run,
+        config=config_file,
+        recipe=options.pop("recipe", recipe),
+        resume=resume,
+        force=force,
+        allow_unfinished=allow_unfinished,
+        say=click.echo,
+        **options,
+    )
     # Of torchrun's processes one speaks.
     first = int(os.environ.get("RANK", "0")) == 0
-    result = run_training(screen, run, config, resume=resume, force=force, allow_unfinished=allow_unfinished, say=click.echo)
     if result.interrupted:
         if first:
             click.echo(f"stopped at step {result.steps}; go on with: cellfast train {screen} -o {run} --resume")

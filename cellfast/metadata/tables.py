@@ -137,7 +137,7 @@ class ArrowTable:
         return np.float32 if single else np.float64
 
     def blocks(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
-        buffer = np.empty((ROWS_PER_BLOCK, len(columns)), self.dtype(columns))
+        buffer: np.ndarray = np.empty((ROWS_PER_BLOCK, len(columns)), self.dtype(columns))
         start = 0
         with told(self.path, "table"):
             if self._parquet is not None:

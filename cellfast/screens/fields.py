@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.joins import unplaced_overrides
 from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import ImageTable, image_table_from_pattern, read_image_table
@@ -60,9 +60,12 @@ def open_fields(
         CellfastError: files that are not what they should be, options that do not go together.
     """
     if (image_table is None) == (pattern is None):
-        raise CellfastError("give either an image table or --pattern")
+        raise CellfastError(f"give either an image table or {option('pattern')}")
     if locations != "detect" and (detect_channel or diameter_px):
-        raise CellfastError(f"--detect-channel and --diameter belong to --locations detect, got --locations {locations}")
+        raise CellfastError(
+            f"{option('detect_channel')} and {option('diameter_px')} belong to {option('locations', 'detect')}, got "
+            f"{option('locations', locations)}"
+        )
     columns = columns or {}
     if image_table is not None:
         table = read_image_table(image_table, image_root, channels=channels, plate=plate, columns=columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from pandas import DataFrame
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.screens.field_store import PROTOCOL, store_url
 from cellfast.storage.urls import file_system, is_url
 
@@ -31,7 +31,7 @@ class FileColumns:
     file: str | None = None
     url: str | None = None
 
-    def of(self, row: dict[str, Any]) -> tuple[str, str]:
+    def of(self, row: Mapping[Any, Any]) -> tuple[str, str]:
         """(folder, name) in a row of the table; ``("", "")`` where it names none. Either may be of a URL, or have ``\\`` for ``/``."""
         name = str(row[self.file]).strip() if self.file is not None else ""
         if self.url is not None and (self.folder is None or not name):
@@ -77,7 +77,7 @@ def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: obje
             rest[:] = [name for name in rest if name not in names]
 
     leave(
-        "illumination functions: --illumination divides by them",
+        f"illumination functions: {option('illumination')} divides by them",
         [n for n in rest if re.match(r"(?i)illum(?!ina)", n) or _function(table, listed[n])],
     )
     leave("outlines", [n for n in rest if "outline" in n.lower()])
@@ -88,7 +88,9 @@ def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: obje
     leave("made from the Orig channels", [n for n in rest if n not in orig and (len(orig) > 1 or n in bases)])
     if not rest:
         found = "; ".join(f"{', '.join(names)} ({why})" for why, names in left.items())
-        raise CellfastError(f"{path}: no channels among its columns of files: {found}; name those that are with --channels")
+        raise CellfastError(
+            f"{path}: no channels among its columns of files: {found}; name those that are with {option('channels')}"
+        )
     if left:
         out = "; ".join(f"{', '.join(names)} ({why})" for why, names in left.items())
         notes.append(f"taken as channels: {', '.join(rest)}; not: {out}")
@@ -158,7 +160,7 @@ def chosen(channels: Sequence[str] | None, known: list[str], where: str) -> list
     unknown = [name for name in channels if name not in known]
     if unknown or len(set(channels)) != len(channels):
         what = f"unknown channels {', '.join(unknown)}" if unknown else "a channel is named twice"
-        raise CellfastError(f"--channels: {what}; the {where} have {', '.join(known)}")
+        raise CellfastError(f"{option('channels')}: {what}; the {where} have {', '.join(known)}")
     return list(channels)
 
 
@@ -169,11 +171,11 @@ def found_columns(table: DataFrame) -> str:
 
 
 def image_root_of(image_root: str | os.PathLike[str]) -> Path | str:
-    """The folder, or the URL of a remote folder or of a field store, that ``--image-root`` names; raises `CellfastError` for none."""
+    """The folder, or the URL of a remote folder or of a field store, that ``image_root`` names; raises `CellfastError` for none."""
     if is_url(image_root):
         fs, key = file_system(str(image_root).rstrip("/"))
         if not fs.isdir(key):
-            raise CellfastError(f"--image-root {image_root}: no such folder")
+            raise CellfastError(f"{option('image_root', image_root)}: no such folder")
         return str(image_root).rstrip("/")
     root = Path(image_root)
     if root.is_file() and root.suffix.lower() in (".h5", ".hdf5"):
@@ -181,7 +183,7 @@ def image_root_of(image_root: str | os.PathLike[str]) -> Path | str:
         file_system(url)
         return url
     if not root.is_dir():
-        raise CellfastError(f"--image-root {root}: no such folder, nor a field store (.h5)")
+        raise CellfastError(f"{option('image_root', root)}: no such folder, nor a field store (.h5)")
     return root
 
 
@@ -314,12 +316,13 @@ def check_files(fields: Sequence[Any], channel_names: Sequence[str]) -> None:
             names = [name for name, file in zip(channel_names, files) if file == twice]
             raise CellfastError(
                 f"{where}: channels {' and '.join(names)} name the same file, {twice}; "
-                "correct the image table, or choose other channels with --channels"
+                f"correct the image table, or choose other channels with {option('channels')}"
             )
         for file in named:
             other = owner.setdefault(file, field)
             if other is not field and (is_url(file) or os.path.isfile(file)):
                 raise CellfastError(
-                    f"{where} and plate {other.plate}, well {other.well}, site {other.site} have one file, {file}; correct the image table, "
-                    "or give --image-root a folder in which each plate's files lie in a folder of their own, as the table names it"
+                    f"{where} and plate {other.plate}, well {other.well}, site {other.site} have one file, {file}; correct the image "
+                    f"table, or give {option('image_root')} a folder in which each plate's files lie in a folder of their own, as the "
+                    "table names it"
                 )

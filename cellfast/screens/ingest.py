@@ -1,9 +1,8 @@
-"""What both ingests share: finished plates are recognised, plates run side by side, a ledger of what became of every cell."""
+"""What both ingests share: finished plates are recognised, plates run side by side, the ledger adds up."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cellfast.atomic import remove_abandoned, told_when_full
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
+from cellfast.fresh_processes import FreshProcesses
 from cellfast.printable import masked_values
 from cellfast.progress import Progress
 from cellfast.screens import unfinished
@@ -67,11 +67,11 @@ def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
     inputs, options = changed_options(store.options, wanted)
     for name in options:
         raise CellfastError(
-            f"{task.path}: this plate was made with {name} = {store.options.get(name)!r}, now {name} = {wanted.get(name)!r} is asked for; "
-            "ingest into another folder, or use --force to make it again"
+            f"{task.path}: this plate was made with {name} = {store.options.get(name)!r}, now {name} = {wanted.get(name)!r} "
+            f"is asked for; ingest into another folder, or use {option('force', True)} to make it again"
         )
     if store.ledger is None:
-        raise CellfastError(f"{task.path}: the plate carries no ledger; use --force to make it again")
+        raise CellfastError(f"{task.path}: the plate carries no ledger; use {option('force', True)} to make it again")
     recorded = store.ledger.get("inputs")
     changed = changed_files(recorded, task.inputs) if recorded is not None and not inputs else None
     if inputs or changed:
@@ -142,7 +142,7 @@ def run_plates(
     if unrecorded:
         notes.append(
             f"{unrecorded} plates were made before the sizes and times of files were recorded; they are kept, whatever became of their "
-            "files: --force makes them again"
+            f"files: {option('force', True)} makes them again"
         )
     if todo:
         unfinished.begin(todo[0].path.parent.parent, [task.plate for task in tasks])
@@ -154,7 +154,9 @@ def run_plates(
             progress.message(f"ingest: {note}")
         if ledgers:
             refused = sum(sum(ledger.fields_refused.values()) for ledger in ledgers.values())
-            again = f"; {refused:,} of their fields were refused then: --force tries them again" if refused else ""
+            again = (
+                f"; {refused:,} of their fields were refused then: {option('force', True)} tries them again" if refused else ""
+            )
             progress.message(f"ingest: {len(ledgers)} of {len(tasks)} plates were finished before and are kept{again}")
         progress.enabled &= bool(todo)
         if workers <= 1 or len(todo) <= 1:
@@ -205,8 +207,7 @@ def _run_parallel(
     workers: int,
     shown: _Shown,
 ) -> None:
-    # spawn: a fork would copy locks of HDF5 and of thread pools in the state another thread left them in.
-    context = multiprocessing.get_context("spawn")
+    context = FreshProcesses()
     counter = context.Array("q", 2)
     with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_begin_worker, initargs=(counter,)) as pool:
         plate_of = {pool.submit(_do, work, task): task.plate for task in todo}
@@ -219,8 +220,8 @@ def _run_parallel(
                     ledgers[plate_of[future]] = future.result()
         except BrokenProcessPool as error:
             raise CellfastError(
-                f"a process of the ingest ended without a word, most likely for want of memory; use fewer --workers (now {workers}). "
-                "The same command goes on with the plates that are not finished"
+                f"a process of the ingest ended without a word, most likely for want of memory; use fewer {option('workers')} "
+                f"(now {workers}). The same command goes on with the plates that are not finished"
             ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.batches import batches_as_said
 from cellfast.printable import masked
 from cellfast.screens.centroids import LocationError, Locations
@@ -49,11 +49,11 @@ class FieldIngestOptions:
 
     def __post_init__(self) -> None:
         if self.crop_size < 8 or self.crop_size > 1024:
-            raise CellfastError(f"--crop-size must lie in 8..1024 px, got {self.crop_size}")
+            raise CellfastError(f"{option('crop_size')} must lie in 8..1024 px, got {self.crop_size}")
         if self.border not in BORDERS:
-            raise CellfastError(f"--border must be one of {', '.join(BORDERS)}, got {self.border!r}")
+            raise CellfastError(f"{option('border')} must be one of {', '.join(BORDERS)}, got {self.border!r}")
         if self.pixel_size_um is not None and not 0 < self.pixel_size_um < 1000:
-            raise CellfastError(f"--pixel-size-um must be a positive number of µm, got {self.pixel_size_um}")
+            raise CellfastError(f"{option('pixel_size_um')} must be a positive number of µm, got {self.pixel_size_um}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def probe_images(table: ImageTable) -> tuple[tuple[int, int], np.dtype]:
                 errors.append(str(error))
     if not seen:
         raise CellfastError(
-            f"none of {len(positions)} fields tried can be read; check --image-root. " + "; ".join(dict.fromkeys(errors[:3]))
+            f"none of {len(positions)} fields tried can be read; check {option('image_root')}. "
+            + "; ".join(dict.fromkeys(errors[:3]))
         )
     bits: dict[int, list[str]] = {}
     for name, counted in types.items():
@@ -95,7 +96,8 @@ def probe_images(table: ImageTable) -> tuple[tuple[int, int], np.dtype]:
     if len(bits) > 1:
         told = ", ".join(f"{' and '.join(names)} {count}-bit" for count, names in sorted(bits.items()))
         raise CellfastError(
-            f"the channels have two pixel types: {told}; save all of them with one, or choose those of one with --channels"
+            f"the channels have two pixel types: {told}; save all of them with one, or choose those of one with "
+            f"{option('channels')}"
         )
     (shape, dtype), _ = seen.most_common(1)[0]
     return shape, np.dtype(dtype)

@@ -100,7 +100,8 @@ def crop_inputs(crops: Iterable[tuple[str, int, str]], times: FileTimes) -> dict
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(inputs that changed, in words; names of options that differ) of two descriptions of a plate."""
-    inputs, options = [], []
+    inputs: list[str] = []
+    options: list[str] = []
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
         if old != new:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.canonical import canonical_metadata
 from cellfast.metadata.columns import IMAGE_NUMBER, PLATE, SITE, WELL, find_column, find_columns
 from cellfast.metadata.paths import Place, centroid_place
@@ -58,10 +58,14 @@ FAR_PX = 1e9
 
 
 class LocationSource(Protocol):
-    """Anything that knows where the cells of a field are; ``description`` identifies it in the ledger."""
+    """Anything that knows where the cells of a field are."""
 
-    description: str
     reads_images: bool
+
+    @property
+    def description(self) -> str:
+        """What the source is; the ledger names it."""
+        ...
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
         """The cells of ``field``; ``planes(channel)`` reads a plane. Raises `LocationError` when the source has nothing for the field."""
@@ -93,7 +97,9 @@ def open_locations(
     """
     source = _open(spec, table, detect_channel, detect_options or {}, split_components)
     if split_components and not isinstance(source, MaskLocations):
-        raise CellfastError(f"--split-components is for label masks; --locations {spec} are {source.description}")
+        raise CellfastError(
+            f"{option('split_components')} is for label masks; {option('locations', spec)} are {source.description}"
+        )
     return source
 
 
@@ -103,7 +109,7 @@ def _open(
     if spec == "detect":
         channel = detect_channel or table.channel_names[0]
         if channel not in table.channel_names:
-            raise CellfastError(f"--detect-channel {channel}: the channels are {', '.join(table.channel_names)}")
+            raise CellfastError(f"{option('detect_channel', channel)}: the channels are {', '.join(table.channel_names)}")
         return DetectedLocations(
             table.channel_names.index(channel), channel, detect_options.get("diameter_px", DEFAULT_DIAMETER_PX)
         )
@@ -115,7 +121,8 @@ def _open(
         return TableLocations.read(path, table.fields)
     if not path.is_dir():
         raise CellfastError(
-            f"--locations {spec}: no such file or folder; expected a table, a folder of centroid CSVs or label masks, or 'detect'"
+            f"{option('locations', spec)}: no such file or folder; expected a table, a folder of centroid CSVs or label masks, "
+            "or 'detect'"
         )
     masks = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".tif", ".tiff", ".png"))
     if masks:
@@ -124,10 +131,10 @@ def _open(
         return FolderLocations.index(path, table.fields)
     if any(path.rglob("*_seg.npy")):
         raise CellfastError(
-            f"--locations {spec}: Cellpose's _seg.npy files need pickle, which can execute code, and are refused; "
+            f"{option('locations', spec)}: Cellpose's _seg.npy files need pickle, which can execute code, and are refused; "
             "save masks as TIFF or PNG instead (cellpose --save_tif or --save_png gives _cp_masks files)"
         )
-    raise CellfastError(f"--locations {spec}: neither centroid CSVs nor label masks (.tif, .png) in this folder")
+    raise CellfastError(f"{option('locations', spec)}: neither centroid CSVs nor label masks (.tif, .png) in this folder")
 
 
 def _locations_of(table: pd.DataFrame, what: str) -> Locations:
@@ -269,7 +276,7 @@ class TableLocations:
         )
 
 
-def _grouped(table: pd.DataFrame, keys: Sequence[tuple[Any, ...]], path: Path | str) -> dict[tuple[Any, ...], Locations]:
+def _grouped(table: pd.DataFrame, keys: list[Any], path: Path | str) -> dict[tuple[Any, ...], Locations]:
     codes, unique = pd.factorize(pd.Series(keys, dtype=object))
     groups = {key: _locations_of(table.iloc[rows], str(path)) for key, rows in zip(unique, _rows_of(codes, len(unique)))}
     return {tuple(key[:-1]) + (int(key[-1]),): found for key, found in groups.items()}

@@ -1,9 +1,9 @@
 """HDF5 files that reach libhdf5 only when their structure is whole.
 
-libhdf5 trusts what a file says of itself: one damaged byte can make it loop for ever, end the process or hand out other values. So a
-file of ours begins with a seal in HDF5's user block: the file's size, and a SHA-256 over all of its bytes but the bulk of the data,
-which has checksums of its own. It is compared from plain bytes before HDF5 opens the file. A file without a seal (an older one, or
-another program's) is first opened in a process of its own with a time limit.
+libhdf5 trusts what a file says of itself: one damaged byte can make it loop for ever, end the process or hand out other values.
+So a file of ours begins with a seal in HDF5's user block: the file's size, and a SHA-256 over all of its bytes but the bulk of
+the data, which has checksums of its own. It is compared from plain bytes before HDF5 opens the file. A file without a seal (an
+older one, or another program's) is first opened in a process of its own with a time limit.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def check_sizes(dataset: h5py.Dataset, path: Path) -> None:
     ends = max((place + length for place, length in _chunks(dataset)), default=0) if dataset.chunks else 0
     if max(stored, ends) > size or dataset.size * dataset.dtype.itemsize > most:
         raise DamagedFile(
-            f"{path}: damaged: {dataset.name} claims shape {dataset.shape} of {dataset.dtype}, in {stored:,} bytes of a file of {size:,}"
+            f"{path}: damaged: {dataset.name} claims shape {dataset.shape} of {dataset.dtype}, in {stored:,} bytes of a file of "
+            f"{size:,}"
         )
 
 

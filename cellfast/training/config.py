@@ -15,7 +15,7 @@ import yaml
 
 from cellfast.atomic import write_text
 from cellfast.declared import check, value
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.printable import masked_values
 
 # As in cellfast.models, which imports torch; a test compares them.
@@ -76,7 +76,7 @@ class TrainConfig:
         group="Input",
     )
     augment: dict[str, Any] = value(  # noqa: RUF009
-        {"preset": "default"}, "Augmentation preset; single values with --set augment.NAME=VALUE.", group="Input"
+        {"preset": "default"}, "Augmentation preset; single values as augment.NAME.", group="Input"
     )
     plates: list[str] = value([], "Train on these plates only (comma-separated); none given: all.", group="Input")  # noqa: RUF009
     hold_out_plates: list[str] = value([], "Leave these plates out of training and validation.", group="Input")  # noqa: RUF009
@@ -108,7 +108,7 @@ class TrainConfig:
     epochs: int = value(100, "Passes over the training cells.", minimum=0, group="Optimisation")
     steps: int | None = value(
         None,
-        "Minibatches in all, instead of epochs; 0 writes the model as it starts: random (the baseline), or with --weights.",
+        "Minibatches in all, instead of epochs; 0 writes the model as it starts: random (the baseline), or with weights.",
         minimum=0,
         group="Optimisation",
     )
@@ -227,8 +227,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # What other programs call these.
 _SYNONYMS = {
-    "learning_rate": "lr", "tau": "temperature", "wd": "weight_decay", "batch": "batch_size", "model": "encoder", "arch": "encoder",
-    "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment", "out_dim": "projection_dim",
+    "learning_rate": "lr", "tau": "temperature", "wd": "weight_decay", "batch": "batch_size", "model": "encoder",
+    "arch": "encoder", "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment", "out_dim": "projection_dim",
 }  # fmt: skip
 
 
@@ -293,11 +293,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """``key=value`` of ``--set`` as a key and a YAML value, e.g. ``lr=3e-4``, ``augment.rotation_deg=90``, ``plates=[A, B]``."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise CellfastError(f"--set {text!r}: expected key=value, e.g. --set lr=3e-4")
+        raise CellfastError(f"{option('set', text)}: expected key=value, e.g. {option('set', 'lr=3e-4')}")
     try:
         return key.strip(), _yaml(value)
     except CellfastError as error:
-        raise CellfastError(f"--set {text[:200]!r}: the value is not valid YAML: {error}") from error
+        raise CellfastError(f"{option('set', text[:200])}: the value is not valid YAML: {error}") from error
 
 
 def resolve_config(
@@ -314,7 +314,9 @@ def resolve_config(
     if "recipe" in overrides:
         recipe = overrides.pop("recipe")
     if recipe and "recipe" in from_file and from_file["recipe"] != recipe:
-        raise CellfastError(f"--recipe {recipe} contradicts {file}, whose recipe is {from_file['recipe']}: give one of them")
+        raise CellfastError(
+            f"{option('recipe', recipe)} contradicts {file}, whose recipe is {from_file['recipe']}: give one of them"
+        )
     name = recipe or from_file.get("recipe", "default")
     if not isinstance(name, str) or name not in RECIPES:
         raise CellfastError(f"recipe: {name!r} is not known: choose one of {', '.join(RECIPES)}")
@@ -329,9 +331,9 @@ def resolve_config(
     if "augment" in overrides:
         given = overrides.pop("augment")
         # Another preset starts anew: single values of the old one would be a mixture nobody asked for.
-        augment = _augment_values(given, "--set")
+        augment = _augment_values(given, "configuration")
     augment |= {key.removeprefix("augment."): one for key, one in single.items()}
-    check_keys(overrides, "--set")
+    check_keys(overrides, "configuration")
     values.update(overrides)
     if augment:
         values["augment"] = augment
