@@ -197,10 +197,11 @@ def _decode(r: dict[str, Any]) -> Iterator[Row]:
         texts = [
             f"DALI ({way}) {number(row['decode_fields_per_second'])}, per core {number(row['per_core'])}"
             for way, row in rows.items()
+            if "failed" not in row
         ]
         yield Row(
-            f"decoding fields of {r['channels']} × {r['height']} × {r['width']}, 16-bit TIFF, compression {compression}, fields/s, {threads} threads",
-            "; ".join(texts),
+            f"reading fields of {r['channels']} × {r['height']} × {r['width']}, 16-bit TIFF, compression {compression}, fields/s, {threads} threads",
+            "; ".join(texts) or "left to tifffile",
             f"tifffile {number(host['decode_fields_per_second'])}, per core {number(host['per_core'])}" if host else "",
         )
 

@@ -13,12 +13,10 @@ import torch
 from screens import CROP, VIEW, assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.augment import center_crop
-from cellfast.embedding.device_cutting import cut_on_device
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.errors import CellfastError
 from cellfast.model_file import load_model
 from cellfast.screens import Screen
-from cellfast.screens.cutting import crop_origins, cut_crops
 
 
 @pytest.fixture(scope="module")
@@ -166,17 +164,6 @@ def test_rotations(work, tmp_path):
     embed("fields", work, tmp_path / "e", "--tta", 4)
     plain = embed("fields", work, tmp_path / "e", exit_code=None)
     assert "tta was 4, is 1" in str(plain.exception)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("border", ["pad", "reflect"])
-def test_cutting_on_the_device_is_cutting(dtype, border):
-    rng = np.random.default_rng(0)
-    planes = [rng.integers(0, 250, (9, 13)).astype(dtype) for _ in range(3)]
-    origins = crop_origins(rng.uniform(-1, 9, 20), rng.uniform(-1, 13, 20), 12)
-    expected = cut_crops(planes, origins, 12, border=border)
-    found = cut_on_device(torch.from_numpy(np.stack(planes)), torch.from_numpy(origins), 12, border)
-    np.testing.assert_array_equal(found.numpy(), expected)
 
 
 def test_gallery_layout(work, tmp_path):

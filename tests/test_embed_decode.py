@@ -11,12 +11,17 @@ import tifffile
 import torch
 from screens import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
+from cellfast.data.device_cutting import cut_on_device
 from cellfast.embedding import decoding
-from cellfast.embedding.dali_reading import plane_facts
+from cellfast.embedding.dali_reading import DaliReader, plane_facts
+from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.options import EmbedOptions
 from cellfast.errors import CellfastError
-from cellfast.screens.field_cells import _facts
+from cellfast.screens.field_cells import FieldReader, _facts
+from cellfast.screens.image_table import read_image_table
 from cellfast.screens.images import encoded_plane, read_plane
+from cellfast.screens.keep_fields import keep_fields
+from cellfast.screens.locations import open_locations
 
 pytest.importorskip("nvidia.dali")
 
@@ -71,6 +76,71 @@ def test_the_same_rows_on_a_gpu(work, tmp_path, border):
     assert decode["how"] in ("cpu", "mixed")
     assert decode["fields_dali"] == 18
     assert "fields/s on 8 fields" in decode["reason"]
+
+
+@pytest.fixture(scope="module")
+def store(work):
+    """The fields of ``work`` in one HDF5 file, as ``cellfast ingest fields --keep-fields`` writes it."""
+    table = read_image_table(work / "load_data.csv", work / "images")
+    images = str(work / "images")
+    assert keep_fields(table, images, work / "FIELDS.h5", show_progress=False) == (18, [])
+    return work / "FIELDS.h5"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_fields_in_hdf5_are_decoded_by_dali(work, store, tmp_path, device):
+    """``cellfast embed --image-root FIELDS.h5 --decode dali``: the rows of the folder of images."""
+    embed("fields", work, tmp_path / "host", "--decode", "host", "--device", device)
+    given = [work / "load_data.csv", "--image-root", store, "--locations", work / "locations", "--model", work / "model.pt"]
+    result = run("embed", *given, "-o", tmp_path / "dali", "--decode", "dali", "--device", device)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    decode = ledger(tmp_path / "dali")["decode"]
+    assert (decode["used"], decode["fields_dali"], decode["fields_host"]) == ("dali", 18, 0)
+    tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
+    assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), **tolerance)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("border", ["pad", "reflect"])
+def test_cells_of_fields_in_hdf5_are_decoded_and_cut_where_they_lie(work, store, border, device):
+    """The way of a GPU, whole: bytes out of the HDF5 file, planes of DALI, one gather on their device; it is the host's cutting."""
+    table = read_image_table(work / "load_data.csv", store)
+    locations = open_locations(str(work / "locations"), table)
+    source = FieldSource(table, FieldReader(table.channel_names, locations, None, 24, border, (60, 80), "uint16"), 16)
+    units = [unit for plan in source.plans for block in plan.blocks for unit in source.units(block)]
+    dali = DaliReader(source, 2, decoding.Decoding("dali", "dali", "cpu", "", 2), torch.device(device))
+    count = 0
+    for (_, cells), unit in zip(dali.cells(enumerate(units)), units, strict=True):
+        expected = source.read(unit)
+        assert cells.count == expected.count
+        if not cells.count:
+            continue
+        crops = np.empty((cells.count, 2, 16, 16), np.uint16)
+        expected.fill(crops, 0, cells.count)
+        planes = torch.stack([torch.as_tensor(plane).to(device).view(torch.int16) for plane in cells.planes]).view(torch.uint16)
+        found = cut_on_device(planes, torch.from_numpy(cells.origins).to(device), cells.size, cells.border)
+        np.testing.assert_array_equal(found.cpu().numpy(), crops)
+        count += cells.count
+    dali.close()
+    assert dali.decoding.fields_dali == len(units) == 18
+    assert count > 100
+
+
+@pytest.mark.data
+def test_real_images_decode_as_tifffile_reads_them(real_data):
+    """ExampleHuman's (8-bit) and ExampleSBS's TIFFs: what is left encoded, DALI decodes to the same pixels."""
+    human = sorted((real_data / "cellprofiler" / "ExampleHuman").glob("*.tif"))
+    plate = sorted((real_data / "cellprofiler" / "ExampleSBS").glob("Channel1-*.tif"))[:4]
+    decoded = 0
+    for path in (*human, *plate):
+        expected = tifffile.imread(path)
+        content = encoded_plane(path, expect_shape=expected.shape, expect_dtype=expected.dtype)
+        np.testing.assert_array_equal(read_plane(path), expected)
+        if content is not None:
+            (found,) = PlaneDecoder(expected.dtype, expected.shape, 1, torch.device("cpu")).decode([[content]])
+            np.testing.assert_array_equal(found[0].numpy(), expected)
+            decoded += 1
+    assert decoded
 
 
 def test_illumination_and_detection_see_the_decoded_pixels(work, tmp_path):

@@ -42,8 +42,8 @@ SUBJECTS: dict[str, Subject] = {
         options=("screen", "num_cells", "crop_size", "batch_size", "threads", "dali", "repeats"),
     ),
     "decode": Subject(
-        "Decoding TIFF fields and cutting their cells by DALI, compared with tifffile; on the GPU where there is one.",
-        "cellfast.benchmark.device:measure_decode",
+        "Reading fields from one HDF5 file as embed does, decoded by DALI, compared with tifffile; on the GPU where there is one.",
+        "cellfast.benchmark.decode:measure_decode",
         full={"fields": 24},
         quick={"fields": 8, "compressions": ("none", "lzw"), "repeats": 1},
         options=("fields", "crop_size", "repeats", "device"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from cellfast.data.batch import Batch
 from cellfast.data.buffers import Buffer
 from cellfast.data.gather import RowGather
 from cellfast.data.resident import ResidentCells, choose_feed
@@ -19,13 +20,6 @@ from cellfast.errors import CellfastError
 from cellfast.progress import Progress
 
 BACKENDS = ("mmap", "dali")
-
-
-class Batch(NamedTuple):
-    """A minibatch: ``crops`` uint8 or uint16 [B, C, S, S] on the loader's device, ``rows`` int64 [B], global rows, on the CPU."""
-
-    crops: torch.Tensor
-    rows: torch.Tensor
 
 
 class Loader:

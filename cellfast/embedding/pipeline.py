@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from cellfast.data.buffers import Buffer
+from cellfast.data.device_cutting import cut_on_device
 from cellfast.embedding.blocks import BlockWork
 from cellfast.embedding.cells import Block, Cells, CellSource
-from cellfast.embedding.device_cutting import cut_on_device
 from cellfast.embedding.encoder import CropEncoder, plate_scaling
 from cellfast.embedding.progress import EmbedProgress
 
@@ -152,7 +152,7 @@ class Pipeline:
         try:
             stager = _Stager(self)
             reader = self.open_reader(stager.stream)
-            for (work, is_last), cells in reader.chunks(self._units(blocks)):
+            for (work, is_last), cells in reader.cells(self._units(blocks)):
                 self.clock.add("read", cells.seconds)
                 work.add(cells)
                 if not stager.take(work, cells):

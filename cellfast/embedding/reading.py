@@ -47,7 +47,7 @@ class ReaderPool:
     def _submit(self, unit: Any) -> Future[Cells]:
         return self._pool.submit(self.source.read if self.readers == "threads" else _read_in_process, unit)
 
-    def chunks(self, units: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Cells]]:
+    def cells(self, units: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Cells]]:
         """(key, cells) for each (key, unit), in order; 2 × workers + 1 units at most are read or waiting to be taken."""
         waiting: list[tuple[Any, Any, Future[Cells]]] = []
         feed = iter(units)

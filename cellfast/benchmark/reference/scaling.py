@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast.benchmark.reference.cells import Cells, simulated_features, store_of_strips
+from cellfast.benchmark.reference.results import describe, summary, write_table
 from cellfast.benchmark.reference.sides import Side
 from cellfast.benchmark.reference.table import Settings
 
@@ -42,7 +43,6 @@ def measure_scaling(
         minibatches: sizes of the loss; step_minibatches: of the training step. A side ends at the first that does not fit.
         cores: threads.
     """
-    from cellfast.benchmark.reference.measure import describe, summary, write_table
     from cellfast.data.warm import available_memory
 
     common = {**cells.job(), **settings.job(), "repeats": 1, "agreed_features": 1}
