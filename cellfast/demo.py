@@ -71,7 +71,7 @@ def demo_steps(out: Path, *, seed: int, amp: bool) -> list[Step]:
                 embeddings / "embeddings.json",
             ),
             Step(
-                "Profile: well means, TVN on the DMSO wells, treatment medians",
+                "Profile: well means, centred on the DMSO wells, TVN on them, treatment medians",
                 ("profile", str(embeddings), "-o", str(folder / "profiles.parquet")),
                 folder / "profiles.parquet",
             ),

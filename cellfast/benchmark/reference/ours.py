@@ -200,10 +200,11 @@ class Implementation:
         """NSC and NSCB of wells (mean), TVN with λ 1 as the reference's, treatments (median)."""
         from cellfast.profiles.build import collapse
         from cellfast.profiles.evaluate import evaluate_profiles
-        from cellfast.profiles.normalize import normalize_profiles, parse_steps
+        from cellfast.profiles.normalize import normalize_profiles
+        from cellfast.profiles.steps import RECIPES, parse_steps
 
         wells = collapse(profile_table(features, metadata), ["Metadata_Plate", "Metadata_Well"], "mean")
-        wells, _ = normalize_profiles(wells, parse_steps(["tvn:lambda=1"]))
+        wells, _ = normalize_profiles(wells, parse_steps(RECIPES["perakis2021"]))
         evaluation = evaluate_profiles(wells, two_numbers())
         if self.job.get("pictures"):
             from cellfast.profiles.plots import write_pictures

@@ -87,18 +87,19 @@ def score_features(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, An
     from cellfast.metadata.columns import find_columns
     from cellfast.profiles.build import ProfileTable, collapse
     from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
-    from cellfast.profiles.normalize import DEFAULT_STEPS, normalize_profiles, parse_steps
+    from cellfast.profiles.normalize import normalize_profiles
+    from cellfast.profiles.steps import RECIPES, parse_steps
 
     frame = metadata.drop(columns="Replicate")
     known, _ = fill_batches(canonical_metadata(frame, find_columns(list(frame.columns))))
     table = ProfileTable(known, np.ascontiguousarray(features), [f"h{i:03d}" for i in range(features.shape[1])])
     wells = collapse(table, ["Metadata_Plate", "Metadata_Well"], "mean")
-    wells, _ = normalize_profiles(wells, parse_steps(DEFAULT_STEPS))
+    wells, _ = normalize_profiles(wells, parse_steps(RECIPES["default"]))
     result = evaluate_profiles(wells, EvaluationOptions(num_permutations=0, average_precision=False)).result
     scores = {
         key: {k: result[key][k] for k in ("accuracy", "num_correct", "num_evaluated", "interval_95")} for key in ("nsc", "nscb")
     }
-    return {**scores, "normalize": list(DEFAULT_STEPS), **_retrieval(features, metadata)}
+    return {**scores, "normalize": list(RECIPES["default"]), **_retrieval(features, metadata)}
 
 
 def _retrieval(features: np.ndarray, metadata: pd.DataFrame) -> dict[str, Any]:
