@@ -230,14 +230,16 @@ def figures(folder: str | Path) -> str:
     machines: list[str] = []
     lines = ["| what | cellfast | beside it | command |", "|---|---|---|---|"]
     for document in read_results(folder):
+        subject, result = document["subject"], document["result"]
+        if subject in FIGURES:
+            rows = list(FIGURES[subject](result))
+        else:
+            rows = [Row(f["what"], f["cellfast"], f["beside"]) for f in result.get("figures", [])]
+        if not rows:
+            continue
         machine = _machine(document["environment"])
         if machine not in machines:
             machines.append(machine)
-        subject, result = document["subject"], document["result"]
-        if subject in FIGURES:
-            rows = FIGURES[subject](result)
-        else:
-            rows = (Row(f["what"], f["cellfast"], f["beside"]) for f in result.get("figures", []))
         mark = machines.index(machine)
         for row in rows:
             note = "" if mark == 0 else f" ({'abcdefgh'[mark - 1]})"
