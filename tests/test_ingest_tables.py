@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from click.testing import CliRunner
+from screens import run
 
-from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
 from cellfast.metadata.doses import concentration_um
 from cellfast.metadata.joins import MoaTable
@@ -20,10 +19,6 @@ from cellfast.screens.image_table import read_image_table
 from cellfast.screens.label_masks import MaskLocations
 from cellfast.screens.locations import open_locations
 from cellfast.screens.moa import join_metadata
-
-
-def run(*arguments):
-    return CliRunner().invoke(cellfast, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize(
@@ -222,3 +217,44 @@ def test_plates_of_an_earlier_ingest_are_named(tmp_path):
     draw_nuclei(tmp_path)
     result = ingest(tmp_path, "detect", "--diameter", 8)
     assert "plates of earlier ingests in the folder, part of the screen but not of this ledger: Q" in result.output
+
+
+def test_columns_named_by_hand_and_spellings_in_an_ingest(tmp_path):
+    make_fields(tmp_path, Metadata_Stock="x")
+    draw_nuclei(tmp_path)
+    detect = ("detect", "--diameter", 8)
+    result = ingest(tmp_path, *detect, "--column", "compound=Stock", "--column", "batch=Nowhere")
+    assert "--column batch=Nowhere: neither the image table nor a joined table has a column 'Nowhere'" in str(result.exception)
+    (tmp_path / "map.csv").write_text("Well,genotype,cell_line,mode\nA01,TP53,U2OS,P53 \nA02,tp53,HeLa,p53\n")
+    named = ("--metadata", tmp_path / "map.csv", "--column", "compound=genotype", "--column", "moa=mode")
+    result = ingest(tmp_path, *detect, *named)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    cells = Screen.open(tmp_path / "s").metadata()
+    assert sorted(set(cells["Metadata_Well"])) == ["A01", "A02"]
+    assert set(cells["Metadata_Compound"]) == {"TP53"}
+    assert set(cells["Metadata_MoA"]) == {"P53"}
+    assert "Compound: spellings taken as one: TP53 (also 'tp53')" in result.output
+    assert "cell_line is not kept with the cells" in result.output
+
+
+def test_an_index_of_crops_with_names_of_the_field(tmp_path):
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).integers(0, 99, (8, 8)).astype(np.uint8))
+    (tmp_path / "i.csv").write_text(
+        "File Name,Metadata_Plate,Row,Column,Metadata_Site,ObjectNumber,Gene,Batch\n"
+        "a.npy,0012,1,3.0,s1,7,KRAS,B7\nb.npy,0012,A,04,2,9,kras,B7\n"
+    )
+    result = run("ingest", "crops", tmp_path / "i.csv", "-o", tmp_path / "s", "--column", "compound=Gene")
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    screen = Screen.open(tmp_path / "s")
+    cells = screen.metadata()
+    assert cells[["Metadata_Plate", "Metadata_Well", "Metadata_Compound", "Metadata_Batch"]].to_numpy().tolist() == [
+        ["0012", "A03", "KRAS", "B7"],
+        ["0012", "A04", "KRAS", "B7"],
+    ]
+    assert cells[["Metadata_Site", "Metadata_ObjectNumber"]].to_numpy().tolist() == [[1, 7], [2, 9]]
+    (tmp_path / "map.csv").write_text("Plate,Well,Compound,Dose\n0012,A3,x,100 nM\n0012,A4,y,\n0012,A5,z,1 uM\n")
+    result = run("ingest", "crops", tmp_path / "i.csv", "-o", tmp_path / "t", "--metadata", tmp_path / "map.csv")
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    assert Screen.open(tmp_path / "t").metadata()["Metadata_Concentration"].tolist()[:1] == [0.1]
+    assert "no crop of 0012 A05, which map.csv lists" in result.output

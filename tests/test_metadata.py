@@ -222,3 +222,9 @@ def test_wells_of_two_files_without_plates_are_not_one(tmp_path):
         pd.DataFrame({"Metadata_Well": ["A01"], "h000": [1.0]}).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(CellfastError, match="neither names its plate"):
         build_profiles([tmp_path], ProfileOptions(level="well", steps=[]))
+
+
+def test_a_site_of_thousands_of_digits_is_text(tmp_path):
+    frame = pd.DataFrame({"Metadata_Site": ["1", "9" * 5000]})
+    known = canonical_metadata(frame, find_columns(list(frame.columns)))
+    assert known["Metadata_Site"].tolist() == ["1", "9" * 5000]

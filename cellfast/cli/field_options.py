@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from cellfast.screens.illumination import Illumination
-    from cellfast.screens.image_table import ImageTable
-    from cellfast.screens.locations import LocationSource
+    from cellfast.screens.fields import OpenedFields
 
 _FILE = click.Path(path_type=Path)
+
+
+column_option = click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="NAME=COLUMN",
+    help="Which column is the plate, well, site, batch, compound, concentration or moa, where it is not recognised (also one of the "
+    "--metadata or --moa table), e.g. compound=Metadata_JCP2022; repeat for several.",
+)
 
 
 def field_options(*, required: bool, crop_size: int | None) -> Callable[[Any], Any]:
@@ -48,6 +55,7 @@ def field_options(*, required: bool, crop_size: int | None) -> Callable[[Any], A
         click.option(
             "--metadata", type=_FILE, help="CSV with plate/well (or image number) → compound, concentration, moa to join."
         ),
+        column_option,
         click.option(
             "--crop-size",
             type=int,
@@ -87,33 +95,8 @@ def field_options(*, required: bool, crop_size: int | None) -> Callable[[Any], A
     return add
 
 
-@dataclass
-class OpenedFields:
-    """Image table with treatments joined, locations and illumination, as the options name them."""
-
-    table: ImageTable
-    locations: LocationSource
-    illumination: Illumination | None
-    source: str
-    unmatched: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-
-
-def open_fields(
-    image_csv: Path | str | None,
-    *,
-    image_root: str,
-    locations: str,
-    pattern: str | None,
-    plate: str | None,
-    channels: str | None,
-    moa: Path | None,
-    metadata: Path | None,
-    illumination: Path | None,
-    split_components: bool,
-    detect_channel: str | None,
-    diameter_px: float | None,
-    batch_regex: str | None,
+def open_named_fields(
+    image_csv: Path | str | None, *, channels: str | None, columns: Sequence[str], batch_regex: str | None, **options: Any
 ) -> OpenedFields:
     """Read what the options name.
 
@@ -121,42 +104,13 @@ def open_fields(
         click.UsageError: options that do not go together.
         CellfastError: files that are not what they should be.
     """
-    from cellfast.screens.illumination import Illumination
-    from cellfast.screens.image_table import image_table_from_pattern, read_image_table
-    from cellfast.screens.locations import open_locations
-    from cellfast.screens.moa import join_metadata, join_moa
+    from cellfast.metadata.columns import parse_column_overrides
+    from cellfast.screens.fields import open_fields
 
-    if (image_csv is None) == (pattern is None):
+    if (image_csv is None) == (options["pattern"] is None):
         raise click.UsageError("give either IMAGE_CSV or --pattern")
-    if locations != "detect" and (detect_channel or diameter_px):
-        raise click.UsageError(f"--detect-channel and --diameter belong to --locations detect, got --locations {locations}")
     check_regex(batch_regex)
-    if image_csv is not None:
-        table = read_image_table(image_csv, image_root, channels=split_names(channels), plate=plate)
-    else:
-        table = image_table_from_pattern(pattern or "", image_root, plate=plate, channels=split_names(channels))
-    unmatched: list[str] = []
-    unused: list[str] = []
-    for file, join in ((metadata, join_metadata), (moa, join_moa)):
-        if file is not None:
-            table, report = join(table, file)
-            unmatched += report.unmatched
-            unused += report.unused
-    detect_options = {"diameter_px": diameter_px} if diameter_px else None
-    return OpenedFields(
-        table,
-        open_locations(
-            locations,
-            table,
-            detect_channel=detect_channel,
-            detect_options=detect_options,
-            split_components=split_components,
-        ),
-        Illumination(illumination, table.illumination) if illumination else None,
-        str(image_csv or pattern),
-        unmatched,
-        unused,
-    )
+    return open_fields(image_csv, channels=split_names(channels), columns=parse_column_overrides(columns), **options)
 
 
 def split_names(text: str | None) -> list[str] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cellfast.cli.field_options import check_regex, field_options, open_fields, split_names
+from cellfast.cli.field_options import check_regex, column_option, field_options, open_named_fields, split_names
 
 _FILE = click.Path(path_type=Path)
 
@@ -56,7 +56,7 @@ def ingest_fields_command(
     if keep_fields is not None:
         check_not_there(keep_fields, force=force)
     options = FieldIngestOptions(crop_size, border, pixel_size_um, batch_regex, strict)
-    opened = open_fields(image_csv, batch_regex=batch_regex, **fields)
+    opened = open_named_fields(image_csv, batch_regex=batch_regex, **fields)
     ledger = ingest_fields(
         opened.table,
         opened.locations,
@@ -92,7 +92,9 @@ def ingest_fields_command(
     help="Axes of a crop's pixels.",
 )
 @click.option("--channels", help="Names of the channels, e.g. DNA,Actin,Tubulin.  [default: channel1,channel2,…]")
-@click.option("--moa", type=_FILE, help="CSV compound,concentration,moa for an index without MoA.")
+@click.option("--moa", type=_FILE, help="CSV compound,concentration,moa to join.")
+@click.option("--metadata", type=_FILE, help="CSV with plate/well → compound, concentration, moa to join.")
+@column_option
 @click.option("--pixel-size-um", type=float, help="Size of a pixel, µm, to be kept with the crops.")
 @click.option(
     "--batch-regex",
@@ -110,6 +112,8 @@ def ingest_crops_command(
     layout: str,
     channels: str | None,
     moa: Path | None,
+    metadata: Path | None,
+    columns: tuple[str, ...],
     pixel_size_um: float | None,
     batch_regex: str | None,
     workers: int | None,
@@ -121,12 +125,15 @@ def ingest_crops_command(
     Its columns are file,plate,well,site,cell,compound,concentration,moa, or the reference implementation's Image_Name,Class_Name,Target with
     strips of channels side by side.
     """
+    from cellfast.metadata.columns import parse_column_overrides
     from cellfast.screens.crop_index import read_crop_index
     from cellfast.screens.ingest import default_workers
     from cellfast.screens.ingest_crops import ingest_crops
 
     check_regex(batch_regex)
-    index = read_crop_index(index_csv, root=root, layout=layout, moa=moa)
+    index = read_crop_index(
+        index_csv, root=root, layout=layout, metadata=metadata, moa=moa, columns=parse_column_overrides(columns)
+    )
     # Starting a worker process takes about as long as reading some thousand crops.
     workers = workers or (default_workers() if len(index.table) > 20_000 else 1)
     ledger = ingest_crops(

@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cellfast.embedding.sources import Chunk, EncodedField, Part, PlatePlan, cut_into_parts
+from cellfast.embedding.cells import Block as Part
+from cellfast.embedding.cells import Cells as Chunk
+from cellfast.embedding.cells import EncodedField, PlatePlan
+from cellfast.embedding.cells import cut_into_blocks as cut_into_parts
 from cellfast.errors import CellfastError
+from cellfast.metadata.batches import batches_as_said
 from cellfast.metadata.names import file_name
 from cellfast.printable import masked
 from cellfast.screens import schema
@@ -18,7 +22,7 @@ from cellfast.screens.crop_writer import _add_histogram, scale_from_histogram
 from cellfast.screens.field_cells import FieldPlanes, FieldReader, PlaneFacts, count_refused, fields_by_plate
 from cellfast.screens.image_table import Field, ImageTable
 from cellfast.screens.images import ImageError, encoded_plane
-from cellfast.screens.ingest_fields import batches_of_fields, field_table_digest
+from cellfast.screens.ingest_fields import field_table_digest
 from cellfast.screens.inputs import FileTimes, field_inputs
 from cellfast.screens.ledger import PlateLedger
 
@@ -47,6 +51,9 @@ class FieldSource:
     """
 
     kind = "fields"
+    notes: Sequence[str] = ()
+    unmatched: Sequence[str] = ()
+    unused: Sequence[str] = ()
 
     def __init__(
         self,
@@ -66,7 +73,7 @@ class FieldSource:
         self.crop_size = reader.crop_size
         self._fields = fields_by_plate(table)
         self.num_fields = len(table.fields)
-        self._batch = batches_of_fields(table.fields, batch_regex)
+        self._batch = batches_as_said(((field.plate, field.batch) for field in table.fields), batch_regex)
         self._hopeless = 0
         most = int(np.clip(self.num_fields // 64, 1, MOST_FIELDS_PER_PART))
         self.plans, times = [], FileTimes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -54,6 +55,24 @@ def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[di
         source = f"plate name, pattern {pattern or '^(Week[0-9]+)_'}"
     batch = {plate: its or plate for plate, its in found.items()}
     return {plate: SEPARATOR.join(dict.fromkeys(batch[one] for one in plate.split(SEPARATOR))) for plate in plates}, source
+
+
+def batches_as_said(said: Iterable[tuple[str, str]], pattern: str | None = None) -> dict[str, str]:
+    """Plate → batch of (plate, batch or ``""``) as tables say them: ``pattern`` in the plate's name, else as said, else `batches_of_plates`.
+
+    Raises:
+        CellfastError: a plate of two batches, a name that cannot name a folder, or a pattern that does not match.
+    """
+    known: dict[str, str] = {}
+    plates: dict[str, None] = {}
+    for plate, batch in said:
+        plates[plate] = None
+        if batch and known.setdefault(plate, batch) != batch:
+            raise CellfastError(
+                f"plate {plate} is of two batches, {known[plate]} and {batch}: correct the table, or use --batch-regex"
+            )
+    found, _ = batches_of_plates([plate for plate in plates if pattern or plate not in known], pattern)
+    return {plate: check_batch(found.get(plate) or known[plate]) for plate in plates}
 
 
 def fill_batches(metadata: pd.DataFrame, pattern: str | None = None) -> tuple[pd.DataFrame, str]:

@@ -38,7 +38,7 @@ _UNIT_COLUMNS = (
     "pert_dose_unit",
     "unit_dose",
 )
-_SITE = re.compile(r"(?:site|field|fov|s|f)?[_\s]*0*(\d+)(?:\.0+)?", re.IGNORECASE)
+_SITE = re.compile(r"(?:site|field|fov|s|f)?[_\s]*0*(\d{1,15})(?:\.0+)?", re.IGNORECASE)
 
 
 def canonical_metadata(

@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from fsspec import register_implementation
+
+# Named, not imported: whoever reads an image at such a URL has imported this package.
+register_implementation("fieldstore", "cellfast.screens.field_store.FieldStoreFileSystem")
+
 _PUBLIC = {
     "Screen": "cellfast.screens.crop_store",
     "PlateStore": "cellfast.screens.crop_store",

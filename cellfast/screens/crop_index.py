@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,35 @@ import numpy as np
 import pandas as pd
 
 from cellfast.errors import CellfastError
-from cellfast.metadata.doses import concentrations_um
-from cellfast.metadata.joins import MoaTable
+from cellfast.metadata.canonical import canonical_metadata
+from cellfast.metadata.columns import (
+    BATCH,
+    COLUMN,
+    COMPOUND,
+    CONCENTRATION,
+    MOA,
+    OBJECT_NUMBER,
+    PLATE,
+    ROW,
+    SITE,
+    WELL,
+    find_columns,
+    plain_name,
+)
+from cellfast.metadata.joins import join_moa, join_plate_map, split_overrides, unplaced_overrides
 from cellfast.metadata.tables import read_table
-from cellfast.metadata.treatments import CONTROL_COMPOUND, is_control, treatment_name
-from cellfast.metadata.wells import well_name
+from cellfast.metadata.treatments import treatment_name
+from cellfast.metadata.values import spelling_notes, text_column, unify_spellings
 
 COLUMNS = ("file", "plate", "well", "site", "cell", "compound", "concentration", "moa")
 REFERENCE_COLUMNS = ("Image_Name", "Class_Name", "Target")
+_CANONICAL = {
+    "plate": PLATE, "well": WELL, "site": SITE, "cell": OBJECT_NUMBER, "batch": BATCH, "compound": COMPOUND,
+    "concentration": CONCENTRATION, "moa": MOA,
+}  # fmt: skip
+# Names in use for the crop's file and the cell's number, as `plain_name` gives them.
+_FILE = ("file", "filename", "file_name", "path", "file_path", "image", "image_path", "crop")
+_CELL = ("cell", "cell_id", "cellid", "object", "objectnumber", "object_number", "object_id", "label")
 LAYOUTS = ("auto", "HWC", "CHW", "strip")
 
 
@@ -36,18 +58,25 @@ class CropIndex:
 
 
 def read_crop_index(
-    path: str | Path, *, root: str | Path | None = None, layout: str = "auto", moa: str | Path | None = None
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    layout: str = "auto",
+    metadata: str | Path | None = None,
+    moa: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> CropIndex:
     """Read a table of ready-made crops.
 
     Args:
         path: a CSV (or .csv.gz) with columns ``file, plate, well, site, cell, compound, concentration, moa`` (``site``, ``cell``,
-            ``compound``, ``concentration`` and ``moa`` may be absent), or with the reference implementation's
+            ``compound``, ``concentration`` and ``moa`` may be absent; the names of `cellfast.metadata.columns` and a batch are known too), or with the reference implementation's
             ``Image_Name, Class_Name, Target``: the image's name is ``<plate>-<well>-s<site>…``, its class ``<compound>_<concentration>``,
             and its channels stand side by side in one strip.
         root: folder the files' names are relative to; the table's own by default.
         layout: ``HWC`` or ``CHW`` for arrays of three axes, ``strip`` for channels side by side, ``auto`` tells by the shape.
-        moa: CSV ``compound,concentration,moa`` for tables without a moa column.
+        metadata, moa: tables to join, as `cellfast.metadata.joins`.
+        columns: canonical name → column of the index or of a joined table, where it is not recognised.
 
     Raises:
         CellfastError: unreadable table, missing columns, no rows, or the same plate, well, site and cell twice.
@@ -56,32 +85,25 @@ def read_crop_index(
     if layout not in LAYOUTS:
         raise CellfastError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     raw = read_table(path, f"an index of crops with the columns {','.join(COLUMNS)}").astype(str)
-    known = {name.lower(): name for name in (*COLUMNS, *REFERENCE_COLUMNS)}
-    raw.columns = [known.get(name.lower(), name) for name in raw.columns]
+    reference = {name.lower(): name for name in REFERENCE_COLUMNS}
+    raw.columns = [reference.get(name.lower(), name) for name in raw.columns]
     folder = Path(root) if root is not None else path.parent
     if not folder.is_dir():
         raise CellfastError(f"--root {folder}: no such folder; expected the one the index's file names are relative to")
+    if raw.empty:
+        raise CellfastError(f"{path}: the index has no rows")
     notes: list[str] = []
     if set(REFERENCE_COLUMNS[:2]) <= set(raw.columns):
-        table = _from_reference(raw, path)
+        raw = _from_reference(raw, path)
         layout = "strip" if layout == "auto" else layout
         notes.append(
             "reference implementation's index: plate, well and site are read from Image_Name, the treatment from Class_Name"
         )
-    elif {"file", "plate", "well"} <= set(raw.columns):
-        table = raw
-    else:
-        raise CellfastError(
-            f"{path}: expected the columns {','.join(COLUMNS)} (file, plate and well at least) or {','.join(REFERENCE_COLUMNS)}, "
-            f"found {','.join(raw.columns)}"
-        )
-    if table.empty:
-        raise CellfastError(f"{path}: the index has no rows")
+    table, placed = _canonical(raw, path, columns or {}, notes)
     dropped: dict[str, int] = {}
     num_rows = len(table)
-    table = _typed(table, path, notes)
-    if moa is not None:
-        table = _join_moa(table, Path(moa), notes)
+    later = {name: column for name, column in (columns or {}).items() if name not in placed}
+    table = _joined(table, metadata, moa, later, notes)
     incomplete = (table["file"] == "") | (table["plate"] == "")
     if incomplete.any():
         dropped["row without file or plate"] = int(incomplete.sum())
@@ -103,34 +125,39 @@ def read_crop_index(
     return CropIndex(table.reset_index(drop=True), layout, dropped, num_rows, tuple(notes))
 
 
-def _typed(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
-    out = pd.DataFrame({"file": table["file"].str.strip(), "plate": table["plate"].str.strip()})
-    wells = {}
-    for name in table["well"].unique():
-        try:
-            wells[name] = well_name(name)
-        except CellfastError as error:
-            row = int(np.argmax((table["well"] == name).to_numpy())) + 2
-            raise CellfastError(f"{path}, row {row}: {error}") from error
-    out["well"] = table["well"].map(wells)
-    for name, label in (("site", "site"), ("cell", "cell number")):
-        if name not in table.columns:
+def _canonical(raw: pd.DataFrame, path: Path, columns: Mapping[str, str], notes: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    """(the index's `COLUMNS` with their types, which of ``columns`` it has)."""
+    here, _ = split_overrides(columns, list(raw.columns))
+    found = find_columns(list(raw.columns), here, str(path))
+    plain = {plain_name(column): column for column in reversed(raw.columns) if column not in found.values()}
+    file, cell = (next((plain[name] for name in names if name in plain), None) for names in (_FILE, _CELL))
+    if file is None or not {PLATE, WELL} <= {*found, *([WELL] if {ROW, COLUMN} <= set(found) else [])}:
+        raise CellfastError(
+            f"{path}: expected the columns {','.join(COLUMNS)} (file, plate and well at least) or {','.join(REFERENCE_COLUMNS)}, "
+            f"found {','.join(map(str, raw.columns))}"
+        )
+    known = canonical_metadata(raw[list(dict.fromkeys(found.values()))], found, str(path), notes)
+    known, spellings = unify_spellings(known, (PLATE,))
+    notes.extend(spelling_notes(spellings))
+    out = pd.DataFrame({"file": text_column(raw[file])}).assign(plate=known[PLATE], well=known[WELL])
+    for name, label, column in (
+        ("site", "site", known.get(SITE)),
+        ("cell", "cell number", raw[cell] if cell is not None else None),
+    ):
+        if column is None:
             out[name] = -1
             notes.append(f"no column {name}: the {label} is unknown (-1)")
             continue
-        digits = table[name].str.strip().str.replace(r"^s(?=\d)", "", regex=True).replace("", "-1")
-        numbers = pd.to_numeric(digits, errors="coerce")
+        text = text_column(column)
+        numbers = pd.to_numeric(text.replace("", "-1"), errors="coerce")
         wrong = ~np.isfinite(numbers) | (numbers != np.floor(numbers)) | (numbers.abs() > 2**53)
         if wrong.any():
-            raise CellfastError(f"{path}: column {name} must hold integers, got {table[name][wrong].iloc[0]!r}")
+            raise CellfastError(f"{path}: column {name} must hold integers, got {text[wrong].iloc[0]!r}")
         out[name] = numbers.astype(np.int64)
-    for name in ("compound", "moa"):
-        out[name] = table[name].str.strip() if name in table.columns else ""
-    if "concentration" in table.columns:
-        out["concentration"] = concentrations_um(table["concentration"], f"{path}, column concentration")
-    else:
-        out["concentration"] = np.nan
-    return out
+    for name, canonical in (("compound", COMPOUND), ("moa", MOA), ("batch", BATCH)):
+        out[name] = known.get(canonical, "")
+    out["concentration"] = known.get(CONCENTRATION, np.nan)
+    return out, list(here)
 
 
 def _from_reference(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -148,22 +175,30 @@ def _from_reference(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _join_moa(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
-    """A row's own MoA stays; the others get the table's, DMSO without one ``DMSO``; treatments without any are noted."""
-    moas = MoaTable.read(
-        path, compounds=set(table["compound"]), with_doses=bool(table["concentration"].notna().any()), notes=notes
-    )
-    joined, missing = [], set()
-    for compound, concentration, present in zip(table["compound"], table["concentration"], table["moa"]):
-        moa = moas.find(compound, concentration) or present
-        if not moa and is_control(compound):
-            moa = CONTROL_COMPOUND
-        elif not moa:
-            missing.add(treatment_name(compound, concentration))
-        joined.append(present or moa)
-    notes.extend(f"no MoA for {treatment}" for treatment in sorted(missing))
-    notes.extend(f"no crop of {treatment}, which the MoA table lists" for treatment in moas.unused())
-    return table.assign(moa=joined)
+def _joined(
+    table: pd.DataFrame, metadata: str | Path | None, moa: str | Path | None, later: Mapping[str, str], notes: list[str]
+) -> pd.DataFrame:
+    """Treatments from a plate map and MoAs from a table of treatments, as `cellfast.metadata.joins` joins them to any table."""
+    frame = table.rename(columns=_CANONICAL)
+    placed: set[str] = set()
+    if metadata is not None:
+        frame, report = join_plate_map(frame, metadata, later)
+        placed |= set(report["placed"])
+        notes.extend(report["notes"])
+        notes.extend(f"no row of {report['file']} for well {name}" for name in report["all_not_joined"])
+        notes.extend(f"no crop of {name}, which {report['file']} lists" for name in report["all_unused"])
+    if moa is not None:
+        frame, report = join_moa(frame, moa, later)
+        placed |= set(report["placed"])
+        notes.extend(report["notes"])
+        notes.extend(f"no crop of {treatment}, which the MoA table lists" for treatment in report["all_unused"])
+        without = frame[frame[MOA] == ""].drop_duplicates([COMPOUND, CONCENTRATION])
+        missing = sorted(treatment_name(c, d) for c, d in zip(without[COMPOUND], without[CONCENTRATION]))
+        notes.extend(f"no MoA for {treatment}" for treatment in missing)
+    unplaced_overrides(later, placed, "neither the index nor a joined table")
+    frame, spellings = unify_spellings(frame, (BATCH, COMPOUND, MOA))
+    notes.extend(spelling_notes(spellings))
+    return frame.rename(columns={canonical: name for name, canonical in _CANONICAL.items()})[list(table.columns)]
 
 
 def _check_treatments(table: pd.DataFrame, path: Path) -> None:

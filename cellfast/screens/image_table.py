@@ -6,14 +6,16 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cellfast.errors import CellfastError
 from cellfast.metadata.canonical import canonical_metadata
 from cellfast.metadata.columns import BATCH, COMPOUND, CONCENTRATION, IMAGE_NUMBER, MOA, PLATE, SITE, WELL, find_columns
+from cellfast.metadata.joins import split_overrides
 from cellfast.metadata.tables import read_table
+from cellfast.metadata.values import spelling_notes, unify_spellings
 from cellfast.metadata.wells import well_name
 from cellfast.screens.image_files import (
     channel_columns,
@@ -48,12 +50,14 @@ class ImageTable:
     Attributes:
         notes: decisions made while reading, for the ledger.
         illumination: (folder, name) of the illumination function that the table names for a (plate, channel).
+        placed: which of the columns that were named for it (`read_image_table`) it has.
     """
 
     channel_names: tuple[str, ...]
     fields: tuple[Field, ...]
     notes: tuple[str, ...] = field(default_factory=tuple)
     illumination: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    placed: tuple[str, ...] = ()
 
 
 # Of image, site and object: what a float64 tells apart.
@@ -66,6 +70,7 @@ def read_image_table(
     *,
     channels: Sequence[str] | None = None,
     plate: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> ImageTable:
     """Read BBBC021's image CSV, a CellProfiler load_data CSV or CellProfiler's Image.csv.
 
@@ -75,6 +80,7 @@ def read_image_table(
         image_root: folder (fsspec URL, or field store) that relative paths start from; absolute paths that do not exist here are looked up under it.
         channels: channels to take, in this order; None: all, in the table's order.
         plate: plate name for tables without one.
+        columns: canonical name → the column that holds it, where it is not recognised; the table's ``placed`` names those it has.
 
     Raises:
         CellfastError: unreadable, needed columns missing (lists those found), unknown channels, wells that are none, one field listed twice.
@@ -82,14 +88,17 @@ def read_image_table(
     root = image_root_of(image_root)
     table = read_table(path, "an image table")
     notes: list[str] = []
-    columns = channel_columns(table, channels, path, notes)
-    names = list(columns)
+    files_of = channel_columns(table, channels, path, notes)
+    names = list(files_of)
     functions = illumination_columns(table, names)
     illumination: dict[tuple[str, str], tuple[str, str]] = {}
-    found = find_columns(list(table.columns), where=str(path))
+    here, _ = split_overrides(columns or {}, list(table.columns))
+    found = find_columns(list(table.columns), here, str(path))
     if PLATE not in found and plate is None:
         raise CellfastError(f"{path}: no column with the plate (found {found_columns(table)}); name the plate with --plate")
     known = canonical_metadata(table[list(dict.fromkeys(found.values()))], found, str(path), notes)
+    known, spellings = unify_spellings(known, (PLATE,))
+    notes.extend(spelling_notes(spellings))
     if WELL not in known:
         notes.append("the table has no wells: all fields are taken to be of well A01")
     texts = {
@@ -105,7 +114,7 @@ def read_image_table(
             raise CellfastError(
                 f"{path}, row {position + 2}: no {'well' if plate_name else 'plate'}; fill it in, or remove the row"
             )
-        files = tuple(finder.find(*named.of(row), plate_name) for named in columns.values())
+        files = tuple(finder.find(*named.of(row), plate_name) for named in files_of.values())
         for channel, named in functions.items():
             function = named.of(row)
             if function[1] and illumination.setdefault((plate_name, channel), function) != function:
@@ -128,7 +137,7 @@ def read_image_table(
         )
     if not fields:
         raise CellfastError(f"{path}: the image table has no rows")
-    return ImageTable(tuple(names), tuple(_with_sites(fields, notes, str(path))), tuple(notes), illumination)
+    return ImageTable(tuple(names), tuple(_with_sites(fields, notes, str(path))), tuple(notes), illumination, tuple(here))
 
 
 def image_table_from_pattern(
@@ -197,7 +206,7 @@ def _site_of(text: object, files: tuple[str, ...]) -> int:
             raise CellfastError(f"site {str(text)[:80]!r}: expected a number of at most 15 digits")
         return int(digits.group())
     for file in files:
-        match = re.search(r"_[sf](\d+)[_.]", Path(file).name)
+        match = re.search(r"_[sf](\d{1,15})[_.]", Path(file).name)
         if match:
             return int(match.group(1))
     return -1

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError
-from cellfast.metadata.batches import batches_of_plates
+from cellfast.metadata.batches import batches_as_said
 from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
 from cellfast.screens.crop_writer import PlateWriter
@@ -143,7 +143,7 @@ def ingest_crops(
             f"--channels names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
         )
     tasks, times = [], FileTimes()
-    batches, _ = batches_of_plates([str(plate) for plate in index.table["plate"].unique()], batch_regex)
+    batches = batches_as_said(zip(index.table["plate"], index.table["batch"]), batch_regex)
     for plate, rows in index.table.groupby("plate", sort=True):
         options = {
             "kind": "crops",

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cellfast.errors import CellfastError
-from cellfast.metadata.batches import batches_of_plates
-from cellfast.metadata.names import check_batch
+from cellfast.metadata.batches import batches_as_said
 from cellfast.printable import masked
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.crop_writer import PlateWriter
@@ -25,7 +24,7 @@ from cellfast.screens.ingest import PlateTask, count_unit, ingesting, other_plat
 from cellfast.screens.inputs import FileTimes, digest, field_inputs
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.locations import LocationSource
-from cellfast.screens.remote import is_url
+from cellfast.storage.urls import is_url
 
 PROBED_FIELDS = 15
 
@@ -143,7 +142,7 @@ def ingest_fields(
     shape, dtype = probe_images(table)
     reader = FieldReader(table.channel_names, locations, illumination, options.crop_size, options.border, shape, dtype.name)
     tasks, times = [], FileTimes()
-    batches = batches_of_fields(table.fields, options.batch_regex)
+    batches = batches_as_said(((field.plate, field.batch) for field in table.fields), options.batch_regex)
     for plate, fields in fields_by_plate(table).items():
         described = {
             "kind": "fields",
@@ -176,23 +175,6 @@ def ingest_fields(
         ledger.write(screen)
     ledger.check_written(screen)
     return ledger
-
-
-def batches_of_fields(fields: Sequence[Field], batch_regex: str | None) -> dict[str, str]:
-    """Plate → batch: ``batch_regex`` in the plate's name, else as the tables say, else `cellfast.metadata.batches.batches_of_plates`.
-
-    Raises:
-        CellfastError: a plate of two batches, a name that cannot name a folder, or a regex that does not match.
-    """
-    said: dict[str, str] = {}
-    for field in fields:
-        if field.batch and said.setdefault(field.plate, field.batch) != field.batch:
-            raise CellfastError(
-                f"plate {field.plate} is of two batches, {said[field.plate]} and {field.batch}: correct the table, or use --batch-regex"
-            )
-    plates = list(dict.fromkeys(field.plate for field in fields))
-    found, _ = batches_of_plates(plates if batch_regex else [p for p in plates if p not in said], batch_regex)
-    return {plate: check_batch(found.get(plate) or said[plate]) for plate in plates}
 
 
 def field_table_digest(fields: Sequence[Field]) -> str:

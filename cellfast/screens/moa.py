@@ -14,6 +14,7 @@ from cellfast.errors import CellfastError
 from cellfast.metadata import joins
 from cellfast.metadata.columns import BATCH, COMPOUND, CONCENTRATION, IMAGE_NUMBER, MOA, PLATE, WELL
 from cellfast.metadata.treatments import treatment_name
+from cellfast.metadata.values import spelling_notes, unify_spellings
 from cellfast.screens.image_table import Field, ImageTable
 
 
@@ -89,9 +90,20 @@ def join_moa(table: ImageTable, path: str | Path, overrides: Mapping[str, str] |
     )
 
 
+def one_spelling(table: ImageTable) -> ImageTable:
+    """The table with one spelling, the commonest, of each compound, MoA and batch; what was merged is noted."""
+    frame, merged = unify_spellings(_frame(table), (BATCH, COMPOUND, MOA))
+    return replace(table, fields=_fields(table, frame), notes=(*table.notes, *spelling_notes(merged))) if merged else table
+
+
 def _said(report: dict[str, Any]) -> tuple[str, ...]:
     replaced = [
         f"{count:,} fields have another {c.removeprefix('Metadata_')} in the plate map, which is taken"
         for c, count in report["values_replaced"].items()
     ]
-    return (*report["notes"], *replaced)
+    added = [c.removeprefix("Metadata_") for c in report["columns_added"]]
+    kept_out = [
+        f"{report['file']}: {', '.join(added[:12])}{' …' if added[12:] else ''} {'is' if len(added) == 1 else 'are'} not kept with the "
+        "cells; join the file to profiles again to use it"
+    ]
+    return (*report["notes"], *replaced, *(kept_out if added else []))
