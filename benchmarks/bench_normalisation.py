@@ -1,4 +1,4 @@
-"""The evidence for the default order of normalisation: ``python benchmarks/normalisation.py --data DIR [--embeddings NAME=EMB] [--out FILE.json]``.
+"""The evidence for the default order of normalisation: ``python benchmarks/bench_normalisation.py --data DIR [--embeddings NAME=EMB] [--out FILE.json]``.
 
 Candidate orders on Ljosa's wells, a JUMP-MOA plate, embeddings of real cells and screens simulated as features, of which the truth is known.
 DIR holds ``bbbc021`` (the official tables and Ljosa's) and ``jump_moa``; what is not there is left out and named.
