@@ -206,7 +206,26 @@ def _decode(r: dict[str, Any]) -> Iterator[Row]:
         )
 
 
+def _normalisation(r: dict[str, Any]) -> Iterator[Row]:
+    def scores(one: dict[str, Any]) -> str:
+        if "error" in one:
+            return "cannot be done"
+        keys = ("nsc", "nscb", "map_moa", "map_replicates", "batch_probe")
+        return ", ".join("–" if one[key] is None else f"{100 * one[key]:.1f}" for key in keys)
+
+    others = {"without centring": "z all, tvn", "centred per plate": "z all, centre plate, tvn", "perakis2021": "perakis2021: tvn, lambda 1",
+              "ranks first": "rank, centre shrunk, tvn"}  # fmt: skip
+    for screen, orders in r.items():
+        chance = orders["z all, tvn"]["batch_chance"]
+        yield Row(
+            f"{screen}: NSC, NSCB, mAP of MoAs, of replicates, batch of held-out controls"
+            + ("" if chance is None else f" (chance {100 * chance:.0f})") + ", %",
+            scores(orders["z all, centre shrunk, tvn"]),
+            "; ".join(f"{name} {scores(orders[order])}" for name, order in others.items()),
+        )  # fmt: skip
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "reference": _reference, "ntxent": _ntxent, "ingest": _ingest, "loader": _loader, "augment": _augment, "train": _train, "embed": _embed,
-    "evaluate": _evaluate, "decode": _decode, "memory": _memory,
+    "evaluate": _evaluate, "decode": _decode, "memory": _memory, "normalisation": _normalisation,
 }  # fmt: skip

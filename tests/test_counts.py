@@ -12,9 +12,9 @@ from screens import make_fields, make_model, run
 from cellfast.metadata.counts import CELL_COUNT, rows_are_cells, take_counts
 from cellfast.profiles.build import ProfileOptions, build_profiles
 from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
-from cellfast.profiles.normalize import parse_steps
 from cellfast.profiles.report import evaluation_lines, profile_lines
 from cellfast.profiles.results import read_annotated
+from cellfast.profiles.steps import parse_steps
 
 NONE = parse_steps(["none"])
 

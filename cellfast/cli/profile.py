@@ -25,14 +25,20 @@ import click
     "steps",
     multiple=True,
     metavar="STEP",
-    help="none, standardize, mad_robustize, sphering, coral or tvn (sphering, then CORAL per batch); repeat for several steps, done in "
-    "the order given. A step may carry options of its own: standardize:by=all,controls=all. "
-    "Default: standardize:by=all,controls=all, then tvn.",
+    help="none, standardize, robustize, mad_robustize, center, rank, pca, sphering, coral, tvn (sphering, then CORAL per batch) or harmony; "
+    "repeat for several steps, done in the order given. A step may carry options of its own: standardize:by=all,controls=all, pca:n=64. "
+    "Default: those of --recipe.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(["default", "perakis2021"]),
+    help="Steps under a name. default: standardize:by=all,controls=all, center:towards=batch, tvn; perakis2021, the reference "
+    "implementation's: tvn:lambda=1.",
 )
 @click.option(
     "--by",
     type=click.Choice(["plate", "batch", "all"]),
-    help="Fit per plate, per batch, or once. Default: z-scores per plate, sphering once, CORAL per batch.",
+    help="Fit per plate, per batch, or once. Default: scaling and centring per plate, sphering once, CORAL per batch.",
 )
 @click.option(
     "--controls",
@@ -59,7 +65,11 @@ import click
     "--cell-aggregate", type=click.Choice(["mean", "median"]), default="mean", show_default=True, help="Cells to sites and wells."
 )
 @click.option(
-    "--aggregate", type=click.Choice(["mean", "median"]), default="median", show_default=True, help="Wells to treatments."
+    "--aggregate",
+    type=click.Choice(["mean", "median", "modz"]),
+    default="median",
+    show_default=True,
+    help="Wells to treatments; modz: mean weighted by the wells' correlation with each other.",
 )
 @click.option(
     "--normalize-at",
@@ -101,8 +111,6 @@ import click
 )
 @click.option(
     "--batch-regex",
-    "--batch-pattern",
-    "batch_regex",
     metavar="REGEX",
     help="Take the batch from the plate name: the first group of this regular expression.",
 )
@@ -110,8 +118,8 @@ import click
     "--select",
     "rules",
     multiple=True,
-    type=click.Choice(["variance", "correlation", "nan"]),
-    help="Feature selection after normalisation; repeat for several.",
+    type=click.Choice(["variance", "frequency", "correlation", "nan"]),
+    help="Feature selection before pca, sphering, coral, tvn or harmony, whichever comes first; repeat for several.",
 )
 @click.option(
     "--missing-cutoff",
@@ -137,8 +145,8 @@ def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
     from cellfast.atomic import write_json
     from cellfast.metadata.columns import parse_column_overrides
     from cellfast.profiles.build import ProfileOptions, build_profiles
-    from cellfast.profiles.normalize import DEFAULT_STEPS, Step, parse_steps
     from cellfast.profiles.report import profile_lines
+    from cellfast.profiles.steps import RECIPES, parse_steps
     from cellfast.profiles.table import check_output, write_profiles
 
     check_output(output)
@@ -147,18 +155,18 @@ def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
         check_output(wells_output)
         if options["level"] != "treatment":
             raise click.UsageError("--wells-output goes with --level treatment: --level well writes the wells itself.")
-    texts = options.pop("steps")
+    texts, recipe = options.pop("steps"), options.pop("recipe")
+    if texts and recipe:
+        raise click.UsageError("--normalize and --recipe both say the steps: give one.")
     if options["epsilon"] is not None and options["lam"] is not None:
         raise click.UsageError("--epsilon and --lambda are two ways to regularise: give one.")
-    # The default chain z-scores over all wells; --by and --controls given alone are meant for the step on controls.
-    defaults = Step(
-        "none", options.pop("by"), options["controls"], options.pop("lam"), options.pop("rotation"), options.pop("epsilon")
-    )
+    # A recipe z-scores over all wells; --by and --controls given alone are meant for the steps on controls.
+    defaults = {"controls": options["controls"]} | {key: options.pop(key) for key in ("by", "lam", "rotation", "epsilon")}
     built = build_profiles(
         inputs,
         outputs=[output, *([wells_output] if wells_output else [])],
         options=ProfileOptions(
-            steps=parse_steps(texts or DEFAULT_STEPS, defaults),
+            steps=parse_steps(texts or RECIPES[recipe or "default"], defaults),
             columns=parse_column_overrides(options.pop("columns")),
             select=options.pop("rules"),
             **options,

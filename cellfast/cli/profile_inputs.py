@@ -23,7 +23,6 @@ _OPTIONS = (
     ),
     click.option(
         "--batch-regex",
-        "--batch-pattern",
         "batch_regex",
         metavar="REGEX",
         help="Take the batch from the plate name: the first group of this regular expression.",

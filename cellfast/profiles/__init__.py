@@ -16,7 +16,7 @@ _PUBLIC = {
     "group_means": "aggregate",
     "group_medians": "aggregate",
     "normalize_profiles": "normalize",
-    "parse_steps": "normalize",
+    "parse_steps": "steps",
     "nearest_neighbours": "neighbours",
     "EvaluationOptions": "evaluate",
     "evaluate_profiles": "evaluate",

@@ -189,6 +189,7 @@ def evaluate_profiles(
         refuse_identical(chosen)
         result["replicate_reproducibility"] = replicate_reproducibility(chosen, options.metric, options.seed)
         result["mean_average_precision"]["treatment"] = replicate_precision(chosen, options.metric)
+    result["batch_metrics"] = profiles.provenance.get("batch_metrics")
     result["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
     return Evaluation(result, profiles, table)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from cellfast.metadata.values import spelling_notes
 from cellfast.printable import printable
+from cellfast.profiles.batch_metrics import batch_lines
 
 
 def profile_lines(report: dict[str, Any]) -> list[str]:
@@ -81,6 +82,7 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
             lines.append("dropped   " + _features(step["dropped_features"]))
     if report.get("selection"):
         lines.append("selected  " + _features(report["selection"]))
+    lines += batch_lines(report.get("batch_metrics"))
     if report.get("treatments_vary_in"):
         lines.append(f"metadata  not carried over, as it varies within treatments: {', '.join(report['treatments_vary_in'])}")
     if report.get("wells_without_compound"):
@@ -111,6 +113,15 @@ def _step(step: dict[str, Any]) -> str:
         return text
     if step["step"] == "coral":
         return f"CORAL {fitted}, lambda {step['lambda']:g}; fewest controls: {step['fewest_controls']}"
+    if step["step"] == "pca":
+        return f"pca {fitted}; {step['num_components']} components with {100 * step['variance']:.1f} % of the variance"
+    if step["step"] == "center":
+        shrunk = (
+            f"; means shrunk towards the {step['towards']}'s, own weight {step['median_weight']:.2f} (median)"
+            if "towards" in step
+            else ""
+        )
+        return f"center {fitted}; fewest controls: {step['fewest_controls']}{shrunk}"
     return f"{step['step']} {fitted}"
 
 
@@ -231,6 +242,7 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
                 f"{low:.4f} to {high:.4f}, chance {precision['chance']:.4f}"
                 + (f"; {ties:,} queries with ties, expected over random orders" if ties else "")
             )
+    lines += batch_lines(result.get("batch_metrics"))
     return [printable(line) for line in lines]
 
 

@@ -215,7 +215,8 @@ def evaluated_wells(features: np.ndarray, metadata: Any, steps: list[str]) -> An
     """Cells' features to NSC and NSCB: means of wells, the normalisation ``steps``, medians of treatments."""
     from cellfast.profiles.build import collapse
     from cellfast.profiles.evaluate import evaluate_profiles
-    from cellfast.profiles.normalize import normalize_profiles, parse_steps
+    from cellfast.profiles.normalize import normalize_profiles
+    from cellfast.profiles.steps import parse_steps
 
     wells = collapse(profile_table(features, metadata), ["Metadata_Plate", "Metadata_Well"], "mean")
     wells, _ = normalize_profiles(wells, parse_steps(steps))

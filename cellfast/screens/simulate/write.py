@@ -25,11 +25,12 @@ from cellfast.screens.simulate.design import (
     design_screen,
     well_position,
 )
-from cellfast.screens.simulate.fields import FieldTruth, draw_field
+from cellfast.screens.simulate.fields import FieldTruth, at_place, draw_field
 from cellfast.screens.simulate.tables import (
     LOCATION_COLUMNS,
     SimulationSummary,
     file_names,
+    place_effects,
     plate_optics,
     write_table,
     write_tables,
@@ -69,7 +70,7 @@ def _write_well(task: _WellTask) -> list[tuple[FieldTruth, int]]:
     images = folder / "images" / task.plate.split("_")[0] / task.plate
     locations = folder / "locations" / task.plate
     position = well_position(task.well)
-    optics = plate_optics(config, task.week, task.plate_position)
+    optics = at_place(plate_optics(config, task.week, task.plate_position), place_effects(config, task.week), position)
     written = []
     for site in range(1, config.sites + 1):
         image, truth = draw_field(
