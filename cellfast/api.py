@@ -34,6 +34,11 @@ def _names(given: _Names | None) -> tuple[str, ...]:
     return () if given is None else (given,) if isinstance(given, str) else tuple(given)
 
 
+def _channels(given: _Names | None) -> list[str] | None:
+    """Names of channels, also as ``"DNA, Actin"``."""
+    return [one.strip() for name in _names(given) for one in name.split(",")] or None
+
+
 def _columns(given: Mapping[str, str] | None) -> dict[str, str]:
     """``{"compound": "Metadata_JCP2022"}`` with the columns' short names, as the library takes them."""
     from cellfast.metadata.columns import parse_column_overrides
@@ -134,8 +139,7 @@ def _open(image_csv: _Path | None, batch_regex: str | None, options: dict[str, A
         if options.get(name) is None:
             raise CellfastError(f"fields need {option(name)}")
     _check_regex(batch_regex)
-    if options.get("channels"):
-        options["channels"] = list(_names(options["channels"]))
+    options["channels"] = _channels(options.get("channels"))
     return open_fields(image_csv, **{**options, "columns": _columns(options.get("columns"))})
 
 
@@ -187,7 +191,7 @@ def ingest_crops(
     ledger = ingest(
         index,
         Path(out),
-        channel_names=list(_names(channels)) or None,
+        channel_names=_channels(channels),
         pixel_size_um=pixel_size_um,
         batch_regex=batch_regex,
         source=str(index_csv),

@@ -39,7 +39,7 @@ def steps(tmp_path_factory):
     )  # fmt: skip
     screen = cellfast.ingest_fields(
         images.image_csv, work / "screen", image_root=images.images, locations=images.locations, moa=images.moa_csv,
-        channels="DNA,Tubulin,Actin", crop_size=32, workers=1, say=said.append,
+        channels="DAPI, Tubulin, Actin", crop_size=32, workers=1, say=said.append,
     )  # fmt: skip
     run = cellfast.train(screen, work / "run", encoder="cnn4", projection_dim=8, batch_size=16, steps=1, say=said.append)
     embeddings = cellfast.embed(screen, work / "embeddings", model=run)
@@ -67,7 +67,7 @@ def test_from_images_to_scores(steps):
     ("name", "shown"),
     [
         ("images", r"cells in .* fields of 2 plates; .* 2 MoAs"),
-        ("screen", r"screen .*screen: \d+ cells of 32 px, uint16, on 2 plates of 1 batches; channels DNA, Tubulin, Actin"),
+        ("screen", r"screen .*screen: \d+ cells of 32 px, uint16, on 2 plates of 1 batches; channels DAPI, Tubulin, Actin"),
         ("run", r"run .*run: 1 steps, loss "),
         ("embeddings", r"rows of \d+ features in 2 plates, \d+ cells"),
         ("profiles", r"profiles .*profiles.parquet: \d+ × \d+ features\nread "),

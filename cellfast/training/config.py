@@ -254,7 +254,7 @@ def field_default(key: str) -> Any:
     """The default of ``key`` in the default recipe."""
     for entry in fields(TrainConfig):
         if entry.name == key:
-            return entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
+            return entry.default_factory() if entry.default_factory is not MISSING else entry.default
     raise KeyError(key)
 
 
@@ -353,11 +353,12 @@ def _yaml(text: str) -> Any:
     try:
         # Events come one by one, whatever the depth; making values of them does not.
         for event in yaml.parse(text, yaml.SafeLoader):
+            where = f"line {event.start_mark.line + 1}" if event.start_mark else "the configuration"
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MOST_YAML_DEPTH:
-                raise CellfastError(f"line {event.start_mark.line + 1}: nested more than {MOST_YAML_DEPTH} deep")
+                raise CellfastError(f"{where}: nested more than {MOST_YAML_DEPTH} deep")
             if isinstance(event, yaml.AliasEvent):
-                raise CellfastError(f"line {event.start_mark.line + 1}: aliases (*name) are not read: write the value itself")
+                raise CellfastError(f"{where}: aliases (*name) are not read: write the value itself")
         return yaml.safe_load(text)
     except CellfastError:
         raise
