@@ -78,7 +78,7 @@ def simulate(
         CellfastError: values outside their limits; ``out`` is in use.
     """
     if preset not in PRESETS:
-        raise CellfastError(f"{option('preset')} must be one of {', '.join(PRESETS)}, got {preset!r}")
+        raise CellfastError(f"{option('preset')} must be one of {', '.join(sorted(PRESETS))}, got {preset!r}")
     if isinstance(moas, int):
         if not 1 <= moas <= len(MOA_NAMES):
             raise CellfastError(f"{option('moas')} must be between 1 and {len(MOA_NAMES)}, got {moas}")
@@ -122,7 +122,7 @@ def ingest_fields(
         check_not_there(Path(keep_fields), force=force)
     how = FieldIngestOptions(**split(FieldIngestOptions, options))
     opened = _open(image_csv, how.batch_regex, options)
-    ledger = ingest(screen=out, options=how, workers=workers or default_workers(), force=force, **vars(opened))
+    ledger = ingest(screen=Path(out), options=how, workers=workers or default_workers(), force=force, **vars(opened))
     say(ledger.table())
     if keep_fields is not None:
         count, notes = write_kept(opened.table, str(options["image_root"]), Path(keep_fields))
@@ -185,7 +185,14 @@ def ingest_crops(
     from cellfast.screens.ingest_crops import ingest_crops as ingest
 
     _check_regex(batch_regex)
-    index = read_crop_index(index_csv, root=root, layout=layout, metadata=metadata, moa=moa, columns=_columns(columns))
+    index = read_crop_index(
+        os.fspath(index_csv),
+        root=root and Path(root),
+        layout=layout,
+        metadata=metadata and os.fspath(metadata),
+        moa=moa and os.fspath(moa),
+        columns=_columns(columns),
+    )
     # Starting a worker process takes about as long as reading some thousand crops.
     workers = workers or (default_workers() if len(index.table) > 20_000 else 1)
     ledger = ingest(

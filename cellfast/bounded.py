@@ -38,7 +38,7 @@ def size_text(size: float) -> str:
 
 def available_bytes() -> float:
     """Memory this process may still take: the machine's, its control group's, and its own limit; infinite where nothing tells."""
-    least = math.inf
+    least: float = math.inf
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             least = int(line.split()[1]) * 1024

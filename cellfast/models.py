@@ -129,6 +129,7 @@ class CNN4(nn.Module):
         for width in widths:
             convolution = nn.Conv2d(previous, width, kernel_size=3, padding=1)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
             # ReLU after pooling: the same values and gradients from a quarter of the pixels.
             layers += [convolution, nn.MaxPool2d(2), nn.ReLU(inplace=True)]
@@ -224,7 +225,7 @@ def multiply_accumulates(config: ModelConfig, size: int) -> int:
         nonlocal total
         if isinstance(module, nn.Conv2d):
             total += output.numel() * module.weight[0].numel()
-        else:
+        elif isinstance(module, nn.Linear):
             total += output.numel() * module.in_features
 
     with torch.device("meta"), torch.no_grad():

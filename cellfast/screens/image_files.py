@@ -234,8 +234,8 @@ class FileFinder:
         if not name:
             return ""
         known = self._folders.get((folder, plate))
-        for last in dict.fromkeys((name, unquote(name))) if known is not None else ():
-            if (known / last).is_file():
+        for last in dict.fromkeys((name, unquote(name))):
+            if known is not None and (known / last).is_file():
                 return str(known / last)
         spellings = _spellings(folder, name)
         for parts, last in spellings:

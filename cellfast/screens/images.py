@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tifffile
@@ -163,13 +163,13 @@ def _single_page(tiff: tifffile.TiffFile, path: object) -> tifffile.TiffPage:
     pages = len(tiff.pages)
     if pages == 0:
         raise ImageError(f"{path}: has no image in it", "not a readable image")
-    page = tiff.pages[0]
+    page: Any = tiff.pages[0]
     if page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR) and page.samplesperpixel >= 3:
         raise ImageError(f"{path}: a colour image; expected one grey plane per channel", "colour image")
     if page.samplesperpixel > 1 and any(kind in (1, 2) for kind in page.extrasamples):
         raise ImageError(f"{path}: has an alpha channel; expected one grey plane per channel", "colour image")
     # Further pages are no planes where they are smaller images of the first: thumbnails, levels of a pyramid.
-    full = 1 + next((1 for number in range(1, pages) if not tiff.pages[number].is_reduced), 0)
+    full = 1 + next((1 for number in range(1, pages) if not cast(tifffile.TiffPage, tiff.pages[number]).is_reduced), 0)
     shape, planes = page.shape, 1 if full == 1 else pages
     if planes == 1 and len(page.shape) == 2:
         shape, planes = _series(tiff, page)
@@ -232,8 +232,8 @@ def read_picture(
         warnings.simplefilter("ignore")  # of bombs, which are judged here
         image = Image.open(content, formats=_PICTURES)
     with image:
-        if getattr(image, "n_frames", 1) > 1:
-            raise ImageError(f"{path}: {image.n_frames} frames; expected one", "planar or multi-page")
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise ImageError(f"{path}: {frames} frames; expected one", "planar or multi-page")
         deep = image.format == "PNG" and _png_bits(content) == 16
         if image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or ("transparency" in image.info and not labels):
             raise ImageError(

@@ -55,7 +55,7 @@ class Validation:
         screen: Screen,
         rows: np.ndarray,
         two_views: TwoViews,
-        scaling,
+        scaling: PlateScaling,
         *,
         batch_size: int,
         temperature: float,
