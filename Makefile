@@ -5,6 +5,8 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 DEMO   ?= demo
 OUT    ?= benchmarks/results
+# Files of tests are dealt to as many processes as there are processors, four at most (each takes up to 2 GB); PARALLEL= runs them in one.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 
 SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
@@ -14,7 +16,7 @@ STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
 
 help:
 	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
-	@echo "make test      set up, then run the tests"
+	@echo "make test      set up, then run the tests that are not slow (make test-all: all of them)"
 	@echo "make build     only the environment ($(VENV)) and the extension"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails where there is none"
 	@echo "make check-cuda  compiles the CUDA code for compute capabilities 8.0, 9.0a and 10.0 (no GPU needed); prints registers and spills"
@@ -22,7 +24,7 @@ help:
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
 	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
 	@echo "               [ONLY=step,step] [BUDGET=SECONDS] [RESUME=1]  a part of it; in several calls"
-	@echo "make figures   README's table of figures from benchmarks/results/"
+	@echo "make figures   benchmarks/results/README.md and README's six figures from benchmarks/results/*.json"
 	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
 
 build: $(STAMP) .build-stamp
@@ -46,10 +48,10 @@ demo: build
 	$(PY) -m cellfast demo $(DEMO)
 
 test: build
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -m "not slow" $(PARALLEL)
 
 test-all: build
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(PARALLEL)
 
 test-gpu: build
 	CELLFAST_REQUIRE_CUDA=1 $(PY) -m pytest -q -m cuda
@@ -71,7 +73,7 @@ bench-gpu:
 		$(if $(LIMIT),--limit $(LIMIT)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESUME),--resume)
 
 figures: build
-	$(PY) -m cellfast.benchmark.readme
+	$(PY) benchmarks/figures.py
 
 clean:
 	rm -rf build .build-stamp cellfast/*.so *.egg-info .pytest_cache .ruff_cache

@@ -290,8 +290,7 @@ def embed(
     """
     import torch
 
-    from cellfast.embedding.embed_fields import embed_fields
-    from cellfast.embedding.embed_store import embed_screen
+    from cellfast.embedding.embed import embed_fields, embed_screen
     from cellfast.model_file import load_model
     from cellfast.training.devices import amp_warning, choose_device
 
@@ -315,12 +314,12 @@ def embed(
         raise CellfastError(f"{option('allow_unfinished')}: only for a screen folder of crop stores")
     if crop_size not in (None, loaded.crop_size):
         raise CellfastError(
-            f"{option('crop_size', crop_size)}: the model {loaded.path} was trained on crops of {loaded.crop_size} px; leave it "
-            "out"
+            f"{option('crop_size', crop_size)}: the model {loaded.path} was trained on crops of "
+            f"{loaded.crop_size} px; leave it out"
         )
     cut = split(FieldIngestOptions, options)
     fields = _open(source, cut.get("batch_regex"), {"image_root": image_root, "locations": locations, **options})
-    return Embeddings(os.fspath(out), embed_fields(model=loaded, out=os.fspath(out), device=where, **vars(fields), **cut, **how))
+    return Embeddings(os.fspath(out), embed_fields(fields, loaded, os.fspath(out), device=where, **cut, **how))
 
 
 @takes(ProfileOptions, without=("steps",))

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,20 @@ class Step:
         return "cellfast " + shlex.join(self.arguments)
 
 
-def demo_steps(out: Path, *, seed: int, amp: bool) -> list[Step]:
-    """The commands of the demonstration in ``out``; with ``amp`` the training runs in bf16."""
+def demo_steps(
+    out: Path,
+    *,
+    seed: int,
+    amp: bool,
+    simulation: Sequence[str] = ("--preset", "demo"),
+    training: Sequence[str] = ("--recipe", "demo"),
+) -> list[Step]:
+    """The commands of the demonstration in ``out``: ``amp`` trains in bf16; other options of simulate and train make it smaller."""
     images, screen = out / "simulated", out / "screen"
     steps = [
         Step(
             "Simulate a screen in BBBC021's layout",
-            ("simulate", str(images), "--preset", "demo", "--seed", str(seed), "--force"),
+            ("simulate", str(images), *simulation, "--seed", str(seed), "--force"),
             images / "image.csv",
         ),
         Step(
@@ -57,7 +64,7 @@ def demo_steps(out: Path, *, seed: int, amp: bool) -> list[Step]:
             screen / "ledger.json",
         ),
     ]
-    train = ("train", str(screen), "--recipe", "demo", "--seed", str(seed), "--force")
+    train = ("train", str(screen), *training, "--seed", str(seed), "--force")
     for name, title, options in (
         ("trained", "Train the encoder by contrastive learning", ("--amp",) if amp else ()),
         ("random", "For comparison: the same encoder, randomly initialised", ("--steps", "0")),
@@ -84,13 +91,30 @@ def demo_steps(out: Path, *, seed: int, amp: bool) -> list[Step]:
     return steps
 
 
-def run_demo(out: Path, *, seed: int, fresh: bool, echo: Callable[[str], None]) -> None:
-    """Run the demonstration in ``out``, skipping steps that were done there by the same command; raises `CellfastError` when one fails."""
+def run_in_a_process(arguments: Sequence[str]) -> int:
+    """The exit status of ``cellfast ARGUMENTS`` in a process of its own; it prints where this one does."""
+    return subprocess.run([sys.executable, "-m", "cellfast", *arguments], env=os.environ.copy()).returncode
+
+
+def run_demo(
+    out: Path,
+    *,
+    seed: int,
+    fresh: bool,
+    echo: Callable[[str], None],
+    execute: Callable[[Sequence[str]], int] = run_in_a_process,
+    **smaller: Sequence[str],
+) -> None:
+    """Run the demonstration in ``out``, skipping steps that were done there by the same command.
+
+    ``execute`` takes a command's arguments and returns its exit status; ``smaller`` goes to `demo_steps`.
+    Raises `CellfastError` when a step fails.
+    """
     from cellfast.system import bfloat16_is_native
 
     begin = time.monotonic()
     amp = bfloat16_is_native()
-    steps = demo_steps(out, seed=seed, amp=amp)
+    steps = demo_steps(out, seed=seed, amp=amp, **smaller)
     memory = out / "demo.json"
     done: dict[str, str] = {}
     if memory.exists() and not fresh:
@@ -109,7 +133,7 @@ def run_demo(out: Path, *, seed: int, fresh: bool, echo: Callable[[str], None]) 
             if later.arguments[0] in ("ingest", "embed"):
                 _remove_stale(later)
         start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "cellfast", *step.arguments], env=os.environ.copy()).returncode
+        code = execute(step.arguments)
         if code != 0:
             raise CellfastError(
                 f"the demonstration stopped at step {number}: `{step.command}` ended with status {code} (its message is above)"

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from cellfast.errors import CellfastError
@@ -143,6 +142,9 @@ class CNN4(nn.Module):
 
 def _resnet(config: ModelConfig) -> tuple[nn.Module, int]:
     """A torchvision ResNet with ``config``'s input channels and stem and without its classifier, and its number of features."""
+    # torchvision takes longer to import than torch, and a model without a ResNet does not need it.
+    import torchvision
+
     network = getattr(torchvision.models, config.encoder)(weights=None)
     kernel, stride, pooled = STEMS[config.stem]
     if (config.num_channels, kernel, stride) != (3, 7, 2):

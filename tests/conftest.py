@@ -9,6 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Several pytest workers share the processors: threads that spin while they wait would take them from each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def real_data_folder() -> Path | None:
     """The real data folder, or None: ``$CELLFAST_TEST_DATA``, else ``../shared/data`` beside the checkout."""
@@ -40,6 +45,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             )
         if "cuda" in item.keywords and reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The crop store of `screens.make_screen`; not to be written to."""
+    from screens import make_screen
+
+    return make_screen(tmp_path_factory.mktemp("screen"))
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fields, a model, their crop store, and the embeddings of a run that nothing disturbed; not to be written to."""
+    from screens import embed, field_arguments, make_fields, make_model, run
+
+    folder = tmp_path_factory.mktemp("clean")
+    make_fields(folder, sites=3)
+    make_model(folder / "model.pt")
+    ingested = run("ingest", "fields", *field_arguments(folder), "--crop-size", 24, "--workers", 1, "-o", folder / "store")
+    assert ingested.exit_code == 0, ingested.output
+    embed("fields", folder, folder / "clean")
+    return folder
 
 
 @pytest.fixture(scope="session")

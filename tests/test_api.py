@@ -22,7 +22,7 @@ RENAMED = {
     "ingest fields": {"screen": "out"},
     "ingest crops": {"screen": "out"},
     "train": {"run": "out", "config_file": "config", "assignments": None},
-    "embed": {"model_path": "model", "compile_": "compile", "aggregate": "aggregate_wells"},
+    "embed": {"model_path": "model"},
     "profile": {"output": "out", "steps": "normalize", "rules": "select"},
     "evaluate": {"output": "out", "map_method": "map", "compare": None},
 }

@@ -51,7 +51,7 @@ def test_without_a_place_for_a_cache_it_compiles_anew_and_says_so_once(installat
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["CELLFAST_CACHE", "NUMBA_CACHE_DIR"])
+@pytest.mark.parametrize("name", ["CELLFAST_CACHE", pytest.param("NUMBA_CACHE_DIR", marks=pytest.mark.slow)])
 def test_the_cache_is_kept_where_the_user_wants_it(installation, name):
     assert run(installation, **{name: str(installation / "mine")}) == ""
     assert list((installation / "mine").rglob("cutting._cut*.nbi"))

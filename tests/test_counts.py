@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from test_embed import make_fields, make_model, run
+from screens import make_fields, make_model, run
 
 from cellfast.metadata.counts import CELL_COUNT, rows_are_cells, take_counts
 from cellfast.profiles.build import ProfileOptions, build_profiles

@@ -11,9 +11,9 @@ import time
 import h5py
 import numpy as np
 import pytest
+from screens import write_plate
 
 from cellfast.errors import CellfastError
-from cellfast.metadata.batches import batch_of_plate
 from cellfast.screens import PlateStore, PlateWriter, Screen, crop_store, sealed, unfinished
 from cellfast.screens.crop_writer import plate_file_name, scale_from_histogram
 from cellfast.screens.ledger import Ledger, PlateLedger
@@ -21,52 +21,6 @@ from cellfast.screens.schema import METADATA_COLUMNS
 from cellfast.screens.summary import format_summary, summarize, write_montage
 
 SIZE = 16
-
-
-def write_plate(
-    screen,
-    plate="Week1_22123",
-    *,
-    capacity=None,
-    dtype=np.uint16,
-    channels=("DNA", "Actin"),
-    seed=0,
-    fields=((("B02"), 1, 5), (("C03"), 2, 3)),
-):
-    rng = np.random.default_rng(seed)
-    path = screen / "plates" / plate_file_name(plate)
-    pixels = []
-    total = sum(n for _, _, n in fields)
-    with PlateWriter(
-        path,
-        plate=plate,
-        batch=batch_of_plate(plate),
-        channel_names=channels,
-        crop_size=SIZE,
-        dtype=dtype,
-        capacity=total if capacity is None else capacity,
-        border="pad",
-        pixel_size_um=0.65,
-    ) as writer:
-        for well, site, n in fields:
-            crops = rng.integers(0, np.iinfo(dtype).max, (n, len(channels), SIZE, SIZE)).astype(dtype)
-            pixels.append(crops)
-            writer.append_field(
-                crops,
-                well=well,
-                site=site,
-                image_number=10 + site,
-                source_files=[f"{c}.tif" for c in channels],
-                compound="DMSO" if well == "B02" else "taxol",
-                concentration=0.0 if well == "B02" else 0.3,
-                moa="DMSO" if well == "B02" else "Microtubule stabilizers",
-                object_number=np.arange(1, n + 1),
-                center_y=np.arange(n) + 0.5,
-                center_x=np.arange(n) + 100.25,
-                padded=np.arange(n) == 0,
-            )
-    Ledger("test", "", {}, []).write(screen)
-    return path, np.concatenate(pixels) if pixels else np.zeros((0, len(channels), SIZE, SIZE), dtype)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -312,7 +266,7 @@ class Crashing:
 def test_a_file_that_hangs_or_crashes_hdf5_is_an_error(tmp_path, monkeypatch, opener, says):
     path, _ = write_plate(tmp_path)
     remove_seal(path)
-    monkeypatch.setattr(sealed, "OPENING_S", 3)
+    monkeypatch.setattr(sealed, "OPENING_S", 3 if opener is Hanging else 60)
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__), prepend=os.pathsep)
     with pytest.raises(CellfastError, match=says):
         sealed.open_hdf5(path, opener)

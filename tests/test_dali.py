@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from test_loader import all_crops, collect, make_screen
+from screens import all_crops, collect, raw_screen, write_crops
 
 from cellfast.data import Loader, RowSampler
 from cellfast.errors import CellfastError
-from cellfast.screens import PlateWriter, Screen
+from cellfast.screens import Screen
 from cellfast.screens.cutting import crop_origins, cut_crops
-from cellfast.screens.ledger import Ledger
 
 pytest.importorskip("nvidia.dali")
 
@@ -57,7 +56,7 @@ def run(pipeline, sampler, epoch=0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
 @pytest.mark.parametrize("options", [{"shuffle": True, "seed": 5}, {"shuffle": False}, {"drop_last": True}])
 def test_the_same_pixels_as_memory_maps_for_the_same_rows(tmp_path, dtype, options):
-    screen = make_screen(tmp_path, channels=5, size=12, dtype=dtype)
+    screen = raw_screen(tmp_path, channels=5, size=12, dtype=dtype)
     dali, mmap = Loader(screen, 4, backend="dali", **options), Loader(screen, 4, backend="mmap", **options)
     for _ in range(2):  # two epochs through one pipeline
         crops, rows = collect(dali)
@@ -69,7 +68,7 @@ def test_the_same_pixels_as_memory_maps_for_the_same_rows(tmp_path, dtype, optio
 
 
 def test_a_break_and_a_restored_state_go_on_in_the_same_way(tmp_path):
-    screen = make_screen(tmp_path)
+    screen = raw_screen(tmp_path)
     expected = collect(Loader(screen, 3, seed=1))
     loader = Loader(screen, 3, seed=1, backend="dali")
     crops, rows = [], []
@@ -86,7 +85,7 @@ def test_a_break_and_a_restored_state_go_on_in_the_same_way(tmp_path):
 
 
 def test_a_rank_without_rows_gets_an_empty_batch(tmp_path):
-    screen = make_screen(tmp_path, counts=(9,))
+    screen = raw_screen(tmp_path, counts=(9,))
     for rank in range(4):
         dali = [batch.rows.tolist() for batch in Loader(screen, 2, rank=rank, world_size=4, backend="dali")]
         assert dali == [batch.rows.tolist() for batch in Loader(screen, 2, rank=rank, world_size=4)]
@@ -94,14 +93,20 @@ def test_a_rank_without_rows_gets_an_empty_batch(tmp_path):
 
 
 def test_batches_stay_as_they_are_until_the_next_is_asked_for(tmp_path):
-    screen = make_screen(tmp_path, counts=(100,))
+    screen = raw_screen(tmp_path, counts=(100,))
     expected = all_crops(screen)
     for batch in Loader(screen, 4, backend="dali", prefetch=3):
         np.testing.assert_array_equal(batch.crops.numpy(), expected[batch.rows.numpy()])
 
 
-@pytest.mark.parametrize("size", [8, 11, 64])
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(
+    ("size", "shuffle"),
+    [
+        (11, True),
+        (64, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((8, True), (8, False), (11, False), (64, True))),
+    ],
+)
 def test_cells_of_fields_in_hdf5(tmp_path, fields, cells, size, shuffle):
     with h5py.File(tmp_path / "fields.h5", "w") as handle:
         handle["fields"] = fields
@@ -193,7 +198,7 @@ def test_without_dali_the_message_says_what_to_install(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(CellfastError, match="pip install nvidia-dali"):
-        Loader(make_screen(tmp_path), 4, backend="dali")
+        Loader(raw_screen(tmp_path), 4, backend="dali")
 
 
 @pytest.mark.parametrize("backend", ["mmap", "dali"])
@@ -204,18 +209,12 @@ def test_a_screen_and_its_fields_give_the_same_cells(tmp_path, fields, cells, ba
     centers[5:9] = [(10.5, 11.5), (11.5, 12.5), (12.5, 10.5), (20.5, 21.5)]  # halves round to even
     plates = {"P1": [0, 1, 2], "P2": [3, 4]}
     for plate, members in plates.items():
-        path = tmp_path / "screen" / "plates" / f"{plate}.h5"
-        with PlateWriter(
-            path, plate=plate, batch="B", channel_names=["a", "b", "c"], crop_size=16, dtype=np.uint16, capacity=30, border="pad"
-        ) as writer:
-            for field in members:
-                own = centers[field_index == field]
-                crops = cut_crops(list(fields[field]), crop_origins(own[:, 1], own[:, 0], 16), 16)
-                writer.append_field(
-                    crops, well=f"A{field + 1:02d}", site=field, object_number=np.arange(len(own)), center_y=own[:, 1],
-                    center_x=own[:, 0], padded=np.zeros(len(own), bool),
-                )  # fmt: skip
-    Ledger("test", "", {}, []).write(tmp_path / "screen")
+        written = []
+        for field in members:
+            own = centers[field_index == field]
+            crops = cut_crops(list(fields[field]), crop_origins(own[:, 1], own[:, 0], 16), 16)
+            written.append((crops, {"well": f"A{field + 1:02d}", "site": field, "center_y": own[:, 1], "center_x": own[:, 0]}))
+        write_crops(tmp_path / "screen", plate, written, capacity=30, channels=["a", "b", "c"])
     screen = Screen.open(tmp_path / "screen")
     table = screen.metadata()
     with h5py.File(tmp_path / "fields.h5", "w") as handle:
@@ -231,7 +230,7 @@ def test_a_screen_and_its_fields_give_the_same_cells(tmp_path, fields, cells, ba
 
 @pytest.mark.cuda
 def test_the_same_pixels_on_a_gpu(tmp_path):
-    screen = make_screen(tmp_path, counts=(300,))
+    screen = raw_screen(tmp_path, counts=(300,))
     expected = torch.from_numpy(all_crops(screen).astype(np.int32)).cuda()
     for batch in Loader(screen, 16, backend="dali", device="cuda"):
         assert batch.crops.is_cuda

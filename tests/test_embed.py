@@ -4,83 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import tifffile
 import torch
-from click.testing import CliRunner
+from screens import CROP, VIEW, assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.augment import center_crop
-from cellfast.cli import cellfast
 from cellfast.embedding.device_cutting import cut_on_device
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.errors import CellfastError
-from cellfast.model_file import ModelMetadata, load_model, save_model
-from cellfast.models import ModelConfig, build_model
+from cellfast.model_file import load_model
 from cellfast.screens import Screen
 from cellfast.screens.cutting import crop_origins, cut_crops
-
-HEIGHT, WIDTH, CROP, VIEW = 60, 80, 24, 16
-CHANNELS = ("DNA", "Actin")
-
-
-def make_fields(
-    folder, *, plates=("P1", "P2"), wells=("B03", "A02", "A10"), sites=2, cells=7, seed=0, channels=CHANNELS, dtype=np.uint16
-):
-    """Fields, load_data.csv and centroid CSVs; wells out of order, cells at the border, one field without cells."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for plate in plates:
-        for number, well in enumerate(wells):
-            for site in range(1, sites + 1):
-                row = {"Metadata_Plate": plate, "Metadata_Well": well, "Metadata_Site": site}
-                row |= {"Metadata_Compound": "DMSO" if number == 0 else f"c{number}", "Metadata_Concentration": 0.5 * number}
-                for channel in channels:
-                    path = folder / "images" / plate / f"{well}_s{site}_{channel}.tif"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    top = 250 if dtype == np.uint8 else 60000
-                    tifffile.imwrite(path, rng.integers(0, top, (HEIGHT, WIDTH)).astype(dtype))
-                    row |= {f"FileName_{channel}": path.name, f"PathName_{channel}": plate}
-                rows.append(row)
-                count = 0 if (number, site) == (1, 2) else cells + number
-                centers = pd.DataFrame(
-                    {
-                        "ObjectNumber": np.arange(1, count + 1),
-                        "Nuclei_Location_Center_X": rng.uniform(-0.4, WIDTH - 0.6, count),
-                        "Nuclei_Location_Center_Y": rng.uniform(-0.4, HEIGHT - 0.6, count),
-                    }
-                )
-                place = folder / "locations" / plate / f"{well}-{site}-Nuclei.csv"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                centers.to_csv(place, index=False)
-    pd.DataFrame(rows).to_csv(folder / "load_data.csv", index=False)
-    return folder
-
-
-def draw_nuclei(folder):
-    """Bright discs of 8 px on a dark background in place of the DNA planes: cells that detection finds."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    for number, path in enumerate(sorted((folder / "images").rglob("*_DNA.tif"))):
-        noise = np.random.default_rng(number).integers(0, 100, (HEIGHT, WIDTH))
-        discs = sum((((y - cy) ** 2 + (x - cx) ** 2) < 16) for cy, cx in ((20, 20), (40, 30 + number), (25, 60)))
-        tifffile.imwrite(path, (noise + 20_000 * discs).astype(np.uint16))
-
-
-def make_model(path, *, channels=CHANNELS, crop=CROP, view=VIEW, scaling="screen", bits=16, seed=0, encoder="cnn4"):
-    model = build_model(ModelConfig(encoder=encoder, num_channels=len(channels), projection_dim=8), seed=seed)
-    top = 255.0 if bits == 8 else 60000.0
-    save_model(
-        path,
-        model,
-        ModelMetadata(
-            list(channels), crop, view, bits, scaling, [100.0 / (65 if bits == 8 else 1)] * len(channels), [top] * len(channels)
-        ),
-    )
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -94,33 +32,6 @@ def work(tmp_path_factory):
         result = run("ingest", "fields", *field_arguments(folder), "--crop-size", CROP, "--border", border, "-o", folder / border, "--workers", 1)  # fmt: skip
         assert result.exit_code == 0, result.output
     return folder
-
-
-def field_arguments(folder, table="load_data.csv"):
-    return [folder / table, "--image-root", folder / "images", "--locations", folder / "locations"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(cellfast, [str(a) for a in arguments])
-
-
-def embed(source, folder, out, *more, model="model.pt", exit_code=0):
-    arguments = field_arguments(folder) if source == "fields" else [source]
-    result = run("embed", *arguments, "--model", folder / model, "-o", out, *more)
-    if exit_code is not None:
-        assert result.exit_code == exit_code, f"{result.output}\n{result.exception!r}"
-    return result
-
-
-def tables(folder):
-    return {p.stem: pq.read_table(p).to_pandas() for p in sorted(Path(folder).glob("*.parquet"))}
-
-
-def assert_same(one, two, rtol=1e-4, atol=1e-5):
-    assert one.keys() == two.keys()
-    assert one
-    for plate in one:
-        pd.testing.assert_frame_equal(one[plate], two[plate], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +73,7 @@ def test_results_that_are_collected_later_are_the_same(work, tmp_path, monkeypat
 
     embed("fields", work, tmp_path / "now", "--batch-size", 6)
     real = Pipeline.run
-    monkeypatch.setattr(Pipeline, "run", lambda self, parts: (setattr(self, "defer", True), real(self, parts)))
+    monkeypatch.setattr(Pipeline, "run", lambda self, blocks: (setattr(self, "defer", True), real(self, blocks)))
     embed("fields", work, tmp_path / "later", "--batch-size", 6)
     assert_same(tables(tmp_path / "now"), tables(tmp_path / "later"), rtol=0, atol=0)
 
@@ -180,31 +91,31 @@ def test_each_file_is_read_once(work, tmp_path, monkeypatch):
     assert len(seen) == len(set(seen)) == 2 * 3 * 2 * 2
 
 
-def test_the_account_closes(work, tmp_path):
+def test_the_sums_of_the_ledger_agree(work, tmp_path):
     embed("fields", work, tmp_path / "e", "--border", "drop")
-    account = json.loads((tmp_path / "e" / "embeddings.json").read_text())
+    ledger = json.loads((tmp_path / "e" / "embeddings.json").read_text())
     ingest = json.loads((work / "drop" / "ledger.json").read_text())
-    for plate, other in zip(account["plates"], ingest["plates"]):
+    for plate, other in zip(ledger["plates"], ingest["plates"]):
         rows = pq.read_metadata(tmp_path / "e" / plate["file"]).num_rows
         assert plate["rows"] == plate["cells"] == rows == other["cells_written"]
         assert plate["locations"] == rows + sum(plate["dropped"].values()) == other["cells_found"]
         assert plate["dropped"] == other["cells_dropped"]
         assert plate["wells_without_cells"] == other["wells_without_cells"]
-    assert account["totals"]["fields_listed"] == 12
-    assert not (tmp_path / "e" / ".embed" / "parts").exists()
+    assert ledger["totals"]["fields_listed"] == 12
+    assert not (tmp_path / "e" / ".embed" / "blocks").exists()
     embed(work / "drop", work, tmp_path / "s")
     store = json.loads((tmp_path / "s" / "embeddings.json").read_text())
-    assert store["totals"] == account["totals"]
+    assert store["totals"] == ledger["totals"]
 
 
 def test_row_groups_hold_whole_wells(work, tmp_path, monkeypatch):
-    monkeypatch.setattr("cellfast.embedding.outputs.ROWS_PER_GROUP", 10)
+    monkeypatch.setattr("cellfast.embedding.plate_formats.ROWS_PER_GROUP", 10)
     embed("fields", work, tmp_path / "e")
     file = pq.ParquetFile(tmp_path / "e" / "P1.parquet")
     wells = [set(file.read_row_group(i).column("Metadata_Well").to_pylist()) for i in range(file.num_row_groups)]
     assert len(wells) > 1
     assert all(not (a & b) for i, a in enumerate(wells) for b in wells[i + 1 :])
-    monkeypatch.setattr("cellfast.embedding.outputs.MOST_ROWS_PER_GROUP", 4)
+    monkeypatch.setattr("cellfast.embedding.plate_formats.MOST_ROWS_PER_GROUP", 4)
     embed("fields", work, tmp_path / "f")
     assert_same(tables(tmp_path / "e"), tables(tmp_path / "f"))
     assert max(g for i in range(3) for g in [pq.ParquetFile(tmp_path / "f" / "P1.parquet").metadata.row_group(i).num_rows]) <= 4
@@ -220,8 +131,8 @@ def test_well_profiles_are_the_means_of_the_cells(work, tmp_path):
         np.testing.assert_allclose(wells.loc[expected.index, expected.columns], expected, rtol=1e-4, atol=1e-5)
         assert wells["Metadata_Cell_Count"].to_dict() == grouped.size().to_dict()
         assert wells["Metadata_Compound"].to_dict() == grouped["Metadata_Compound"].first().to_dict()
-    account = json.loads((tmp_path / "wells" / "embeddings.json").read_text())
-    assert (account["rows"], account["cells"]) == (6, sum(len(t) for t in tables(tmp_path / "cells").values()))
+    ledger = json.loads((tmp_path / "wells" / "embeddings.json").read_text())
+    assert (ledger["rows"], ledger["cells"]) == (6, sum(len(t) for t in tables(tmp_path / "cells").values()))
     again = embed("fields", work, tmp_path / "wells", "--aggregate", "well")
     assert "6 wells" in again.output
     refused = embed("fields", work, tmp_path / "wells", exit_code=None)

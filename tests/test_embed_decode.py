@@ -1,4 +1,4 @@
-"""Fields decoded by DALI: the rows, the account and the quarantine of the host's decoding; what is chosen, told and refused."""
+"""Fields decoded by DALI: the rows, the ledger and the quarantine of the host's decoding; what is chosen, told and refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from test_embed import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
+from screens import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding import decoding
 from cellfast.embedding.dali_reading import plane_facts
@@ -32,7 +32,7 @@ def work(tmp_path_factory):
     return folder
 
 
-def account(folder):
+def ledger(folder):
     return json.loads((folder / "embeddings.json").read_text())
 
 
@@ -48,11 +48,11 @@ def image(folder, plate="P1", well="B03", site=1, channel="Actin"):
         ("drop", "model.pt", ["--aggregate", "well"]),
     ],
 )
-def test_the_same_rows_and_account_as_the_host(work, tmp_path, border, model, more):
+def test_the_same_rows_and_ledger_as_the_host(work, tmp_path, border, model, more):
     embed("fields", work, tmp_path / "host", "--border", border, "--decode", "host", *more, model=model)
     told = embed("fields", work, tmp_path / "dali", "--border", border, "--decode", "dali", *more, model=model)
     assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), rtol=0, atol=0)
-    host, dali = account(tmp_path / "host"), account(tmp_path / "dali")
+    host, dali = ledger(tmp_path / "host"), ledger(tmp_path / "dali")
     assert (host["totals"], host["quarantined"]) == (dali["totals"], dali["quarantined"])
     assert dali["totals"]["dropped"] == host["totals"]["dropped"]
     assert host["decode"]["used"] == "host"
@@ -67,7 +67,7 @@ def test_the_same_rows_on_a_gpu(work, tmp_path, border):
     for decode in ("host", "dali"):
         embed("fields", work, tmp_path / decode, "--border", border, "--decode", decode, "--device", "cuda", "--batch-size", 9)
     assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), rtol=1e-5, atol=1e-6)
-    decode = account(tmp_path / "dali")["decode"]
+    decode = ledger(tmp_path / "dali")["decode"]
     assert decode["how"] in ("cpu", "mixed")
     assert decode["fields_dali"] == 18
     assert "fields/s on 8 fields" in decode["reason"]
@@ -105,7 +105,7 @@ def test_broken_files_cost_their_own_fields_and_are_counted_alike(tmp_path):
     tifffile.imwrite(image(tmp_path, plate="P2", well="A02"), plane, compression="lzma")  # readable, by the host
     for decode in ("host", "dali"):
         embed("fields", tmp_path, tmp_path / decode, "--decode", decode, "--retries", 1, exit_code=3)
-    host, dali = account(tmp_path / "host"), account(tmp_path / "dali")
+    host, dali = ledger(tmp_path / "host"), ledger(tmp_path / "dali")
     assert len(host["quarantined"]) == 7
     assert len({q["reason"] for q in host["quarantined"]}) >= 5
     assert (host["totals"], host["quarantined"]) == (dali["totals"], dali["quarantined"])
@@ -118,21 +118,21 @@ def test_broken_files_cost_their_own_fields_and_are_counted_alike(tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_whoever_decodes(work, tmp_path, monkeypatch):
-    from cellfast.embedding.parts import PartFiles
+    from cellfast.embedding.blocks import BlockFiles
 
     embed("fields", work, tmp_path / "whole")
-    real, written = PartFiles.write, []
+    real, written = BlockFiles.write, []
 
-    def stopped(self, plan, part_work):
+    def stopped(self, plan, work):
         if len(written) == 5:
             raise CellfastError("no space")
-        written.append(part_work.part)
-        real(self, plan, part_work)
+        written.append(work.block)
+        real(self, plan, work)
 
-    monkeypatch.setattr(PartFiles, "write", stopped)
+    monkeypatch.setattr(BlockFiles, "write", stopped)
     result = embed("fields", work, tmp_path / "e", "--decode", "dali", exit_code=None)
     assert "no space" in str(result.exception)
-    monkeypatch.setattr(PartFiles, "write", lambda self, plan, work: (written.append(work.part), real(self, plan, work))[1])
+    monkeypatch.setattr(BlockFiles, "write", lambda self, plan, work: (written.append(work.block), real(self, plan, work))[1])
     embed("fields", work, tmp_path / "e", "--decode", "dali")
     assert len(written) == len(set(written))
     assert_same(tables(tmp_path / "whole"), tables(tmp_path / "e"), rtol=0, atol=0)
@@ -142,14 +142,14 @@ def test_a_run_that_was_stopped_goes_on_whoever_decodes(work, tmp_path, monkeypa
 def test_auto_takes_the_faster_and_says_so(work, tmp_path, monkeypatch):
     told = embed("fields", work, tmp_path / "few")
     assert "decode host: 18 fields are too few for a choice to pay (from 256)" in told.output
-    assert account(tmp_path / "few")["decode"]["asked"] == "auto"
+    assert ledger(tmp_path / "few")["decode"]["asked"] == "auto"
     monkeypatch.setattr(decoding, "MEASURE_FROM", 4)
     for name, faster in (("host", "_host_run"), ("dali", "_dali_run")):
         with monkeypatch.context() as patch:
             slow = "_dali_run" if faster == "_host_run" else "_host_run"
             patch.setattr(decoding, slow, lambda *a: lambda: __import__("time").sleep(1.0))
             told = embed("fields", work, tmp_path / name)
-        record = account(tmp_path / name)["decode"]
+        record = ledger(tmp_path / name)["decode"]
         assert (record["asked"], record["used"]) == ("auto", name)
         assert "dali cpu" in record["reason"]
         assert "host" in record["reason"]
@@ -163,7 +163,7 @@ def test_dali_that_cannot_run_is_told(work, tmp_path, monkeypatch):
         assert f"--decode dali does not go with {' '.join(more)}" in str(run("embed", *arguments, *more).exception)
     store = run("embed", work, "--model", work / "model.pt", "-o", tmp_path / "e", "--decode", "dali")
     assert store.exit_code == 2
-    with pytest.raises(CellfastError, match="--decode must be one of auto, host, dali"):
+    with pytest.raises(CellfastError, match="decode: expected one of auto, host, dali"):
         EmbedOptions(decode="gpu")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "nvidia.dali", None)

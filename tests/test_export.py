@@ -15,16 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from screens import write_crops
 
-import cellfast.embedding.export as export_module
+import cellfast.export.exported as export_module
 from cellfast.cli import cellfast
-from cellfast.embedding.export import export_model, load_exported, read_export_metadata
 from cellfast.errors import CellfastError
+from cellfast.export import export_model, load_exported, read_export_metadata
 from cellfast.model_file import ModelMetadata, load_model, save_model
 from cellfast.models import ModelConfig, build_model
-from cellfast.screens import PlateWriter, Screen
-from cellfast.screens.crop_writer import plate_file_name
-from cellfast.screens.ledger import Ledger
+from cellfast.screens import Screen
 
 CHANNELS, SIZE, OUTPUT = ["DNA", "Tubulin", "Actin"], 25, 16
 PLATES = {"P1": 21, "P2": 13}
@@ -42,17 +41,9 @@ def make_screen(folder: Path, dtype: type = np.uint16, channels: list[str] = CHA
     """Two plates of different brightness; 16-bit pixels go beyond 32,767, which a signed type would turn negative."""
     rng = np.random.default_rng(1)
     for number, (plate, cells) in enumerate(PLATES.items()):
-        with PlateWriter(
-            folder / "plates" / plate_file_name(plate),
-            plate=plate, batch="B", channel_names=channels, crop_size=SIZE, dtype=dtype, capacity=cells, border="pad",
-        ) as writer:  # fmt: skip
-            top = np.iinfo(dtype).max // (1 + number)
-            writer.append_field(
-                rng.integers(0, top, (cells, len(channels), SIZE, SIZE)).astype(dtype),
-                well="A01", site=1, compound="DMSO", concentration=0.0, moa="", object_number=np.arange(cells),
-                center_y=np.zeros(cells), center_x=np.zeros(cells), padded=np.zeros(cells, bool),
-            )  # fmt: skip
-    Ledger("test", "", {}, []).write(folder)
+        top = np.iinfo(dtype).max // (1 + number)
+        crops = rng.integers(0, top, (cells, len(channels), SIZE, SIZE)).astype(dtype)
+        write_crops(folder, plate, [(crops, {})], channels=channels)
     return folder
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from click.testing import CliRunner
 from PIL import Image
+from screens import run
 
-from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
 from cellfast.metadata.paths import centroid_place, deep_profiler_place, plate_of_path
 from cellfast.screens import Screen
@@ -55,7 +54,7 @@ def write_table(folder, rows):
 def ingest(folder, locations, *more):
     arguments = ["ingest", "fields", folder / "load.csv", "--image-root", folder / "img", "--locations", folder / locations]
     arguments += ["--crop-size", 8, "--workers", 1, "-o", folder / "s", *more]
-    return CliRunner().invoke(cellfast, [str(a) for a in arguments])
+    return run(*arguments)
 
 
 def fails(folder, locations, *more):
@@ -478,7 +477,7 @@ def test_crops_that_changed_are_read_again(tmp_path):
     np.save(tmp_path / "other.npy", np.full((8, 8, 3), 9, np.uint8))
     (tmp_path / "i.csv").write_text("file,plate,well,site,cell\na.npy,P,A01,1,1\n")
     arguments = [str(a) for a in ("ingest", "crops", tmp_path / "i.csv", "-o", tmp_path / "s")]
-    assert CliRunner().invoke(cellfast, arguments).exit_code == 0
+    assert run(*arguments).exit_code == 0
     replace_file(tmp_path / "a.npy", (tmp_path / "other.npy").read_bytes())
-    assert "plate P is made again" in CliRunner().invoke(cellfast, arguments).output
+    assert "plate P is made again" in run(*arguments).output
     assert Screen.open(tmp_path / "s").plates[0].crops()[0, 0, 0, 0] == 9

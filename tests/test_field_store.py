@@ -9,13 +9,13 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from test_embed import assert_same, embed, make_fields, make_model, run, tables
+from screens import assert_same, embed, make_fields, make_model, run, tables
 
 from cellfast.errors import CellfastError
 from cellfast.screens import Screen
 from cellfast.screens.field_store import EncodedFields, write_field_store
-from cellfast.screens.remote import file_system
 from cellfast.screens.sealed import USER_BLOCK, seal
+from cellfast.storage.urls import file_system
 
 
 @pytest.fixture
@@ -150,7 +150,6 @@ def test_damage_to_a_store_is_told_by_name_where_it_lies(work, tmp_path):
     fs, key = file_system(f"fieldstore://{store}!/{files[0][1].name}")
     with pytest.raises(OSError, match="differs from its checksum"):
         fs.cat_file(key)
-    fs.store.close()
 
 
 def test_the_field_of_a_damaged_file_is_refused_and_counted(work, tmp_path):

@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import start_ranks
 
 from cellfast.augment import TwoViews
 from cellfast.losses import NTXentLoss
@@ -147,7 +147,7 @@ def _gradients_of_a_half(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    start_ranks(_rank, str(tmp_path))
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     step = make_step("cnn4", chunk_size=None)
     two_views = TwoViews("none", 3, SIZE, OUT, memory_format=torch.channels_last)

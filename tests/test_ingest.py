@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from click.testing import CliRunner
 from PIL import Image
+from screens import run
 
-from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
 from cellfast.metadata.wells import well_name
 from cellfast.screens import Screen
@@ -27,7 +26,7 @@ HEIGHT, WIDTH, SIZE = 40, 60, 16
 CHANNELS = ("DNA", "Actin")
 
 
-def make_screen(folder, *, plates=("Week1_1", "Week2_1"), wells=("B02", "C03"), seed=0):
+def make_images(folder, *, plates=("Week1_1", "Week2_1"), wells=("B02", "C03"), seed=0):
     """Images, a load_data table, DeepProfiler locations and a MoA table; returns the planes by (plate, well, channel)."""
     rng = np.random.default_rng(seed)
     rows, planes = [], {}
@@ -61,10 +60,6 @@ def make_screen(folder, *, plates=("Week1_1", "Week2_1"), wells=("B02", "C03"), 
     return planes
 
 
-def run(*arguments):
-    return CliRunner().invoke(cellfast, [str(a) for a in arguments])
-
-
 def ingest(folder, *more, out="screen"):
     return run(
         *("ingest", "fields", folder / "load_data.csv", "--image-root", folder / "images", "--locations", folder / "locations"),
@@ -80,7 +75,7 @@ def expected_crop(plane, y, x, mode):
 
 @pytest.mark.parametrize(("border", "mode"), [("pad", "constant"), ("reflect", "reflect")])
 def test_crops_are_the_fields_pixels(tmp_path, border, mode):
-    planes = make_screen(tmp_path)
+    planes = make_images(tmp_path)
     result = ingest(tmp_path, "--border", border)
     assert result.exit_code == 0, result.output
     screen = Screen.open(tmp_path / "screen")
@@ -102,7 +97,7 @@ def test_crops_are_the_fields_pixels(tmp_path, border, mode):
 
 
 def test_dropped_border_cells_are_counted(tmp_path):
-    make_screen(tmp_path)
+    make_images(tmp_path)
     assert ingest(tmp_path, "--border", "drop").exit_code == 0
     totals = json.loads((tmp_path / "screen" / "ledger.json").read_text())["totals"]
     assert totals["cells_found"] == 12
@@ -111,7 +106,7 @@ def test_dropped_border_cells_are_counted(tmp_path):
 
 
 def test_a_second_run_keeps_finished_plates_and_refuses_other_options(tmp_path):
-    make_screen(tmp_path)
+    make_images(tmp_path)
     ingest(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "screen" / "plates").iterdir()}
     again = ingest(tmp_path)
@@ -174,7 +169,7 @@ def break_twice(path, plane):
     ],
 )
 def test_a_bad_field_is_refused_and_the_rest_goes_on(tmp_path, damage, reason):
-    planes = make_screen(tmp_path)
+    planes = make_images(tmp_path)
     damage(tmp_path / "images" / "Week1_1" / "C03_Actin.tif", planes["Week1_1", "C03", "Actin"])
     result = ingest(tmp_path)
     assert result.exit_code == 0, result.output
@@ -193,7 +188,7 @@ def test_a_bad_field_is_refused_and_the_rest_goes_on(tmp_path, damage, reason):
 
 
 def test_missing_locations_are_refusals(tmp_path):
-    make_screen(tmp_path)
+    make_images(tmp_path)
     (tmp_path / "locations" / "Week1_1" / "B02-1-Nuclei.csv").unlink()
     assert ingest(tmp_path).exit_code == 0
     totals = json.loads((tmp_path / "screen" / "ledger.json").read_text())["totals"]
@@ -202,7 +197,7 @@ def test_missing_locations_are_refusals(tmp_path):
 
 
 def test_one_file_for_two_channels_is_an_error(tmp_path):
-    make_screen(tmp_path)
+    make_images(tmp_path)
     table = pd.read_csv(tmp_path / "load_data.csv")
     table["FileName_Actin"] = table["FileName_DNA"]
     table.to_csv(tmp_path / "load_data.csv", index=False)
@@ -213,7 +208,7 @@ def test_one_file_for_two_channels_is_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_processes_write_what_one_process_writes(tmp_path):
-    make_screen(tmp_path)
+    make_images(tmp_path)
     ingest(tmp_path)
     assert ingest(tmp_path, "--workers", 2, out="parallel").exit_code == 0
     one, two = Screen.open(tmp_path / "screen"), Screen.open(tmp_path / "parallel")
@@ -221,7 +216,7 @@ def test_processes_write_what_one_process_writes(tmp_path):
 
 
 def test_label_masks_and_cellprofiler_tables(tmp_path):
-    make_screen(tmp_path, plates=("P",), wells=("A01",))
+    make_images(tmp_path, plates=("P",), wells=("A01",))
     labels = np.zeros((HEIGHT, WIDTH), np.uint32)
     labels[10:13, 20:25], labels[30, 40] = 70_001, 5
     (tmp_path / "masks").mkdir()
@@ -241,7 +236,7 @@ def test_label_masks_and_cellprofiler_tables(tmp_path):
 
 
 def test_cellpose_pickles_are_refused(tmp_path):
-    make_screen(tmp_path, plates=("P",), wells=("A01",))
+    make_images(tmp_path, plates=("P",), wells=("A01",))
     (tmp_path / "seg").mkdir()
     (tmp_path / "seg" / "A01_seg.npy").write_bytes(b"")
     table = read_image_table(tmp_path / "load_data.csv", tmp_path / "images")
@@ -316,7 +311,7 @@ def test_patterns(tmp_path):
 
 
 def test_tables_with_the_same_field_twice_or_without_files_are_refused(tmp_path):
-    make_screen(tmp_path, plates=("P",))
+    make_images(tmp_path, plates=("P",))
     table = pd.read_csv(tmp_path / "load_data.csv")
     pd.concat([table, table]).to_csv(tmp_path / "twice.csv", index=False)
     with pytest.raises(CellfastError, match="listed more than once"):

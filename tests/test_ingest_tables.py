@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from click.testing import CliRunner
+from screens import run
 
-from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
 from cellfast.metadata.doses import concentration_um
 from cellfast.metadata.joins import MoaTable
@@ -20,10 +19,6 @@ from cellfast.screens.image_table import read_image_table
 from cellfast.screens.label_masks import MaskLocations
 from cellfast.screens.locations import open_locations
 from cellfast.screens.moa import join_metadata
-
-
-def run(*arguments):
-    return CliRunner().invoke(cellfast, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize(

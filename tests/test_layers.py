@@ -37,16 +37,6 @@ def test_a_room_does_not_import(module, never):
     assert not never & imported(module)
 
 
-def test_profiles_work_without_torch_kornia_and_dali():
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'kornia', 'nvidia.dali'): sys.modules[name] = None\n"
-        "import cellfast.profiles, cellfast.profiles.evaluate, cellfast.profiles.build\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_command_line_reference_is_up_to_date():
     done = subprocess.run([sys.executable, "-m", "cellfast.cli.reference"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -6,66 +6,23 @@ import gc
 import json
 import threading
 import time
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from screens import HEADER, all_crops, collect, raw_screen
 
 from cellfast.data import Loader, tune_malloc
 from cellfast.data.gather import RowGather
 from cellfast.data.warm import available_memory, read_files
 from cellfast.errors import CellfastError
 
-HEADER = 4096
-
-
-def plate_of(path: Path, crops: np.ndarray, offset: int) -> SimpleNamespace:
-    sums = [zlib.crc32(crop) for crop in crops]
-
-    def check(rows, read):
-        if bad := [int(row) for row, crop in zip(rows, read, strict=True) if zlib.crc32(crop) != sums[row]]:
-            raise CellfastError(f"{path.stem}: damaged rows {bad}")
-
-    return SimpleNamespace(
-        path=path, crops=lambda: crops, num_cells=len(crops), plate=path.stem, offset=offset, check=check,
-        cut_short=lambda: CellfastError(f"{path.stem} was cut short"),
-    )  # fmt: skip
-
-
-def make_screen(folder: Path, counts=(7, 0, 12, 4), channels: int = 2, size: int = 9, dtype=np.uint16) -> SimpleNamespace:
-    """What the loader uses of a Screen, over raw files: pixels are random, so that a wrong row cannot pass for a right one."""
-    rng = np.random.default_rng(0)
-    plates = []
-    for number, count in enumerate(counts):
-        path = folder / f"plate{number}.bin"
-        pixels = rng.integers(0, np.iinfo(dtype).max, (count, channels, size, size), dtype=dtype)
-        path.write_bytes(b"\0" * HEADER + pixels.tobytes())
-        crops = np.memmap(path, dtype, "r", HEADER, pixels.shape) if count else np.empty(pixels.shape, dtype)
-        plates.append(plate_of(path, crops, HEADER))
-    return SimpleNamespace(
-        plates=plates, channel_names=[f"c{i}" for i in range(channels)], crop_size=size, dtype=np.dtype(dtype),
-        num_cells=sum(counts), offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
-    )  # fmt: skip
-
-
-def all_crops(screen) -> np.ndarray:
-    return np.concatenate([np.asarray(plate.crops()) for plate in screen.plates])
-
 
 @pytest.fixture
 def screen(tmp_path):
-    return make_screen(tmp_path)
-
-
-def collect(loader) -> tuple[np.ndarray, np.ndarray]:
-    crops, rows = [], []
-    for batch in loader:
-        crops.append(batch.crops.numpy().copy())
-        rows.append(batch.rows.numpy())
-    return np.concatenate(crops), np.concatenate(rows)
+    return raw_screen(tmp_path)
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -75,7 +32,7 @@ def loader_threads() -> list[threading.Thread]:
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_pixels_belong_to_their_rows(tmp_path, dtype, threads):
-    screen = make_screen(tmp_path, channels=3, size=11, dtype=dtype)
+    screen = raw_screen(tmp_path, channels=3, size=11, dtype=dtype)
     loader = Loader(screen, 5, seed=1, threads=threads)
     crops, rows = collect(loader)
     assert crops.dtype == dtype
@@ -94,7 +51,7 @@ def test_tensors_are_small_integers_and_rows_are_global(screen):
 
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, prefetch):
-    screen = make_screen(tmp_path, counts=(200,))
+    screen = raw_screen(tmp_path, counts=(200,))
     expected = all_crops(screen)
     for batch in Loader(screen, 4, prefetch=prefetch):
         time.sleep(0.002)  # the thread has had time to fill every buffer it may
@@ -102,7 +59,7 @@ def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(tmp_path, prefetch):
 
 
 def test_buffers_are_reused(tmp_path):
-    screen = make_screen(tmp_path, counts=(200,))
+    screen = raw_screen(tmp_path, counts=(200,))
     addresses = {batch.crops.data_ptr() for batch in Loader(screen, 4, prefetch=2)}
     assert len(addresses) <= 3
 
@@ -326,7 +283,7 @@ def test_malloc_says_what_it_did():
 
 @pytest.mark.cuda
 def test_batches_on_a_gpu(tmp_path):
-    screen = make_screen(tmp_path, counts=(300, 211))
+    screen = raw_screen(tmp_path, counts=(300, 211))
     expected = torch.from_numpy(all_crops(screen).astype(np.int32)).cuda()
     for _ in range(2):
         for batch in Loader(screen, 16, device="cuda"):

@@ -9,7 +9,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import start_ranks
 from torch.testing import assert_close
 
 from cellfast.losses import NTXentLoss
@@ -67,7 +67,7 @@ def _free_port() -> int:
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(tmp_path, world):
-    mp.spawn(_rank, (world, _free_port(), str(tmp_path), False), nprocs=world)
+    start_ranks(_rank, world, _free_port(), str(tmp_path), False, processes=world)
     network, criterion = _network(), NTXentLoss(0.2, learnable=True)
     loss = criterion(network(_cells(world, 5).flatten(0, 1)))
     loss.backward()
@@ -80,7 +80,7 @@ def test_ranks_equal_one_process(tmp_path, world):
 
 
 def test_ranks_of_different_sizes_all_say_so(tmp_path):
-    mp.spawn(_rank, (2, _free_port(), str(tmp_path), True), nprocs=2)
+    start_ranks(_rank, 2, _free_port(), str(tmp_path), True)
     for rank in range(2):
         error = torch.load(tmp_path / f"{rank}.pt", weights_only=True)["error"]
         assert "same shape" in error

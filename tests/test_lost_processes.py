@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 
 import pytest
-from test_training import SMALL, make_screen
+from forked import Forked
+from screens import SMALL
 
 # The waits are cut down to seconds; what is done in them is the same.
 PROCESS = """
@@ -45,11 +43,6 @@ PROCESS = """
 """
 
 
-@pytest.fixture(scope="module")
-def screen(tmp_path_factory):
-    return make_screen(tmp_path_factory.mktemp("screen"))
-
-
 def two_processes(screen, run, at_step_3="pass", in_validation="pass", silence=60.0, **values):
     """Both processes of a training, without torchrun, which would end the second when the first is gone."""
     settings = {**SMALL, "steps": 6, "checkpoint_every": 1, **values}
@@ -59,16 +52,9 @@ def two_processes(screen, run, at_step_3="pass", in_validation="pass", silence=6
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        Forked(code, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, run.parent, f"process{rank}") for rank in range(2)
     ]
 
 

@@ -15,8 +15,7 @@ from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
 from cellfast.model_file import ModelMetadata, load_model, save_model
 from cellfast.models import ModelConfig, build_model
-from cellfast.screens import PlateWriter, Screen
-from cellfast.screens.ledger import Ledger
+from cellfast.screens import Screen
 from cellfast.training.config import TrainConfig
 from cellfast.training.loop import source_commit, train
 from cellfast.training.split import data_digest
@@ -45,22 +44,8 @@ def change(path: Path, edit) -> None:
     torch.save(content, path)
 
 
-def make_screen(folder: Path) -> Screen:
-    rng = np.random.default_rng(0)
-    with PlateWriter(
-        folder / "plates" / "P1.h5", plate="P1", batch="B", channel_names=CHANNELS, crop_size=24, dtype=np.uint16, capacity=40,
-        border="pad",
-    ) as writer:  # fmt: skip
-        writer.append_field(
-            rng.integers(100, 5000, (40, 3, 24, 24)).astype(np.uint16), well="A01", site=1, compound="DMSO", concentration=0.0, moa="",
-            object_number=np.arange(40), center_y=np.zeros(40), center_x=np.zeros(40), padded=np.zeros(40, bool),
-        )  # fmt: skip
-    Ledger("test", "", {}, []).write(folder)
-    return Screen.open(folder)
-
-
-def test_training_writes_all_that_embedding_needs(tmp_path):
-    screen = make_screen(tmp_path / "screen")
+def test_training_writes_all_that_embedding_needs(screen, tmp_path):
+    screen = Screen.open(screen)
     config = TrainConfig(
         encoder="cnn4", batch_size=16, output_size=16, steps=1, device="cpu", threads=1, validation_cells=8, projection_dim=4
     )

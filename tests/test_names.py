@@ -5,10 +5,8 @@ from __future__ import annotations
 import h5py
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from test_crop_store import write_plate
+from screens import make_fields, make_model, run, write_plate
 
-from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
 from cellfast.metadata.batches import batch_of_plate
 from cellfast.metadata.names import file_name
@@ -68,26 +66,10 @@ def test_a_crop_store_may_not_name_files_as_it_likes(tmp_path, change, message):
 
 @pytest.mark.parametrize("where", ["plate", "batch", "well"])
 def test_nothing_is_written_outside_the_output(tmp_path, where):
-    from test_embed import make_model
-
     write = {"well": _well("../../../../../evil")}.get(where, lambda file: file.attrs.__setitem__(where, "../../../evil"))
     _damaged(tmp_path, write)
     model = make_model(tmp_path / "model.pt", crop=16, view=8)
-    result = CliRunner().invoke(
-        cellfast,
-        [
-            "embed",
-            str(tmp_path / "screen"),
-            "--model",
-            str(model),
-            "-o",
-            str(tmp_path / "a/b/c/out"),
-            "--to",
-            "cpg",
-            "--device",
-            "cpu",
-        ],
-    )
+    result = run("embed", tmp_path / "screen", "--model", model, "-o", tmp_path / "a/b/c/out", "--to", "cpg", "--device", "cpu")
     assert isinstance(result.exception, CellfastError)
     assert "evil" in str(result.exception)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt", "screen"]
@@ -114,8 +96,6 @@ def test_batches_and_channels(tmp_path):
 
 def test_a_run_with_a_password_in_its_urls_keeps_it_nowhere(tmp_path):
     fsspec = pytest.importorskip("fsspec")
-    from test_embed import make_fields, make_model
-
     make_fields(tmp_path, plates=("P1",), wells=("A02",))
     remote = fsspec.filesystem("memory")
     root = "memory://user:hunter2pw@names"
@@ -126,13 +106,13 @@ def test_a_run_with_a_password_in_its_urls_keeps_it_nowhere(tmp_path):
     fields = [f"{root}/load_data.csv", "--image-root", f"{root}/images", "--locations", f"{root}/locations"]
     # A second run compares what the first one wrote with what it is asked for.
     for _ in range(2):
-        done = CliRunner().invoke(cellfast, ["embed", *fields, "--model", str(model), "-o", str(tmp_path / "out")])
+        done = run("embed", *fields, "--model", str(model), "-o", str(tmp_path / "out"))
         assert done.exit_code == 0, done.exception
         assert "hunter2pw" not in done.output
     assert "1 of 1 plates were embedded before" in done.output
     for _ in range(2):
         fields[0] = str(tmp_path / "load_data.csv")
-        done = CliRunner().invoke(cellfast, ["ingest", "fields", *fields, "--crop-size", "24", "-o", str(tmp_path / "screen")])
+        done = run("ingest", "fields", *fields, "--crop-size", "24", "-o", str(tmp_path / "screen"))
         assert done.exit_code == 0, done.exception
     written = [p for folder in ("out", "screen") for p in (tmp_path / folder).rglob("*") if p.is_file()]
     assert len(written) >= 4

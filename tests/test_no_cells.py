@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from test_embed import HEIGHT, WIDTH, make_fields, make_model, run
+from screens import HEIGHT, WIDTH, make_fields, make_model, run
 
 from cellfast.errors import CellfastError
 from cellfast.screens.ledger import Ledger, PlateLedger

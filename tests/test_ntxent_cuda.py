@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from screens import torchrun
 from test_ntxent import gradient, oracle, rows
 from torch.testing import assert_close
 
@@ -392,6 +393,5 @@ def test_ranks_over_nccl_equal_one_process(tmp_path):
         pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
     script = tmp_path / "rank.py"
     script.write_text(_RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = torchrun(script)
     assert done.returncode == 0, done.stderr[-3000:]

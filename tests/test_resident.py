@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_loader import all_crops, make_screen
+from screens import all_crops, raw_screen
 
 from cellfast.data import Loader
 from cellfast.data import resident as resident_module
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
 @pytest.mark.parametrize("rows", [None, np.array([17, 2, 9, 0, 22, 5, 11])])
 def test_batches_are_those_of_streaming(tmp_path, dtype, rows):
-    screen = make_screen(tmp_path, dtype=dtype)
+    screen = raw_screen(tmp_path, dtype=dtype)
     loaders = [Loader(screen, 3, rows=rows, seed=4, feed=feed) for feed in ("stream", "resident")]
     for _ in range(2):
         for one, two in zip(*loaders, strict=True):
@@ -30,7 +30,7 @@ def test_batches_are_those_of_streaming(tmp_path, dtype, rows):
 
 
 def test_an_epoch_resumes_in_the_middle(tmp_path):
-    screen = make_screen(tmp_path)
+    screen = raw_screen(tmp_path)
     first = Loader(screen, 4, seed=1, feed="resident")
     batches = iter(first)
     next(batches)
@@ -43,7 +43,7 @@ def test_an_epoch_resumes_in_the_middle(tmp_path):
 
 
 def test_ranks_share_the_global_minibatch(tmp_path):
-    screen = make_screen(tmp_path)
+    screen = raw_screen(tmp_path)
     for kept in (None, np.arange(3, 23)):
         whole = list(Loader(screen, 6, rows=kept, seed=2))
         parts = [list(Loader(screen, 3, rows=kept, seed=2, rank=r, world_size=2, feed="resident")) for r in range(2)]
@@ -75,7 +75,7 @@ def test_the_choice_is_by_size_and_says_why(monkeypatch):
 @pytest.mark.parametrize("feed", ["resident", "stream"])
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
 def test_cells_arrive_on_a_gpu(tmp_path, dtype, feed):
-    screen = make_screen(tmp_path, counts=(300, 41), dtype=dtype)
+    screen = raw_screen(tmp_path, counts=(300, 41), dtype=dtype)
     expected = torch.from_numpy(all_crops(screen).astype(np.int32)).cuda()
     loader = Loader(screen, 16, device="cuda", feed=feed)
     for batch in loader:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_training import SMALL, screen  # noqa: F401
+from screens import SMALL
 
 from cellfast.benchmark.reference.cells import drawn_cells
 from cellfast.errors import CellfastError
@@ -20,7 +20,7 @@ from cellfast.training.config import TrainConfig
 from cellfast.training.loop import train
 
 
-def test_a_model_that_starts_from_weights_is_not_called_random(screen, tmp_path):  # noqa: F811
+def test_a_model_that_starts_from_weights_is_not_called_random(screen, tmp_path):
     said: list[str] = []
     config = TrainConfig(**{**SMALL, "steps": 0})
     first = train(screen, tmp_path / "a", config, say=said.append)

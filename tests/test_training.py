@@ -5,75 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from screens import CROP, SMALL, STORE_CHANNELS, go, make_screen, torchrun, weights
 
 from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
 from cellfast.model_file import load_model
-from cellfast.screens import PlateWriter, Screen
-from cellfast.screens.crop_writer import plate_file_name
-from cellfast.screens.ledger import Ledger
+from cellfast.screens import Screen
 from cellfast.screens.schema import METADATA_COLUMNS
 from cellfast.training.config import TrainConfig, resolve_config
 from cellfast.training.loop import train
 from cellfast.training.validation import retrieval
-
-SIZE, CHANNELS = 24, ("DNA", "Tubulin", "Actin")
-SMALL = {
-    "encoder": "cnn4",
-    "batch_size": 16,
-    "output_size": 16,
-    "projection_dim": 8,
-    "device": "cpu",
-    "validation_cells": 16,
-    "threads": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def screen(tmp_path_factory):
-    return make_screen(tmp_path_factory.mktemp("screen"))
-
-
-def make_screen(folder, channels=CHANNELS):
-    rng = np.random.default_rng(0)
-    for plate in ("Week1_1", "Week2_1"):
-        path = folder / "plates" / plate_file_name(plate)
-        with PlateWriter(
-            path, plate=plate, batch=plate[:5], channel_names=channels, crop_size=SIZE, dtype=np.uint16, capacity=48, border="pad"
-        ) as writer:
-            for number in range(6):
-                n = 8
-                crops = rng.normal(1000 + 200 * (number // 2), 100, (n, len(channels), SIZE, SIZE)).clip(0).astype(np.uint16)
-                writer.append_field(
-                    crops,
-                    well=f"B{number + 1:02d}",
-                    site=1,
-                    compound=("DMSO", "a", "b")[number // 2],
-                    concentration=float(number // 2),
-                    moa=("DMSO", "A", "B")[number // 2],
-                    object_number=np.arange(n),
-                    center_y=np.zeros(n),
-                    center_x=np.zeros(n),
-                    padded=np.zeros(n, bool),
-                )
-    Ledger("test", "", {}, []).write(folder)
-    return folder
-
-
-def go(screen, run, *, resume=False, force=False, **values):
-    return train(screen, run, TrainConfig(**{**SMALL, **values}), resume=resume, force=force, say=lambda text: None)
-
-
-def weights(run):
-    return load_model(run).model.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +28,8 @@ def weights(run):
     [
         {"optimizer": "adamw"},
         {"optimizer": "lars"},
-        {"chunk_size": 5, "encoder": "resnet18"},
+        {"chunk_size": 5, "projection_batch_norm": True},
+        pytest.param({"chunk_size": 5, "encoder": "resnet18"}, marks=pytest.mark.slow),
         {"feed": "resident", "chunk_size": 16},
     ],
     ids=lambda how: ",".join(map(str, how.values())),
@@ -152,13 +100,13 @@ def test_no_steps_writes_a_random_model(screen, tmp_path):
     result = go(screen, tmp_path / "run", steps=0)
     loaded = load_model(result.model)
     assert loaded.metadata.step == 0
-    assert loaded.channel_names == list(CHANNELS)
-    assert (loaded.crop_size, loaded.output_size, loaded.metadata.bits) == (SIZE, 16, 16)
+    assert loaded.channel_names == list(STORE_CHANNELS)
+    assert (loaded.crop_size, loaded.output_size, loaded.metadata.bits) == (CROP, 16, 16)
 
 
 @pytest.mark.parametrize("batch_norm", ["joint", "per-view"])
 def test_a_resnet_trains_in_bfloat16_with_either_batch_norm(screen, tmp_path, batch_norm):
-    result = go(screen, tmp_path / "run", steps=2, encoder="resnet18", amp=True, batch_norm=batch_norm, output_size=24)
+    result = go(screen, tmp_path / "run", steps=1, encoder="resnet18", amp=True, batch_norm=batch_norm, output_size=24)
     assert np.isfinite(result.loss)
     assert np.isfinite(result.validation["validation_loss"])
 
@@ -319,37 +267,8 @@ def test_model_files_with_code_in_them_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_trains_over_two_processes(screen, tmp_path):
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "cellfast",
-            "train",
-            str(screen),
-        ),
-        *(
-            "-o",
-            str(tmp_path / "run"),
-            "--encoder",
-            "cnn4",
-            "--batch-size",
-            "16",
-            "--steps",
-            "4",
-            "--output-size",
-            "16",
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-        ),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    options = "--encoder cnn4 --batch-size 16 --steps 4 --output-size 16 --device cpu --threads 1".split()
+    done = torchrun("-m", "cellfast", "train", screen, "-o", tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 process(es)" in done.stdout
     assert load_model(tmp_path / "run").metadata.step == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_embed import make_fields, make_model, run
+from screens import make_fields, make_model, run
 
 from cellfast.errors import CellfastError
 from cellfast.screens import Screen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_training import SMALL, make_screen
+from screens import SMALL
 
 from cellfast.augment import TwoViews
 from cellfast.models import ModelConfig, build_model
@@ -17,8 +17,8 @@ from cellfast.training.validation import Validation
 
 
 @pytest.fixture(scope="module")
-def screen(tmp_path_factory):
-    return Screen.open(make_screen(tmp_path_factory.mktemp("screen")))
+def screen(screen):
+    return Screen.open(screen)
 
 
 def measure(screen, chunk_size, *, scaling="screen", cells=41, batch_size=20):

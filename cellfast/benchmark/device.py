@@ -1,4 +1,4 @@
-"""The device path: the fed training step beside the same step on a constant tensor, embedding from resident cells, decoding of fields.
+"""The device path: the fed training step compared with the same step on a constant tensor, embedding from resident cells, decoding of fields.
 
 Runs of many steps are timed with one wait at the end, as training runs; nothing is read back in between.
 """

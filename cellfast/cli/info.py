@@ -89,7 +89,7 @@ def info(
 def _describe_model(path: Path, as_json: bool) -> str:
     import json
 
-    from cellfast.embedding.export import is_exported, read_export_metadata
+    from cellfast.export import is_exported, read_export_metadata
     from cellfast.model_file import format_description, load_model
 
     if path.suffix in (".ts", ".torchscript", ".pt2", ".onnx") or is_exported(path):

@@ -14,7 +14,7 @@ from cellfast.data.dali import EpochPipeline, EpochSource, dali_type, require_da
 from cellfast.data.loader import Batch
 from cellfast.errors import CellfastError
 from cellfast.screens.cutting import crop_origins
-from cellfast.screens.field_store import PROTOCOL, store_files
+from cellfast.screens.field_store import PROTOCOL, store_and_key
 
 DECODES = ("auto", "cpu", "mixed")
 
@@ -230,7 +230,7 @@ def located_cells(table: Any, locations: Any, fields: Any) -> tuple[np.ndarray, 
     for one in table.fields:
         if not one.files[0].startswith(f"{PROTOCOL}://"):
             raise CellfastError(f"{one.files[0] or 'a field'}: not in a field store; read the table with the store as image root")
-        place = index.get(store_files(one.files[0])[1])
+        place = index.get(store_and_key(one.files[0])[1])
         if place is not None:  # what the store was written without is not there
             of_field[place] = one
     numbers, centers = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.float32)]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cellfast.data.plane_decoder import PlaneDecoder
+from cellfast.embedding.cells import Cells as Chunk
+from cellfast.embedding.cells import EncodedField
 from cellfast.embedding.decoding import Decoding, fields_per_group, plane_decoder
 from cellfast.embedding.field_source import FieldSource
-from cellfast.embedding.pipeline import ReaderPool
-from cellfast.embedding.sources import Chunk, EncodedField
+from cellfast.embedding.reading import ReaderPool
 from cellfast.screens.field_cells import PlaneFacts
 
 # Groups decoded or being checked, beside the one whose chunks are taken.

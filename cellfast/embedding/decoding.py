@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from cellfast.data.plane_decoder import PlaneDecoder
+from cellfast.embedding.cells import EncodedField
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.sources import EncodedField
 from cellfast.errors import CellfastError
 from cellfast.screens.images import ImageError, image_info, read_plane
 

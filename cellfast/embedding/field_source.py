@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cellfast.embedding.sources import Chunk, EncodedField, Part, PlatePlan, cut_into_parts
+from cellfast.embedding.cells import Block as Part
+from cellfast.embedding.cells import Cells as Chunk
+from cellfast.embedding.cells import EncodedField, PlatePlan
+from cellfast.embedding.cells import cut_into_blocks as cut_into_parts
 from cellfast.errors import CellfastError
 from cellfast.metadata.batches import batches_as_said
 from cellfast.metadata.names import file_name
@@ -48,6 +51,9 @@ class FieldSource:
     """
 
     kind = "fields"
+    notes: Sequence[str] = ()
+    unmatched: Sequence[str] = ()
+    unused: Sequence[str] = ()
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from cellfast.metadata.columns import check_doubled, is_measured
 from cellfast.metadata.text_tables import ROWS_PER_BLOCK, TextTable, not_a_number, read_text
 from cellfast.metadata.values import text_column
 from cellfast.parquet_footer import check_footer
+from cellfast.storage.urls import exists, is_url, read_bytes
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather", ".ipc")
@@ -237,8 +238,6 @@ def read_table(path: str | os.PathLike[str], what: str, notes: list[str] | None 
     Raises:
         CellfastError: missing, damaged, doubled columns, a row with more values than the header has names.
     """
-    from cellfast.screens.remote import exists, is_url, read_bytes
-
     local = Path(path)
     if not is_url(path) and local.is_dir():
         files = sorted(p for p in local.rglob("*.parquet") if not p.name.startswith((".", "_")))

@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from cellfast.screens.crop_store import PlateStore, Screen
     from cellfast.screens.crop_writer import PlateWriter
 
+from fsspec import register_implementation
+
+# Named, not imported: whoever reads an image at such a URL has imported this package.
+register_implementation("fieldstore", "cellfast.screens.field_store.FieldStoreFileSystem")
+
 _PUBLIC = {
     "Screen": "cellfast.screens.crop_store",
     "PlateStore": "cellfast.screens.crop_store",

@@ -15,7 +15,7 @@ from pandas import DataFrame
 
 from cellfast.errors import CellfastError, option
 from cellfast.screens.field_store import PROTOCOL, store_url
-from cellfast.screens.remote import file_system, is_url
+from cellfast.storage.urls import file_system, is_url
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".flex", ".lsm", ".stk", ".png")
 _FUNCTION_SUFFIXES = (".npy", ".mat")

@@ -18,8 +18,8 @@ import tifffile
 
 from cellfast.bounded import MOST_DEFLATED, check_claim
 from cellfast.errors import CellfastError
-from cellfast.screens.remote import is_url, read_bytes
 from cellfast.screens.tiff import check_page, damage_shows, open_tiff, read_alike
+from cellfast.storage.urls import is_url, read_bytes
 
 # tifffile logs what it finds odd in a file; what makes a file unusable is raised below, by name.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)

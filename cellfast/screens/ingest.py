@@ -1,4 +1,4 @@
-"""What both ingests share: finished plates are recognised, plates run side by side, the ledger adds up."""
+"""What both ingests share: finished plates are recognised, plates run side by side, a ledger of what became of every cell."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cellfast.atomic import remove_abandoned, told_when_full
 from cellfast.errors import CellfastError, option
-from cellfast.folder_lock import FolderLock
 from cellfast.fresh_processes import FreshProcesses
 from cellfast.printable import masked_values
 from cellfast.progress import Progress
@@ -23,6 +22,7 @@ from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
+from cellfast.storage.locks import FolderLock
 
 # Set in each worker process by `_begin_worker`: how many fields or files are done, over all workers.
 _counter: Any = None
@@ -76,9 +76,7 @@ def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
     changed = changed_files(recorded, task.inputs) if recorded is not None and not inputs else None
     if inputs or changed:
         return None, "; ".join([*inputs, *([changed] if changed else [])])
-    known = {f.name for f in fields(PlateLedger)}
-    ledger = PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
-    return ledger, "" if recorded is not None else "made before files were recorded"
+    return PlateLedger.from_json(store.ledger), "" if recorded is not None else "made before files were recorded"
 
 
 def stored_ledger(ledger: PlateLedger, task: PlateTask) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cellfast.screens.ingest import PlateTask, count_unit, ingesting, other_plat
 from cellfast.screens.inputs import FileTimes, digest, field_inputs
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.locations import LocationSource
-from cellfast.screens.remote import is_url
+from cellfast.storage.urls import is_url
 
 PROBED_FIELDS = 15
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cellfast.errors import CellfastError
 from cellfast.printable import masked
-from cellfast.screens.field_store import PROTOCOL
-from cellfast.screens.remote import file_system, is_url
+from cellfast.screens.field_store import PROTOCOL, store_and_key
+from cellfast.storage.urls import file_system, is_url
 
 if TYPE_CHECKING:
     from cellfast.screens.image_table import Field
@@ -48,7 +48,10 @@ class FileTimes:
         if not is_url(file):
             return _stat(file)
         if file.startswith(f"{PROTOCOL}://"):
-            return _stat(file.split("://", 1)[1].split("!")[0])
+            try:
+                return _stat(store_and_key(file)[0])
+            except CellfastError:
+                return []
         folder, _, name = file.rpartition("/")
         if folder not in self._folders:
             self._folders[folder] = _listing(folder)

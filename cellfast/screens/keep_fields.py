@@ -11,7 +11,7 @@ from cellfast.progress import Progress
 from cellfast.screens.field_cells import fields_by_plate
 from cellfast.screens.field_store import store_url, write_field_store
 from cellfast.screens.image_table import ImageTable
-from cellfast.screens.remote import is_url
+from cellfast.storage.urls import is_url
 
 
 def check_not_there(path: Path, *, force: bool) -> None:

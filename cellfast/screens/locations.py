@@ -24,7 +24,7 @@ from cellfast.screens.detect import DEFAULT_DIAMETER_PX, detect_nuclei
 from cellfast.screens.image_files import files_under
 from cellfast.screens.image_table import MOST_NUMBER, Field, ImageTable
 from cellfast.screens.label_masks import MaskLocations
-from cellfast.screens.remote import exists, is_url, read_bytes
+from cellfast.storage.urls import exists, is_url, read_bytes
 
 # CellProfiler's and DeepProfiler's names; CellProfiler counts pixel centres from 0.
 CENTER_X = (

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from cellfast.atomic import remove_abandoned, told_when_full, write_text
 from cellfast.errors import CellfastError, option
-from cellfast.folder_lock import FolderLock
+from cellfast.storage.locks import FolderLock
 from cellfast.training.checkpoint import find_checkpoint, previous_of
 
 

@@ -15,6 +15,7 @@ from cellfast.data.gather import RowGather
 from cellfast.models import SimCLR
 from cellfast.ops import ntxent_loss
 from cellfast.training.gradient_cache import ViewPieces
+from cellfast.training.scaling import PlateScaling
 
 if TYPE_CHECKING:
     from cellfast.screens import Screen

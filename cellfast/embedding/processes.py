@@ -1,4 +1,4 @@
-"""Which process does what: parts are claimed one by one, and who finishes a plate's last part writes its files."""
+"""Which process embeds which block: each claims one after the other, and who finishes a plate's last block writes its files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,9 +15,9 @@ from typing import Any
 
 import torch
 
-from cellfast.embedding.lock import elapsed_clock
-from cellfast.embedding.sources import Part, PlatePlan
+from cellfast.embedding.cells import Block, PlatePlan
 from cellfast.errors import CellfastError
+from cellfast.storage.locks import elapsed_clock
 
 BEAT_S = 5.0
 # A process that gave no sign for so long is taken to be stopped or dead, and the run ends. One that cannot end by itself then, because
@@ -27,57 +28,14 @@ _LEFT = 1 << 40
 AGAIN = "run the same command again: it goes on where this one ended"
 
 
-class LocalWork:
-    """All parts for this one process.
+class BlockQueue:
+    """The blocks of the run, shared by its processes: a counter in their common store hands them out, so that none is done twice and a
+    fast process does more of them.
 
     Args:
-        todo: plans with the parts that are left of them.
-    """
-
-    rank, world_size = 0, 1
-    share = None
-
-    def __init__(self, todo: Sequence[tuple[PlatePlan, list[Part]]]) -> None:
-        self._todo = list(todo)
-        self._left = {plan.plate: len(parts) for plan, parts in todo}
-        self._counts: dict[str, int] = {}
-
-    def claims(self) -> Iterator[Part]:
-        """The parts this process is to do, in order."""
-        for _, parts in self._todo:
-            yield from parts
-
-    def is_last(self, plate: str) -> bool:
-        """Note that one part of the plate is written; True when it was the last one left."""
-        self._left[plate] -= 1
-        return self._left[plate] == 0
-
-    def plate_done(self) -> None:
-        """Note that a plate's files are written."""
-
-    def check(self) -> None:
-        """Raise `CellfastError` where the run must not go on."""
-
-    def count(self, name: str, more: int) -> int:
-        """Add to a count of all processes; returns what it is now."""
-        self._counts[name] = self._counts.get(name, 0) + more
-        return self._counts[name]
-
-    def wait_for_all(self) -> None:
-        """Return when all plates are done."""
-
-    def leave(self) -> None:
-        """Tell the others that this process needs them no more."""
-
-
-class SharedWork:
-    """Parts shared by the processes of torchrun: a counter in their common store hands them out, so that none is done twice and a fast
-    process does more of them.
-
-    Args:
-        store: torch's store, one per attempt of the run.
+        store: torch's store, one per attempt of the run; `OwnStore` for a process on its own.
         rank, world_size: of this process.
-        todo: as of `LocalWork`; rank 0's counts, the others take it over.
+        todo: plans with the blocks that are left of them; rank 0's counts, the others take it over.
         watch: tells when another process is stopped or dead.
 
     Raises:
@@ -89,13 +47,12 @@ class SharedWork:
         store: Any,
         rank: int,
         world_size: int,
-        todo: Sequence[tuple[PlatePlan, list[Part]]] | None,
+        todo: Sequence[tuple[PlatePlan, list[Block]]],
         watch: Watch | None = None,
     ) -> None:
         self.store, self.rank, self.world_size, self.watch = store, rank, world_size, watch
         if rank == 0:
-            assert todo is not None
-            plan = [[p.plate, [[part.start, part.stop] for part in parts]] for p, parts in todo]
+            plan = [[p.plate, [[block.start, block.stop] for block in blocks]] for p, blocks in todo if blocks]
             with told():
                 store.set("plan", json.dumps(plan))
         else:
@@ -103,11 +60,11 @@ class SharedWork:
             while not self._ask(lambda: store.check(["plan"])):
                 time.sleep(0.1)
             plan = json.loads(self._ask(lambda: store.get("plan")))
-        self._parts = [Part(plate, start, stop) for plate, parts in plan for start, stop in parts]
-        self._count = {plate: len(parts) for plate, parts in plan}
-        self.plates = [plate for plate, _ in plan]
+        self._parts = [Block(plate, start, stop) for plate, blocks in plan for start, stop in blocks]
+        self._count = {plate: len(blocks) for plate, blocks in plan}
 
     def check(self) -> None:
+        """Raise `CellfastError` where the run must not go on."""
         if self.watch is not None:
             self.watch.check()
 
@@ -116,39 +73,53 @@ class SharedWork:
         with told():
             return question()
 
-    def _add(self, name: str, more: int) -> int:
+    def count(self, name: str, more: int) -> int:
+        """Add to a count of all processes; returns what it is now."""
         return self._ask(lambda: self.store.add(name, more))
 
-    def claims(self) -> Iterator[Part]:
-        while (taken := self._add("claimed", 1) - 1) < len(self._parts):
+    def claims(self) -> Iterator[Block]:
+        """The blocks this process is to do, in order."""
+        while (taken := self.count("claimed", 1) - 1) < len(self._parts):
             yield self._parts[taken]
 
     def is_last(self, plate: str) -> bool:
-        return self._add(f"written/{plate}", 1) == self._count[plate]
-
-    def share(self, cells: int, fields: int) -> tuple[int, int]:
-        """Count what is done here; returns what all processes have done."""
-        return self._add("cells", cells), self._add("fields", fields)
+        """Note that one block of the plate is written; True when it was the last one left."""
+        return self.count(f"written/{plate}", 1) == self._count[plate]
 
     def plate_done(self) -> None:
-        self._add("plates", 1)
-
-    def count(self, name: str, more: int) -> int:
-        return self._add(f"count/{name}", more)
+        """Note that a plate's files are written."""
+        self.count("plates", 1)
 
     def wait_for_all(self) -> None:
-        while self._add("plates", 0) < len(self.plates):
+        """Return when all plates are done."""
+        while self.count("plates", 0) < len(self._count):
             time.sleep(0.2)
 
     def leave(self) -> None:
+        """Tell the others that this process needs them no more."""
         if self.watch is not None and self.rank:
             with told():
                 self.watch.leave()
         # Rank 0 may keep the store: it goes last.
-        gone = self._add("left", 1)
+        gone = self.count("left", 1)
         while self.rank == 0 and gone < self.world_size:
             time.sleep(0.05)
-            gone = self._add("left", 0)
+            gone = self.count("left", 0)
+
+
+class OwnStore:
+    """The store of a process on its own."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def set(self, name: str, value: str) -> None:
+        """Nobody else asks."""
+
+    def add(self, name: str, more: int) -> int:
+        """As torch's store does; each name is counted on by one thread at a time."""
+        self._counts[name] += more
+        return self._counts[name]
 
 
 class Watch:
@@ -245,7 +216,7 @@ def told() -> Iterator[None]:
 
 
 def join_processes(device: torch.device) -> tuple[Any, int, int]:
-    """(store, rank, world_size) of the processes torchrun started; (None, 0, 1) for a process on its own.
+    """(store, rank, world_size) of the processes torchrun started, or of this one on its own.
 
     When torchrun ends this process, most often because another one died, it says so.
 
@@ -254,7 +225,7 @@ def join_processes(device: torch.device) -> tuple[Any, int, int]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        return None, 0, 1
+        return OwnStore(), 0, 1
     import torch.distributed as dist
 
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -48,13 +48,13 @@ class StageClock:
 
 
 class EmbedProgress:
-    """The progress line: units done and left over the whole screen, cells/s, fields/s, and the bottleneck.
+    """The progress line: what is done and left over the whole screen, cells/s, fields/s, and the bottleneck.
 
     Args:
         total_fields, total_cells: expected; cells 0 where their number is not known beforehand.
         clock: tells the bottleneck, of this process.
         enabled: False prints nothing.
-        share: (cells, fields) done here → those done by all processes.
+        count: (name, more) → what all processes have counted of it.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class EmbedProgress:
         clock: StageClock,
         *,
         enabled: bool,
-        share: Callable[[int, int], tuple[int, int]] | None = None,
+        count: Callable[[str, int], int],
     ) -> None:
-        self._share = share
+        self._count = count
         # Cells are counted where their number is known beforehand (crop stores), fields where it is not.
         self.by_cells = total_cells > 0
         self.clock, self.cells, self.fields = clock, 0, 0
@@ -82,10 +82,7 @@ class EmbedProgress:
 
     def advance(self, cells: int, fields: int) -> None:
         """Count cells and fields that are embedded."""
-        if self._share is None:
-            self.cells, self.fields = self.cells + cells, self.fields + fields
-        else:
-            self.cells, self.fields = self._share(cells, fields)
+        self.cells, self.fields = self._count("cells", cells), self._count("fields", fields)
         self.progress.advance((self.cells if self.by_cells else self.fields) - self.progress.done, self.note())
 
     def note(self) -> str:

@@ -1,7 +1,8 @@
-"""Files at fsspec URLs (s3://, gs://, memory://, …) and in field stores (fieldstore://), beside those on local disks."""
+"""Files at fsspec URLs (s3://, gs://, memory://, and what is registered with fsspec), beside those on local disks."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -59,27 +60,31 @@ def file_system(url: str) -> tuple[Any, str]:
     """(fsspec file system, path in it) of a URL; what the file system raises is `OSError` with secrets masked.
 
     Raises:
-        CellfastError: fsspec or the protocol's package is not installed, or the protocol is unknown.
+        CellfastError: the protocol's package is not installed, the protocol is unknown, or (from a file system of ours) why it cannot be opened.
     """
-    protocol = url.split("://", 1)[0].lower()
-    if protocol == "fieldstore":
-        from cellfast.screens.field_store import store_files
+    import fsspec
 
-        return store_files(url)
-    try:
-        import fsspec
-    except ImportError as error:
-        raise CellfastError(f"{url}: URLs need fsspec: pip install 'cellfast[remote]'") from error
+    protocol = url.split("://", 1)[0].lower()
     remember_secrets(url)
     try:
+        if "::" in url and not _lies_in_another_file(fsspec.get_filesystem_class(protocol)):
+            kind = fsspec.get_filesystem_class(protocol)
+            return _Guarded(kind(**kind._get_kwargs_from_urls(url)), url), kind._strip_protocol(url)
         fs, path = fsspec.core.url_to_fs(url)
         return _Guarded(fs, url), path
+    except CellfastError:
+        raise
     except ImportError as error:
         raise CellfastError(
             f"{url}: {protocol}:// needs the package {_PACKAGE.get(protocol, 'for it')}: pip install 'cellfast[remote]'"
         ) from error
     except Exception as error:  # each package has its own kinds
         raise CellfastError(f"{url}: cannot be opened ({type(error).__name__}: {error}); check the URL") from error
+
+
+def _lies_in_another_file(kind: Any) -> bool:
+    """Whether ``::`` in a URL names the file that the file system is in (``zip://a.csv::s3://…``) and is not part of a name."""
+    return bool({"fo", "target_protocol"} & set(inspect.signature(kind.__init__).parameters))
 
 
 def exists(path: object) -> bool:

@@ -20,8 +20,8 @@ from cellfast import __version__
 from cellfast.atomic import atomic_path
 from cellfast.augment import center_crop
 from cellfast.bounded import check_claim, check_torch_file
-from cellfast.embedding.export_formats import FORMATS, METADATA_NAME, Program, quiet, require_onnx
 from cellfast.errors import CellfastError
+from cellfast.export.formats import FORMATS, METADATA_NAME, Program, quiet, require_onnx
 from cellfast.model_file import LoadedModel
 from cellfast.screens import Screen
 

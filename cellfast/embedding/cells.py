@@ -16,13 +16,13 @@ from cellfast.screens.cutting import _cut
 from cellfast.screens.image_table import Field
 from cellfast.screens.ledger import PlateLedger
 
-# A part is what is computed, written and, after a crash, repeated as a whole.
-MOST_ROWS_PER_PART = 4096
-ROWS_PER_CHUNK = 512
+# A block is what is computed, written and, after a crash, repeated as a whole.
+MOST_ROWS_PER_BLOCK = 4096
+ROWS_PER_UNIT = 512
 
 
 @dataclass(frozen=True)
-class Part:
+class Block:
     """Units start … stop − 1 of a plate; a unit is a field, or a run of rows of a crop store."""
 
     plate: str
@@ -31,19 +31,19 @@ class Part:
 
     @property
     def name(self) -> str:
-        """A file name that sorts in the order of the parts."""
+        """A file name that sorts in the order of the blocks."""
         return f"{self.start:08d}-{self.stop:08d}.arrow"
 
 
 @dataclass(frozen=True)
 class PlatePlan:
-    """One plate: its parts in order, and what its cells are made from; ``inputs``: its files, as `cellfast.screens.inputs` records them."""
+    """One plate: its blocks in order, and what its cells are made from; ``inputs``: its files, as `cellfast.screens.inputs` records them."""
 
     plate: str
     batch: str
     units: int
     wells: tuple[str, ...]
-    parts: tuple[Part, ...]
+    blocks: tuple[Block, ...]
     origin: dict[str, Any]
     num_cells: int | None = None
     inputs: dict[str, str] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class PlatePlan:
 
 
 @dataclass
-class Chunk:
+class Cells:
     """The cells of one unit: pixels still in their planes (``planes``, ``origins``) or ready (``crops``), and one value per metadata column."""
 
     plate: str
@@ -83,6 +83,14 @@ class Chunk:
         for channel, plane in enumerate(self.planes):
             _cut(plane, origins, out, channel, self.border == "reflect")
 
+    def cut(self) -> Cells:
+        """The cells with their crops cut and without their planes: the smaller of the two to send."""
+        if self.planes is not None:
+            out = np.empty((self.count, len(self.planes), self.size, self.size), dtype=self.planes[0].dtype)
+            self.fill(out, 0, self.count)
+            self.crops, self.planes, self.origins = out, None, None
+        return self
+
 
 @dataclass
 class EncodedField:
@@ -102,12 +110,16 @@ class CellSource(Protocol):
     dtype: str
     plans: list[PlatePlan]
     num_fields: int
+    # For the ledger: remarks, wells and treatments that a joined table lacks, rows of it that no field uses.
+    notes: Sequence[str]
+    unmatched: Sequence[str]
+    unused: Sequence[str]
 
-    def units(self, part: Part) -> list[Any]:
-        """What `read` is called with, in order, for a part."""
+    def units(self, block: Block) -> list[Any]:
+        """What `read` is called with, in order, for a block."""
         ...
 
-    def read(self, unit: Any) -> Chunk:
+    def read(self, unit: Any) -> Cells:
         """The cells of one unit."""
         ...
 
@@ -116,24 +128,24 @@ class CellSource(Protocol):
         ...
 
     def finish(self, plan: PlatePlan, ledger: PlateLedger) -> PlateLedger:
-        """The plate's ledger from the sum of its parts'."""
+        """The plate's ledger from the sum of its blocks'."""
         ...
 
 
-def cut_into_parts(plate: str, wells: Sequence[Any] | np.ndarray, most: int) -> tuple[Part, ...]:
+def cut_into_blocks(plate: str, wells: Sequence[Any] | np.ndarray, most: int) -> tuple[Block, ...]:
     """Parts of about ``most`` units that end where a well ends; a well longer than twice that is cut. ``wells``: of each unit."""
     wells = np.asarray(wells)
-    parts: list[Part] = []
+    blocks: list[Block] = []
     start = 0
     ends = [*(np.flatnonzero(wells[1:] != wells[:-1]) + 1).tolist(), len(wells)] if len(wells) else []
     for end in ends:
         while end - start > 2 * most:
-            parts.append(Part(plate, start, start + 2 * most))
+            blocks.append(Block(plate, start, start + 2 * most))
             start += 2 * most
         if end - start >= most or (end == len(wells) and end > start):
-            parts.append(Part(plate, start, end))
+            blocks.append(Block(plate, start, end))
             start = end
-    return tuple(parts)
+    return tuple(blocks)
 
 
 class StoreSource:
@@ -145,6 +157,7 @@ class StoreSource:
     """
 
     kind = "store"
+    notes = unmatched = unused = ()
 
     def __init__(self, screen: Screen, window: int) -> None:
         self.name, self.channel_names, self.crop_size = str(screen.path), list(screen.channel_names), screen.crop_size
@@ -152,7 +165,7 @@ class StoreSource:
         self._screen = screen
         self._stores = {store.plate: store for store in screen.plates}
         self.num_fields = sum(store.num_fields for store in screen.plates)
-        most = int(np.clip(screen.num_cells // 64, 256, MOST_ROWS_PER_PART))
+        most = int(np.clip(screen.num_cells // 64, 256, MOST_ROWS_PER_BLOCK))
         self.plans = []
         for store in screen.plates:
             names = store.wells()["name"].tolist()
@@ -163,7 +176,7 @@ class StoreSource:
                     store.batch,
                     store.num_cells,
                     tuple(names),
-                    cut_into_parts(store.plate, codes, most),
+                    cut_into_blocks(store.plate, codes, most),
                     {"crops": store.crc32, "cells": store.num_cells},
                     store.num_cells,
                 )
@@ -176,25 +189,25 @@ class StoreSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(Screen.open(state["path"], allow_unfinished=True), state["window"])
 
-    def units(self, part: Part) -> list[tuple[str, int, int]]:
-        starts = range(part.start, part.stop, ROWS_PER_CHUNK)
-        return [(part.plate, start, min(start + ROWS_PER_CHUNK, part.stop)) for start in starts]
+    def units(self, block: Block) -> list[tuple[str, int, int]]:
+        starts = range(block.start, block.stop, ROWS_PER_UNIT)
+        return [(block.plate, start, min(start + ROWS_PER_UNIT, block.stop)) for start in starts]
 
-    def read(self, unit: tuple[str, int, int]) -> Chunk:
+    def read(self, unit: tuple[str, int, int]) -> Cells:
         began = time.perf_counter()
         plate, start, stop = unit
         store = self._stores[plate]
         first = self.crop_size // 2 - self.window // 2
         window = slice(first, first + self.window)
         pixels = np.ascontiguousarray(store.read(start, stop)[:, :, window, window])
-        # One row before the chunk tells whether its first row begins a field.
+        # One row before the unit tells whether its first row begins a field.
         before = max(start - 1, 0)
         columns = store.metadata_columns(before, stop)
         site, well = columns["Metadata_Site"], columns["Metadata_Well"]
         new = int(((site[1:] != site[:-1]) | (well[1:] != well[:-1])).sum()) + (start == 0)
         columns = {name: values[start - before :] for name, values in columns.items()}
         ledger = PlateLedger(plate, cells_found=stop - start, cells_written=stop - start)
-        return Chunk(
+        return Cells(
             plate,
             stop - start,
             self.window,
@@ -224,5 +237,4 @@ class StoreSource:
                 cells_written=store.num_cells,
                 wells_listed=len(plan.wells),
             )
-        known = PlateLedger.__dataclass_fields__
-        return PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
+        return PlateLedger.from_json(store.ledger)
