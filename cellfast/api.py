@@ -314,8 +314,8 @@ def embed(
         raise CellfastError(f"{option('allow_unfinished')}: only for a screen folder of crop stores")
     if crop_size not in (None, loaded.crop_size):
         raise CellfastError(
-            f"{option('crop_size', crop_size)}: the model {loaded.path} was trained on crops of "
-            f"{loaded.crop_size} px; leave it out"
+            f"{option('crop_size', crop_size)}: the model {loaded.path} was trained on crops of {loaded.crop_size} px; leave it "
+            "out"
         )
     cut = split(FieldIngestOptions, options)
     fields = _open(source, cut.get("batch_regex"), {"image_root": image_root, "locations": locations, **options})

@@ -1,4 +1,5 @@
-"""Values that are declared once as fields of a dataclass, with default, limits and help, and checked alike wherever they come from."""
+"""Values that are declared once as fields of a dataclass, with default, limits and help, and checked alike wherever they come
+from."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ class Decoding:
         used: ``host`` or ``dali``; how: DALI's ``cpu`` (threads of the host) or ``mixed`` (the GPU's decoders too), else empty.
         reason: in words.
         threads: decoding threads.
-        fields_dali, fields_host: with ``dali``, fields of this run that DALI decoded, and those that it did not and the host took.
+        fields_dali, fields_host: with ``dali``, fields of this run that DALI decoded, and those that it did not and the host
+            took.
         failure: DALI's first complaint about a file that it was given.
     """
 
@@ -86,8 +87,8 @@ def choose_decoding(
 ) -> Decoding:
     """Decide ``--decode`` for ``count`` fields ``units``.
 
-    ``auto`` times both on the first fields with as many threads and takes the faster; the host where there are too few fields for that
-    to pay, where the readers are processes or Ray's, or where DALI is not installed.
+    ``auto`` times both on the first fields with as many threads and takes the faster; the host where there are too few fields for
+    that to pay, where the readers are processes or Ray's, or where DALI is not installed.
 
     Raises:
         CellfastError: ``dali`` is asked for and is not installed, or decodes none of the first fields.
@@ -113,8 +114,8 @@ def choose_decoding(
     if not sample:
         if asked == "dali" and others:
             raise CellfastError(
-                f"--decode dali: none of the first {others} fields that can be read is a plain TIFF of a compression DALI decodes "
-                f"(the first: {next(f.files[0] for f in _readable(source, units))}); use --decode host"
+                f"--decode dali: none of the first {others} fields that can be read is a plain TIFF of a compression DALI "
+                f"decodes (the first: {next(f.files[0] for f in _readable(source, units))}); use --decode host"
             )
         return Decoding(asked, asked if asked == "dali" else "host", "", "no field to try could be read", threads)
     ways = ("cpu", "mixed") if device.type == "cuda" else ("cpu",)

@@ -1,4 +1,5 @@
-"""Crops to features: a plate's scaling, the model's window, test-time rotations, and minibatches that shrink when memory runs out."""
+"""Crops to features: a plate's scaling, the model's window, test-time rotations, and minibatches that shrink when memory runs
+out."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class CropEncoder:
 
     @torch.inference_mode()
     def launch(self, crops: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Features float32 [B, F] on the device, which may still be at work on them, of crops uint8 or uint16 [B, C, S, S]; low, high: [C] or [B, C].
+        """Features float32 [B, F] on the device, which may still be at work on them, of crops uint8 or uint16 [B, C, S, S]; low,
+        high: [C] or [B, C].
 
         A minibatch that does not fit in memory is halved, and later ones are cut to the size that went through.
 

@@ -41,8 +41,8 @@ class EmbedOptions:
     )
     decode: str = value(
         "auto",
-        "Who decodes fields: host (tifffile), dali (NVIDIA DALI, on a GPU with its decoders), auto: what is faster on the first fields of "
-        "256 or more. The pixels are the same.",
+        "Who decodes fields: host (tifffile), dali (NVIDIA DALI, on a GPU with its decoders), auto: what is faster on the first "
+        "fields of 256 or more. The pixels are the same.",
         choices=("auto", "host", "dali"),
     )
     retries: int = value(2, "More tries for a field that cannot be read, before it is quarantined.", minimum=0)
@@ -50,7 +50,8 @@ class EmbedOptions:
     retry_quarantined: bool = value(False, "Make plates again that were finished with quarantined fields.")
     engine: str = value(
         "local",
-        "ray: Ray Data over a cluster (needs cellfast[ray]); several processes on one or more machines: torchrun -m cellfast embed …",
+        "ray: Ray Data over a cluster (needs cellfast[ray]); several processes on one or more machines: torchrun -m cellfast "
+        "embed …",
         choices=("local", "ray"),
     )
     force: bool = value(False, "Replace files of another model or other cells.")

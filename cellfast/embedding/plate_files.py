@@ -1,7 +1,7 @@
 """The files of a plate, in whatever format: written from its blocks, recognised when they are there and whole.
 
-The last file of a plate carries its seal: what its rows are made from, what became of its cells, which files it has. Beside it, in
-``.embed`` and then in ``embeddings.json``, lies a record of that file's checksum.
+The last file of a plate carries its seal: what its rows are made from, what became of its cells, which files it has. Beside it,
+in ``.embed`` and then in ``embeddings.json``, lies a record of that file's checksum.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Finished:
-    """A plate that is done: its ledger, its quarantined fields, its files relative to the output folder, and the last one's name and record."""
+    """A plate that is done: its ledger, its quarantined fields, its files relative to the output folder, and the last one's name
+    and record."""
 
     ledger: PlateLedger
     quarantined: list[dict[str, str]]
@@ -169,8 +170,8 @@ class PlateFiles(ABC):
             changed.sort(key=lambda k: (k != "model", k))
             different = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(origin.get(k))}" for k in changed)
             raise CellfastError(
-                f"{self.out.path(self.last_file(plan))}: embedded before from something else ({different}); choose another folder, "
-                "or use --force to replace it"
+                f"{self.out.path(self.last_file(plan))}: embedded before from something else ({different}); choose another "
+                "folder, or use --force to replace it"
             )
         recorded = content.get("inputs") if content is not None else None
         files = changed_files(recorded, plan.inputs) if recorded is not None and not inputs else None

@@ -1,4 +1,5 @@
-"""Embedding with Ray Data: fields are read by tasks on the cluster's CPUs, a pool of actors holds the encoder; lost work is done again."""
+"""Embedding with Ray Data: fields are read by tasks on the cluster's CPUs, a pool of actors holds the encoder; lost work is done
+again."""
 
 from __future__ import annotations
 
@@ -39,9 +40,9 @@ def embed_with_ray(
 ) -> None:
     """Embed the blocks ``todo`` on a Ray cluster (the running one, ``RAY_ADDRESS``, or one started on this machine).
 
-    A task reads and cuts a block, an actor embeds it and writes its file. Ray repeats tasks whose worker or machine died; a block that
-    was written already is simply written again, the same. Images, locations, model and output must be reachable from every machine (a
-    shared disk or URLs).
+    A task reads and cuts a block, an actor embeds it and writes its file. Ray repeats tasks whose worker or machine died; a block
+    that was written already is simply written again, the same. Images, locations, model and output must be reachable from every
+    machine (a shared disk or URLs).
 
     Args:
         written: called here for each block whose file is there.

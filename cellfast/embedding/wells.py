@@ -24,7 +24,8 @@ WELL_SCHEMA = pa.schema(
 
 
 class WellSums:
-    """Sums over the cells of each well, added up piece by piece; wells in order of appearance, each with its first row's metadata."""
+    """Sums over the cells of each well, added up piece by piece; wells in order of appearance, each with its first row's
+    metadata."""
 
     def __init__(self) -> None:
         self._wells: dict[str, list[Any]] = {}  # [a table of one row, number of cells, float64 [F]]

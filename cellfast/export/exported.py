@@ -239,7 +239,8 @@ class ExportedModel:
         """
         if self.takes_scaling != (low is not None and high is not None) or (low is None) != (high is None):
             raise CellfastError(
-                f"{self.path}: this model is scaled {'per plate: give low and high' if self.takes_scaling else 'inside: low and high are not its inputs'}"
+                f"{self.path}: this model is scaled "
+                f"{'per plate: give low and high' if self.takes_scaling else 'inside: low and high are not its inputs'}"
             )
         scaling = () if low is None or high is None else (low.to(self.device), high.to(self.device))
         fixed, count = self.metadata["inputs"][0]["shape"][0], len(crops)
@@ -268,7 +269,8 @@ def load_exported(path: str | os.PathLike[str], device: str | torch.device = "cp
 def _compare(
     exported: ExportedModel, model: LoadedModel, features: str, samples: list[tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[float, float]:
-    """(largest absolute, largest relative) difference of a written program from the Python model; crops go in singly and together."""
+    """(largest absolute, largest relative) difference of a written program from the Python model; crops go in singly and
+    together."""
     absolute = relative = 0.0
     for crops, low, high in samples:
         x = center_crop(crops, low, high, model.output_size, memory_format=torch.channels_last)

@@ -205,12 +205,13 @@ FORMATS: dict[str, Format] = {
 
 
 def require_onnx() -> None:
-    """Raise `CellfastError` naming the packages of the extra ``cellfast[onnx]`` that are not installed, and the command that installs them."""
+    """Raise `CellfastError` naming the packages of the extra ``cellfast[onnx]`` that are not installed, and the command that
+    installs them."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CellfastError(
-            f"ONNX needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}, not installed here: "
-            "pip install 'cellfast[onnx]'"
+            f"ONNX needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}, not installed here: pip install "
+            "'cellfast[onnx]'"
         )
 
 

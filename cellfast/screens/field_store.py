@@ -1,11 +1,11 @@
 """Whole fields in one HDF5 file as they were written by the microscope: encoded TIFF bytes, to be decoded where they are needed.
 
-Layout (attribute ``format`` = ``cellfast-fields``, ``version`` = 1): ``encoded`` uint8 [total], the files one after the other, field by
-field and channel by channel; ``offsets`` int64 [N · C + 1]; attributes ``num_fields``, ``num_channels``, ``height``, ``width``,
-``dtype`` (``uint16`` or ``uint8``), ``channel_names``; ``files`` (optional): N · C names, by which the store stands in for the folder the
-images came from (``--image-root FIELDS.h5``); ``crc32`` uint32 [N · C], of each file's bytes. A seal (`cellfast.screens.sealed`) covers
-all but ``encoded``. Stores of earlier versions, without seal and ``crc32``, are read too, and files of others whose ``encoded`` is a
-variable-length uint8 dataset [N, C].
+Layout (attribute ``format`` = ``cellfast-fields``, ``version`` = 1): ``encoded`` uint8 [total], the files one after the other,
+field by field and channel by channel; ``offsets`` int64 [N · C + 1]; attributes ``num_fields``, ``num_channels``, ``height``,
+``width``, ``dtype`` (``uint16`` or ``uint8``), ``channel_names``; ``files`` (optional): N · C names, by which the store stands in
+for the folder the images came from (``--image-root FIELDS.h5``); ``crc32`` uint32 [N · C], of each file's bytes. A seal
+(`cellfast.screens.sealed`) covers all but ``encoded``. Stores of earlier versions, without seal and ``crc32``, are read too, and
+files of others whose ``encoded`` is a variable-length uint8 dataset [N, C].
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def write_field_store(
 ) -> list[str]:
     """Keep the TIFF files of fields in one HDF5 file, byte for byte, and return what was not (one line each).
 
-    Greyscale files that decoders take differently (a palette, an inverted scale, a turned orientation, strips that do not fit the rows;
-    `cellfast.screens.tiff.read_alike`) are stored anew as plain uncompressed TIFF.
+    Greyscale files that decoders take differently (a palette, an inverted scale, a turned orientation, strips that do not fit the
+    rows; `cellfast.screens.tiff.read_alike`) are stored anew as plain uncompressed TIFF.
 
     Args:
         files: for each field its C paths or fsspec URLs, in channel order.
@@ -80,8 +80,8 @@ def write_field_store(
         progress: called with 1 after each field.
 
     Raises:
-        CellfastError: no files, two files of one name, or (without ``leave_out``, or where nothing is left) a file that cannot be kept;
-            nothing is then written.
+        CellfastError: no files, two files of one name, or (without ``leave_out``, or where nothing is left) a file that cannot be
+            kept; nothing is then written.
     """
     import h5py
 

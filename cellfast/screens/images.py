@@ -84,8 +84,9 @@ def encoded_plane(
 ) -> np.ndarray | None:
     """The bytes of a TIFF, uint8 [n], whose pixels any decoder gives as `read_plane` does; None for every other file.
 
-    None says nothing about the file but that `read_plane` must decide: it is no TIFF, missing, damaged, refused, unlike the expected, or
-    stored in a way that decoders take differently (`cellfast.screens.tiff.read_alike`) or whose damage they do not tell.
+    None says nothing about the file but that `read_plane` must decide: it is no TIFF, missing, damaged, refused, unlike the
+    expected, or stored in a way that decoders take differently (`cellfast.screens.tiff.read_alike`) or whose damage they do not
+    tell.
     """
     if not _is_tiff(path):
         return None
@@ -175,7 +176,8 @@ def _single_page(tiff: tifffile.TiffFile, path: object) -> tifffile.TiffPage:
         shape, planes = _series(tiff, page)
     if planes > 1 or page.samplesperpixel > 1 or page.imagedepth > 1 or len(page.shape) != 2:
         raise ImageError(
-            f"{path}: {planes} planes of shape {list(shape)}; expected one grey plane per file: split it into one file per channel",
+            f"{path}: {planes} planes of shape {list(shape)}; expected one grey plane per file: split it into one file per "
+            "channel",
             "planar or multi-page",
         )
     return page
@@ -221,7 +223,8 @@ def read_picture(
     ``labels``: the numbers count and not what they look like, so that palettes and one bit are read too.
 
     Raises:
-        ImageError: several frames, colour, transparency, a palette of colours, a mode that is not 8 or 16 bit, unlike ``expect_shape``, or larger than the file can hold.
+        ImageError: several frames, colour, transparency, a palette of colours, a mode that is not 8 or 16 bit, unlike
+            ``expect_shape``, or larger than the file can hold.
     """
     from PIL import Image
 

@@ -30,8 +30,8 @@ def checksum(handle: BinaryIO) -> Checksum:
 class Folder(ABC):
     """A folder; names in it are relative, with ``/``, and nothing outside it is ever read or written.
 
-    Names may come from files: every method refuses one that leads out of the folder, by ``..``, an absolute path or a link. Can be
-    sent to other processes.
+    Names may come from files: every method refuses one that leads out of the folder, by ``..``, an absolute path or a link. Can
+    be sent to other processes.
 
     Attributes:
         location: path or URL.
@@ -107,8 +107,8 @@ class Folder(ABC):
         parts = name.replace("\\", "/").split("/") if name else []
         if any(part in ("", ".", "..") for part in parts) or "\0" in name:
             raise CellfastError(
-                f"{name!r} leads out of the output folder {self.location}: a plate, well or batch must not have '/', '..' or an empty "
-                "piece in its name; rename it where it comes from"
+                f"{name!r} leads out of the output folder {self.location}: a plate, well or batch must not have '/', '..' or an "
+                "empty piece in its name; rename it where it comes from"
             )
 
 
@@ -254,7 +254,8 @@ class RemoteFolder(Folder):
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Each object store's package has its own errors: they end in one sentence. A file that is not there stays `FileNotFoundError`."""
+        """Each object store's package has its own errors: they end in one sentence. A file that is not there stays
+        `FileNotFoundError`."""
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, CellfastError):
@@ -264,5 +265,6 @@ class RemoteFolder(Folder):
                 raise
             reason = str(error).strip().splitlines() or [""]
             raise CellfastError(
-                f"{self.location} cannot {what}: {type(error).__name__}: {reason[0]}. Check the URL, the credentials and the endpoint"
+                f"{self.location} cannot {what}: {type(error).__name__}: {reason[0]}. Check the URL, the credentials and the "
+                "endpoint"
             ) from error

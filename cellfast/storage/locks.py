@@ -1,6 +1,7 @@
 """One command at a time in a folder: locks that their owner's death releases, whatever the clocks of the machines say.
 
-`filelock`, which torch brings, does not do: it keeps no word of who holds a lock of the kernel, and has no lock in an object store.
+`filelock`, which torch brings, does not do: it keeps no word of who holds a lock of the kernel, and has no lock in an object
+store.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from cellfast.storage.folder import Folder
 FOLDER_LOCK_NAME = ".lock"
 LOCK_NAME = ".embed/lock"
 HEARTBEAT_S = 30.0
-# A lock in an object store has no owner that the store knows of: one whose content nobody changed while another run looked at it for
-# so long is taken to be dead. Its owner stops by itself when it could not renew it for that long.
+# A lock in an object store has no owner that the store knows of: one whose content nobody changed while another run looked at it
+# for so long is taken to be dead. Its owner stops by itself when it could not renew it for that long.
 STALE_AFTER_S = 300.0
 LOOK_EVERY_S = 5.0
 # A run that was away for longer than this makes sure that the lock is still its own before it writes.
@@ -40,8 +41,8 @@ def elapsed_clock() -> float:
 class FolderLock:
     """Hold a local folder for one command, as a context manager or by `acquire` and `release`.
 
-    The kernel holds the lock (``flock``) and releases it with the process. Where the file system has no locks, the file itself is the
-    lock; it counts as left over when its process is known to have ended.
+    The kernel holds the lock (``flock``) and releases it with the process. Where the file system has no locks, the file itself is
+    the lock; it counts as left over when its process is known to have ended.
 
     Args:
         folder: made when it is not there, and removed at the end if it was made here and is still empty.
@@ -114,10 +115,10 @@ class FolderLock:
 class OutputLock:
     """Hold the output folder of ``cellfast embed`` while the block runs, wherever it lies.
 
-    On a local disk the kernel holds it (``flock``) and releases it with the process, so that a killed run leaves no stale lock. Where
-    the file system has no locks, and in object stores, its owner changes a file every half minute. Who finds such a file looks at it:
-    if it changes, its owner lives; if it stays the same for five minutes by the observer's own clock, or its process is gone from this
-    very system, the lock is taken over. Times of two machines are never compared.
+    On a local disk the kernel holds it (``flock``) and releases it with the process, so that a killed run leaves no stale lock.
+    Where the file system has no locks, and in object stores, its owner changes a file every half minute. Who finds such a file
+    looks at it: if it changes, its owner lives; if it stays the same for five minutes by the observer's own clock, or its process
+    is gone from this very system, the lock is taken over. Times of two machines are never compared.
 
     Args:
         folder: the output folder.

@@ -60,7 +60,8 @@ def file_system(url: str) -> tuple[Any, str]:
     """(fsspec file system, path in it) of a URL; what the file system raises is `OSError` with secrets masked.
 
     Raises:
-        CellfastError: the protocol's package is not installed, the protocol is unknown, or (from a file system of ours) why it cannot be opened.
+        CellfastError: the protocol's package is not installed, the protocol is unknown, or (from a file system of ours) why it
+            cannot be opened.
     """
     import fsspec
 
