@@ -244,8 +244,8 @@ def train(
     where, run = Path(screen), Path(out)
     if where.is_file():
         raise CellfastError(
-            f"{where} is a file; training takes a screen folder of crops. From kept fields: cellfast ingest fields with "
-            f"{option('image_root', where)} (docs/device.md tells why minibatches are not fed from fields)"
+            f"{where} is a file; training takes a screen folder of crops. From kept fields: `cellfast ingest fields IMAGE_CSV "
+            f"--image-root {where} --locations … -o SCREEN` (docs/device.md tells why minibatches are not fed from fields)"
         )
     if resume and config is None and (run / "config.yaml").exists():
         config = run / "config.yaml"

@@ -42,8 +42,8 @@ def field_options(*, required: bool, crop_size: int | None) -> Callable[[Any], A
             "--locations",
             required=required,
             metavar="CSV|FOLDER|detect",
-            help="Where the cells are: a CellProfiler table with Location_Center_X/Y, a folder of DeepProfiler centroid CSVs or of "
-            "label masks (Cellpose, CellProfiler), or 'detect' to find nuclei.",
+            help="Where the cells are: a CellProfiler table with Location_Center_X/Y, a folder of DeepProfiler centroid CSVs or "
+            "of label masks (Cellpose, CellProfiler), or 'detect' to find nuclei.",
         ),
         click.option(
             "--pattern",

@@ -12,7 +12,7 @@ from cellfast.embedding.cells import StoreSource
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.run import EmbedSummary, embed_source
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 from cellfast.screens import Screen
 from cellfast.screens.cutting import BORDERS
@@ -79,7 +79,7 @@ def embed_fields(
         CellfastError: as `embed_source`; no fields, one file for two channels or fields, none of some fields tried can be read.
     """
     if border not in BORDERS:
-        raise CellfastError(f"--border must be one of {', '.join(BORDERS)}, got {border!r}")
+        raise CellfastError(f"{option('border')} must be one of {', '.join(BORDERS)}, got {border!r}")
     table, name, asked = fields.table, fields.source, EmbedOptions(**options)
     if not table.fields:
         raise CellfastError(f"{name or 'the image table'} lists no fields")

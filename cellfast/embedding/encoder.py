@@ -13,7 +13,7 @@ from torch.fx.experimental.optimization import fuse
 from cellfast.augment import center_crop
 from cellfast.embedding.cells import CellSource
 from cellfast.embedding.options import FEATURES, ROTATIONS
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 from cellfast.models import SimCLR
 from cellfast.ops.small_maps import use_small_maps
@@ -46,7 +46,7 @@ class CropEncoder:
         if features not in FEATURES:
             raise CellfastError(f"features must be h or z, got {features!r}")
         if tta not in ROTATIONS:
-            raise CellfastError(f"--tta must be one of {', '.join(map(str, ROTATIONS))}, got {tta!r}")
+            raise CellfastError(f"{option('tta')} must be one of {', '.join(map(str, ROTATIONS))}, got {tta!r}")
         self.loaded, self.features, self.device, self.amp, self.tta = model, features, device, amp, tta
         self.network: SimCLR = model.model.to(device=device, memory_format=torch.channels_last).eval()
         self.num_features = self.network.num_features if features == "h" else self.network.config.projection_dim
@@ -91,7 +91,8 @@ class CropEncoder:
                     raise
                 if size == 1:
                     raise CellfastError(
-                        f"out of memory on {self.device} with one cell at a time: free memory there, or use --device cpu"
+                        f"out of memory on {self.device} with one cell at a time: free memory there, or use "
+                        f"{option('device', 'cpu')}"
                     ) from error
                 self.most = (size + 1) // 2
                 self.on_shrink(size, self.most)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cellfast.declared import check, value
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 FEATURES = ("h", "z")
 FORMATS = ("parquet", "anndata", "cpg")
@@ -59,8 +59,10 @@ class EmbedOptions:
     def __post_init__(self) -> None:
         check(self)
         if self.decode == "dali" and (self.readers == "processes" or self.engine == "ray"):
-            other = "--engine ray" if self.engine == "ray" else "--readers processes"
-            raise CellfastError(f"--decode dali does not go with {other}: DALI decodes in this process, on threads of its own")
+            other = option("engine", "ray") if self.engine == "ray" else option("readers", "processes")
+            raise CellfastError(
+                f"{option('decode', 'dali')} does not go with {other}: DALI decodes in this process, on threads of its own"
+            )
 
     def for_encoder(self) -> dict[str, Any]:
         """What of this `CropEncoder` is told."""

@@ -19,7 +19,7 @@ import pyarrow as pa
 from cellfast.embedding.blocks import BlockFiles
 from cellfast.embedding.cells import PlatePlan
 from cellfast.embeddings_folder import RECORDS, Checksum, checksum
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.printable import masked_values
 from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
@@ -132,11 +132,13 @@ class PlateFiles(ABC):
             before, content, rows = self.read_seal(name)
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             raise CellfastError(
-                f"{self.out.path(name)}: damaged or of another format ({error}); delete it, or use --force to make it again"
+                f"{self.out.path(name)}: damaged or of another format ({error}); delete it, or use {option('force', True)} to "
+                "make it again"
             ) from error
         if before is None:
             raise CellfastError(
-                f"{self.out.path(name)}: not written by cellfast embed; choose another folder, or use --force to replace it"
+                f"{self.out.path(name)}: not written by cellfast embed; choose another folder, or use {option('force', True)} to "
+                "replace it"
             )
         if not self._check_origin(plan, before, content) or content is None:
             return None
@@ -171,7 +173,7 @@ class PlateFiles(ABC):
             different = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(origin.get(k))}" for k in changed)
             raise CellfastError(
                 f"{self.out.path(self.last_file(plan))}: embedded before from something else ({different}); choose another "
-                "folder, or use --force to replace it"
+                f"folder, or use {option('force', True)} to replace it"
             )
         recorded = content.get("inputs") if content is not None else None
         files = changed_files(recorded, plan.inputs) if recorded is not None and not inputs else None

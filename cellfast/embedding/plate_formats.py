@@ -17,7 +17,7 @@ from cellfast.embedding.cells import PlatePlan
 from cellfast.embedding.plate_files import PlateFiles
 from cellfast.embedding.wells import CELL_SCHEMA, WELL_SCHEMA, WellSums, as_stored, runs, texts
 from cellfast.embeddings_folder import GALLERY, LEDGER_KEY, Checksum, checksum
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import SITE, WELL
 from cellfast.metadata.names import check_batch
 from cellfast.parquet_footer import leave_room, seal_footer
@@ -73,7 +73,9 @@ class AnnDataFiles(PlateFiles):
         try:
             import anndata  # noqa: F401
         except ImportError as error:
-            raise CellfastError("--to anndata needs the package anndata: pip install 'cellfast[anndata]'") from error
+            raise CellfastError(
+                f"{option('formats', 'anndata')} needs the package anndata: pip install 'cellfast[anndata]'"
+            ) from error
 
     def last_file(self, plan: PlatePlan) -> str:
         return f"{plan.file_stem}.h5ad"

@@ -14,7 +14,7 @@ from cellfast.embedding.blocks import BlockFiles, BlockWork
 from cellfast.embedding.cells import Block, CellSource, PlatePlan
 from cellfast.embedding.encoder import CropEncoder, plate_scaling
 from cellfast.embedding.progress import EmbedProgress
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 
 
@@ -54,7 +54,7 @@ def embed_with_ray(
         import ray
         import ray.data
     except ImportError as error:
-        raise CellfastError("--engine ray needs the package ray: pip install 'cellfast[ray]'") from error
+        raise CellfastError(f"{option('engine', 'ray')} needs the package ray: pip install 'cellfast[ray]'") from error
     if not todo:
         return
     started_here = not ray.is_initialized()

@@ -36,7 +36,7 @@ from cellfast.embeddings_folder import (
     is_ledger,
     ledger_checksums,
 )
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 from cellfast.screens.ingest import default_workers
 from cellfast.screens.unfinished import command_line
@@ -105,7 +105,7 @@ def embed_source(
     encoder = CropEncoder(model, device=device, **options.for_encoder())
     store, rank, world_size = join_processes(device)
     if world_size > 1 and options.engine == "ray":
-        raise CellfastError("--engine ray spreads the work itself: start it without torchrun")
+        raise CellfastError(f"{option('engine', 'ray')} spreads the work itself: start it without torchrun")
     run = EmbedRun(source, encoder, folder, options, show_progress and rank == 0)
     with ExitStack() as stack:
         watch = Watch(store, rank, world_size).start() if world_size > 1 else None
@@ -172,7 +172,7 @@ class EmbedRun:
         if unrecorded := set().union(*(one.unrecorded for one in self.formats)) & set(kept):
             self.notes.append(
                 f"{len(unrecorded)} plates were embedded before the sizes and times of files were recorded; they are kept, "
-                "whatever became of their files: --force embeds them again"
+                f"whatever became of their files: {option('force', True)} embeds them again"
             )
         if changed := [name for one in self.formats for name in one.damaged]:
             self.tell(

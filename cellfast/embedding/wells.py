@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata import columns
 from cellfast.metadata.counts import CELL_COUNT
 
@@ -72,7 +72,8 @@ def as_stored(values: np.ndarray, dtype: str, plate: str) -> np.ndarray:
         halves = values.astype(np.float16)
     if not np.isfinite(halves).all():
         raise CellfastError(
-            f"plate {plate}: features up to {np.abs(values).max():g} do not fit float16 (65,504 at most); use --dtype float32"
+            f"plate {plate}: features up to {np.abs(values).max():g} do not fit float16 (65,504 at most); use "
+            f"{option('dtype', 'float32')}"
         )
     return halves
 

@@ -33,7 +33,7 @@ from cellfast.screens.tiff import check_page, open_tiff, read_alike
 from cellfast.storage.urls import is_url, read_bytes
 
 FORMAT, VERSION = "cellfast-fields", 1
-AGAIN = "write it again with cellfast ingest fields --keep-fields"
+AGAIN = "write it again with `cellfast ingest fields … --keep-fields`"
 
 
 def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tuple[int, int], bool]:
@@ -362,9 +362,7 @@ class _NamedFiles:
         self.numbers = {name: number for number, name in enumerate(self.store.names())}
         if not self.numbers:
             self.store.close()
-            raise CellfastError(
-                f"{path}: a field store without the names of its files; write it with cellfast ingest fields --keep-fields"
-            )
+            raise CellfastError(f"{path}: a field store without the names of its files; {AGAIN}")
         self.folders: dict[str, set[str]] = {}
         for name in self.numbers:
             parts = name.split("/")
