@@ -187,10 +187,10 @@ def ingest_crops(
     _check_regex(batch_regex)
     index = read_crop_index(
         os.fspath(index_csv),
-        root=root and Path(root),
+        root=None if root is None else Path(root),
         layout=layout,
-        metadata=metadata and os.fspath(metadata),
-        moa=moa and os.fspath(moa),
+        metadata=None if metadata is None else Path(metadata),
+        moa=None if moa is None else Path(moa),
         columns=_columns(columns),
     )
     # Starting a worker process takes about as long as reading some thousand crops.

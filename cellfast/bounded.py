@@ -47,14 +47,14 @@ def available_bytes() -> float:
         taken = next((int(line.split()[0]) for line in _lines("/proc/self/statm")), 0) * resource.getpagesize()
         least = min(least, limit - taken)
     for folder, most, used in _GROUPS:
-        taken = _number(f"{folder}/{used}", 0)
+        in_use = _number(f"{folder}/{used}", 0)
         # What the group holds of files is given back when memory is asked for.
         cached = sum(
             int(line.split()[1])
             for line in _lines(f"{folder}/memory.stat")
             if line.startswith(("inactive_file ", "active_file "))
         )
-        least = min(least, _number(f"{folder}/{most}", math.inf) - max(0, taken - cached))
+        least = min(least, _number(f"{folder}/{most}", math.inf) - max(0, in_use - cached))
     return max(0, least)
 
 

@@ -134,12 +134,13 @@ def test_the_public_names(monkeypatch):
 
 def test_a_script_needs_no_guard(tmp_path):
     """Worker processes run nothing of the script that starts them."""
-    (tmp_path / "index.csv").write_text("file,plate,well\n" + "".join(f"c.npy,P{i},A01\n" for i in range(2)))
+    (tmp_path / "index.csv").write_text("file,plate,well\n" + "".join(f"{i}.npy,P{i},A01\n" for i in range(2)))
     script = tmp_path / "script.py"
     script.write_text(
         "import numpy as np, cellfast\n"
         "print('begun')\n"
-        "np.save('c.npy', np.arange(12 * 12 * 3, dtype=np.uint16).reshape(12, 12, 3))\n"
+        "for i in range(2):\n"
+        "    np.save(f'{i}.npy', np.arange(i, i + 12 * 12 * 3, dtype=np.uint16).reshape(12, 12, 3))\n"
         "print(cellfast.ingest_crops('index.csv', 'screen', workers=2))\n"
     )
     root = str(Path(cellfast.__file__).parent.parent)

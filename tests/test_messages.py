@@ -38,7 +38,7 @@ ROOMS = (
 FLAG = re.compile(r"(?:^|[\s(`'\"])--[a-z][\w-]*")
 # Lines to type, of this program and of others.
 COMMAND = re.compile(
-    r"`cellfast [^`]*`|cellfast train SCREEN -o RUN [^.]*|torchrun --[\w-]+|build_ext --inplace|cellpose --\w+ or --\w+"
+    r"`cellfast [^`]*`|^ --model $|cellfast train SCREEN -o RUN [^.]*|torchrun --[\w-]+|build_ext --inplace|cellpose --\w+ or --\w+"
 )
 
 

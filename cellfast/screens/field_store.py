@@ -44,7 +44,8 @@ def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tupl
     """
     try:
         with open_tiff(source, name) as (tiff, tags, size):
-            page, pages = tiff.pages[0], len(tiff.pages)
+            page: Any = tiff.pages[0]
+            pages = len(tiff.pages)
             shape, dtype = page.shape, page.dtype
             check_page(page, name, size)
             plain = pages == 1 and read_alike(page, tags, size)
@@ -213,7 +214,8 @@ class EncodedFields:
     def _open(self) -> None:
         import h5py
 
-        self._data, self._sums = self._own("encoded"), None
+        self._data = self._own("encoded")
+        self._sums: np.ndarray | None = None
         self._vlen = h5py.check_vlen_dtype(self._data.dtype) is not None
         if self._vlen:
             self._open_vlen()
