@@ -34,6 +34,11 @@ def _names(given: _Names | None) -> tuple[str, ...]:
     return () if given is None else (given,) if isinstance(given, str) else tuple(given)
 
 
+def _channels(given: _Names | None) -> list[str] | None:
+    """Names of channels, also as ``"DNA, Actin"``."""
+    return [one.strip() for name in _names(given) for one in name.split(",")] or None
+
+
 def _columns(given: Mapping[str, str] | None) -> dict[str, str]:
     """``{"compound": "Metadata_JCP2022"}`` with the columns' short names, as the library takes them."""
     from cellfast.metadata.columns import parse_column_overrides
@@ -73,7 +78,7 @@ def simulate(
         CellfastError: values outside their limits; ``out`` is in use.
     """
     if preset not in PRESETS:
-        raise CellfastError(f"{option('preset')} must be one of {', '.join(PRESETS)}, got {preset!r}")
+        raise CellfastError(f"{option('preset')} must be one of {', '.join(sorted(PRESETS))}, got {preset!r}")
     if isinstance(moas, int):
         if not 1 <= moas <= len(MOA_NAMES):
             raise CellfastError(f"{option('moas')} must be between 1 and {len(MOA_NAMES)}, got {moas}")
@@ -117,7 +122,7 @@ def ingest_fields(
         check_not_there(Path(keep_fields), force=force)
     how = FieldIngestOptions(**split(FieldIngestOptions, options))
     opened = _open(image_csv, how.batch_regex, options)
-    ledger = ingest(screen=out, options=how, workers=workers or default_workers(), force=force, **vars(opened))
+    ledger = ingest(screen=Path(out), options=how, workers=workers or default_workers(), force=force, **vars(opened))
     say(ledger.table())
     if keep_fields is not None:
         count, notes = write_kept(opened.table, str(options["image_root"]), Path(keep_fields))
@@ -134,8 +139,7 @@ def _open(image_csv: _Path | None, batch_regex: str | None, options: dict[str, A
         if options.get(name) is None:
             raise CellfastError(f"fields need {option(name)}")
     _check_regex(batch_regex)
-    if options.get("channels"):
-        options["channels"] = list(_names(options["channels"]))
+    options["channels"] = _channels(options.get("channels"))
     return open_fields(image_csv, **{**options, "columns": _columns(options.get("columns"))})
 
 
@@ -181,13 +185,20 @@ def ingest_crops(
     from cellfast.screens.ingest_crops import ingest_crops as ingest
 
     _check_regex(batch_regex)
-    index = read_crop_index(index_csv, root=root, layout=layout, metadata=metadata, moa=moa, columns=_columns(columns))
+    index = read_crop_index(
+        os.fspath(index_csv),
+        root=None if root is None else Path(root),
+        layout=layout,
+        metadata=None if metadata is None else Path(metadata),
+        moa=None if moa is None else Path(moa),
+        columns=_columns(columns),
+    )
     # Starting a worker process takes about as long as reading some thousand crops.
     workers = workers or (default_workers() if len(index.table) > 20_000 else 1)
     ledger = ingest(
         index,
         Path(out),
-        channel_names=list(_names(channels)) or None,
+        channel_names=_channels(channels),
         pixel_size_um=pixel_size_um,
         batch_regex=batch_regex,
         source=str(index_csv),
@@ -233,8 +244,8 @@ def train(
     where, run = Path(screen), Path(out)
     if where.is_file():
         raise CellfastError(
-            f"{where} is a file; training takes a screen folder of crops. From kept fields: cellfast ingest fields with "
-            f"{option('image_root', where)} (docs/device.md tells why minibatches are not fed from fields)"
+            f"{where} is a file; training takes a screen folder of crops. From kept fields: `cellfast ingest fields IMAGE_CSV "
+            f"--image-root {where} --locations … -o SCREEN` (docs/device.md tells why minibatches are not fed from fields)"
         )
     if resume and config is None and (run / "config.yaml").exists():
         config = run / "config.yaml"

@@ -38,23 +38,23 @@ def size_text(size: float) -> str:
 
 def available_bytes() -> float:
     """Memory this process may still take: the machine's, its control group's, and its own limit; infinite where nothing tells."""
-    least = math.inf
+    least: float = math.inf
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             least = int(line.split()[1]) * 1024
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        used = next((int(line.split()[0]) for line in _lines("/proc/self/statm")), 0) * resource.getpagesize()
-        least = min(least, limit - used)
+        taken = next((int(line.split()[0]) for line in _lines("/proc/self/statm")), 0) * resource.getpagesize()
+        least = min(least, limit - taken)
     for folder, most, used in _GROUPS:
-        taken = _number(f"{folder}/{used}", 0)
+        in_use = _number(f"{folder}/{used}", 0)
         # What the group holds of files is given back when memory is asked for.
         cached = sum(
             int(line.split()[1])
             for line in _lines(f"{folder}/memory.stat")
             if line.startswith(("inactive_file ", "active_file "))
         )
-        least = min(least, _number(f"{folder}/{most}", math.inf) - max(0, taken - cached))
+        least = min(least, _number(f"{folder}/{most}", math.inf) - max(0, in_use - cached))
     return max(0, least)
 
 
@@ -197,13 +197,13 @@ class _Text(io.RawIOBase):
         packed = path.suffix.lower() == ".gz"
         self._most = min(MOST_TEXT * self._held + TEXT_SLACK, available_bytes()) if packed else math.inf
         self._wide = False  # UTF-16, half of whose bytes are zero
-        self._source = gzip.open(path, "rb") if packed else open(path, "rb")
+        self._source: Any = gzip.open(path, "rb") if packed else open(path, "rb")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._source.readinto(buffer)  # type: ignore[attr-defined]
+        count = self._source.readinto(buffer)
         self._read += count
         if self._read > self._most:
             raise CellfastError(

@@ -13,7 +13,7 @@ _SAID = "CELLFAST_UNCACHED_SAID"
 
 # numba looks for its own variable first; this one is cellfast's, for an installation that cannot be written to.
 if (_folder := os.environ.get("CELLFAST_CACHE")) and "NUMBA_CACHE_DIR" not in os.environ:
-    numba.config.CACHE_DIR = os.path.join(_folder, "numba")
+    numba.config.CACHE_DIR = os.path.join(_folder, "numba")  # type: ignore[attr-defined]
 
 
 def njit(**options: Any) -> Callable[[Any], Any]:

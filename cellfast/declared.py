@@ -1,4 +1,5 @@
-"""Values that are declared once as fields of a dataclass, with default, limits and help, and checked alike wherever they come from."""
+"""Values that are declared once as fields of a dataclass, with default, limits and help, and checked alike wherever they come
+from."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def value(
 
 def default_of(entry: Field[Any]) -> Any:
     """The default of a field."""
-    return entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
 
 
 def check(declared: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.storage.folder import Checksum, checksum
 
 EMBEDDINGS_FILE = "embeddings.json"
@@ -73,7 +73,7 @@ class EmbeddingsFolder:
         if trouble and not allow_unfinished:
             raise CellfastError(
                 f"{self.path}: an unfinished embedding: it {trouble}. Finish it with {self.remedy()}, or use what is there with "
-                "--allow-unfinished"
+                f"{option('allow_unfinished', True)}"
             )
         return f"{self.path}: an unfinished embedding: it {trouble}" if trouble else ""
 

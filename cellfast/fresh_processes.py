@@ -16,7 +16,7 @@ class _Process(SpawnProcess):
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
         try:
-            return SpawnProcess._Popen(process_obj)  # type: ignore[misc]
+            return SpawnProcess._Popen(process_obj)
         finally:
             sys.modules["__main__"] = main
 
@@ -27,4 +27,4 @@ class FreshProcesses(SpawnContext):
     Never fork: the parent may hold locks (HDF5, thread pools) in the state another thread left them in.
     """
 
-    Process = _Process  # type: ignore[assignment]
+    Process = _Process

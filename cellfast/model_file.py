@@ -286,7 +286,7 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
         raise CellfastError(f"the model {path} is damaged: {error}") from error
     if content.get("digest") != digest:
         raise CellfastError(f"the model {path} is damaged: its content does not match the digest it was written with")
-    model = model.to(device=device, memory_format=torch.channels_last).eval()
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
     return LoadedModel(model, metadata, path, content["digest"])
 
 
@@ -363,8 +363,8 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
             f"{path} holds no tensors by name: expected a state_dict of a torchvision ResNet, or a cellfast model"
         )
     given = {_plain_name(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
-    for name, value in given.items():
-        check_claim(path, f"its tensor {name[:80]}", value.numel() * value.element_size(), path.stat().st_size)
+    for name, tensor in given.items():
+        check_claim(path, f"its tensor {name[:80]}", tensor.numel() * tensor.element_size(), path.stat().st_size)
     encoder = model.encoder.state_dict()
     problems, new, adapted = [], {}, ""
     for name, target in encoder.items():

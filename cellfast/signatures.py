@@ -27,7 +27,7 @@ def takes(
         own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
         named = {one.name for one in own} | set(without)
         declared = {
-            one.name: one.replace(kind=one.KEYWORD_ONLY, **({"default": None} if unset else {}))
+            one.name: one.replace(kind=one.KEYWORD_ONLY, default=None if unset else one.default)
             for declaration in declarations
             for one in inspect.signature(declaration).parameters.values()
             if one.name not in named and (one.kind is one.KEYWORD_ONLY or inspect.isclass(declaration))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -45,7 +45,7 @@ def write_tensors(path: str | os.PathLike[str], content: dict[str, Any]) -> None
     with open(path, "wb") as handle:
         hashed = _Hashed(handle)
         try:
-            torch.save({**content, _SEALED: True}, hashed)
+            torch.save({**content, _SEALED: True}, cast(IO[bytes], hashed))
         except RuntimeError:
             if hashed.error is not None:
                 raise hashed.error from None  # torch tells of its own bookkeeping instead

@@ -46,7 +46,8 @@ def reference(
 ) -> None:  # fmt: skip
     """The whole path, compared with the reference implementation (your checkout of it) or a plain PyTorch baseline.
 
-    Same cells, machine, threads, encoder, minibatch and input size; random weights on both sides; every measurement in a process of its own.
+    Same cells, machine, threads, encoder, minibatch and input size; random weights on both sides; every measurement in a process
+    of its own.
     """
     if out is not None and out.suffix != ".json":
         raise click.UsageError(f"--out must end in .json, got {out}")
@@ -60,7 +61,8 @@ def reference(
     if repeats is not None:
         chosen |= {"repeats": repeats, "slow_repeats": min(repeats, 3)}
     click.echo(
-        f"compared with {f'the reference in {reference_dir}' if reference_dir else 'a plain PyTorch baseline (no --reference-dir)'}"
+        "compared with "
+        f"{f'the reference in {reference_dir}' if reference_dir else 'a plain PyTorch baseline (no --reference-dir)'}"
     )
     result = measure_reference(
         reference_dir=str(reference_dir) if reference_dir else None,

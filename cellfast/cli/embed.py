@@ -44,11 +44,11 @@ def embed(
 ) -> None:
     """Embed every cell of a crop store SCREEN, or of the fields listed in IMAGE_CSV: one file per plate, a row per cell.
 
-    Fields take the options of `cellfast ingest fields` and need no crop store: each field is read once. Both ways give the same rows in
-    the same order. A run that was stopped goes on where it stopped; finished plates are kept.
+    Fields take the options of `cellfast ingest fields` and need no crop store: each field is read once. Both ways give the same
+    rows in the same order. A run that was stopped goes on where it stopped; finished plates are kept.
 
-    Exit status: 0 all cells embedded; 3 finished, but fields were quarantined (listed in quarantine.csv); 1 stopped by an error, or no cell to embed; 2 wrong
-    options.
+    Exit status: 0 all cells embedded; 3 finished, but fields were quarantined (listed in quarantine.csv); 1 stopped by an error,
+    or no cell to embed; 2 wrong options.
     """
     given = {name: others.pop(name) for name in EmbedOptions.__dataclass_fields__ if name in others}
     options = {"strict": strict, **{name: value for name, value in given.items() if value not in (None, ())}}
@@ -94,7 +94,8 @@ def embed(
     if from_fields:
         if crop_size not in (None, model.crop_size):
             raise CellfastError(
-                f"--crop-size {crop_size}: the model {model.path} was trained on crops of {model.crop_size} px; leave the option out"
+                f"--crop-size {crop_size}: the model {model.path} was trained on crops of {model.crop_size} px; leave the option "
+                "out"
             )
         opened = open_named_fields(
             screen, image_root=str(image_root), locations=str(locations), pattern=pattern, batch_regex=batch_regex, **others
@@ -114,8 +115,8 @@ def embed(
     click.echo(f"{summary.cells:,} cells = {what} of {summary.num_features} features in {summary.plates} plates, {out}")
     if summary.fields_quarantined:
         click.echo(
-            f"{summary.fields_quarantined} fields were quarantined (quarantine.csv); when they are mended, --retry-quarantined makes "
-            "their plates again",
+            f"{summary.fields_quarantined} fields were quarantined (quarantine.csv); when they are mended, --retry-quarantined "
+            "makes their plates again",
             err=True,
         )
         raise click.exceptions.Exit(EXIT_QUARANTINED)

@@ -57,18 +57,7 @@ def ingest_fields_command(
         check_not_there(keep_fields, force=force)
     options = FieldIngestOptions(crop_size, border, pixel_size_um, batch_regex, strict)
     opened = open_named_fields(image_csv, batch_regex=batch_regex, **fields)
-    ledger = ingest_fields(
-        opened.table,
-        opened.locations,
-        screen,
-        options,
-        illumination=opened.illumination,
-        source=opened.source,
-        unmatched=opened.unmatched,
-        unused=opened.unused,
-        workers=workers or default_workers(),
-        force=force,
-    )
+    ledger = ingest_fields(screen=screen, options=options, workers=workers or default_workers(), force=force, **vars(opened))
     click.echo(ledger.table())
     click.echo(f"screen {screen}, ledger {screen / 'ledger.json'}")
     if keep_fields is not None:

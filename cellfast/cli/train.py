@@ -40,7 +40,8 @@ def train(
 ) -> None:
     """Train an encoder on SCREEN's cells by contrastive learning (SimCLR) and write RUN.
 
-    Several processes: torchrun --standalone --nproc-per-node N -m cellfast train SCREEN -o RUN …; the loss is then over the global minibatch.
+    Several processes: torchrun --standalone --nproc-per-node N -m cellfast train SCREEN -o RUN …; the loss is then over the
+    global minibatch.
     """
     from cellfast.api import train as run_training
     from cellfast.errors import option

@@ -68,12 +68,14 @@ class BlockWork:
         values = np.concatenate(self.values) if self.values else np.zeros((0, 0), np.float32)
         if len(values) != self.count:
             raise CellfastError(
-                f"plate {self.block.plate}: {self.count} cells read but {len(values)} embedded; a cell was lost, please report this"
+                f"plate {self.block.plate}: {self.count} cells read but {len(values)} embedded; a cell was lost, please report "
+                "this"
             )
         wrong = int((~np.isfinite(values)).any(axis=1).sum())
         if wrong:
             raise CellfastError(
-                f"plate {self.block.plate}: {wrong} of {self.count} cells have features that are not finite; the model is unusable"
+                f"plate {self.block.plate}: {wrong} of {self.count} cells have features that are not finite; the model is "
+                "unusable"
             )
         return values
 
@@ -202,7 +204,8 @@ def _header(content: memoryview) -> bytes:
 
 
 def _parsed(file: bytes, name: str) -> tuple[pa.Table, dict[str, Any]] | None:
-    """(table, note) of a block's file; None where it is damaged or another block's. Nothing is parsed before the checksum is right."""
+    """(table, note) of a block's file; None where it is damaged or another block's. Nothing is parsed before the checksum is
+    right."""
     content = memoryview(file)[_HEADER_BYTES:]
     if file[:_HEADER_BYTES] != _header(content):
         return None

@@ -1,4 +1,5 @@
-"""Where cells come from: crop stores (here), or fields with their locations (`field_source`). Both hand out the same cells in the same order, piece by piece."""
+"""Where cells come from: crop stores (here), or fields with their locations (`field_source`). Both hand out the same cells in the
+same order, piece by piece."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Block:
 
 @dataclass(frozen=True)
 class PlatePlan:
-    """One plate: its blocks in order, and what its cells are made from; ``inputs``: its files, as `cellfast.screens.inputs` records them."""
+    """One plate: its blocks in order, and what its cells are made from; ``inputs``: its files, as `cellfast.screens.inputs`
+    records them."""
 
     plate: str
     batch: str
@@ -56,7 +58,8 @@ class PlatePlan:
 
 @dataclass
 class Cells:
-    """The cells of one unit: pixels still in their planes (``planes``, ``origins``) or ready (``crops``), and one value per metadata column."""
+    """The cells of one unit: pixels still in their planes (``planes``, ``origins``) or ready (``crops``), and one value per
+    metadata column."""
 
     plate: str
     count: int
@@ -226,7 +229,8 @@ class StoreSource:
         store = self._stores[plan.plate]
         if ledger.cells_written != store.num_cells:
             raise CellfastError(
-                f"plate {plan.plate}: {ledger.cells_written} rows for {store.num_cells} cells; a cell was lost, please report this"
+                f"plate {plan.plate}: {ledger.cells_written} rows for {store.num_cells} cells; a cell was lost, please report "
+                "this"
             )
         if store.ledger is None:
             return PlateLedger(

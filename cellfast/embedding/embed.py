@@ -12,7 +12,7 @@ from cellfast.embedding.cells import StoreSource
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.options import EmbedOptions
 from cellfast.embedding.run import EmbedSummary, embed_source
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 from cellfast.screens import Screen
 from cellfast.screens.cutting import BORDERS
@@ -33,8 +33,8 @@ def embed_screen(
 ) -> EmbedSummary:
     """Write one parquet file per plate, the metadata columns then one column per feature, a row per cell in store order.
 
-    A plate whose file is there and was made from the same crops by the same model in the same way is kept; one that was begun is gone
-    on with.
+    A plate whose file is there and was made from the same crops by the same model in the same way is kept; one that was begun is
+    gone on with.
 
     Args:
         screen: must have the model's channels, crop size and pixel type.
@@ -61,13 +61,15 @@ def embed_fields(
     show_progress: bool = True,
     **options: Any,
 ) -> EmbedSummary:
-    """Embed every located cell of the fields, as if they had been ingested first: the same rows in the same order, equal to rounding.
+    """Embed every located cell of the fields, as if they had been ingested first: the same rows in the same order, equal to
+    rounding.
 
     Each field is read and decoded once, and no crop store is made. A model with ``scaling: plate`` needs each plate's intensity
     percentiles first; its fields are then read twice.
 
     Args:
-        fields: of `cellfast.screens.fields.open_fields`; must have the model's channels and pixel type. The crop size is the model's.
+        fields: of `cellfast.screens.fields.open_fields`; must have the model's channels and pixel type. The crop size is the
+            model's.
         out: folder or fsspec URL.
         border: ``pad``, ``reflect`` or ``drop``, as in `cellfast.screens.ingest_fields`.
         batch_regex: tells the experimental batch from the plate's name.
@@ -77,7 +79,7 @@ def embed_fields(
         CellfastError: as `embed_source`; no fields, one file for two channels or fields, none of some fields tried can be read.
     """
     if border not in BORDERS:
-        raise CellfastError(f"--border must be one of {', '.join(BORDERS)}, got {border!r}")
+        raise CellfastError(f"{option('border')} must be one of {', '.join(BORDERS)}, got {border!r}")
     table, name, asked = fields.table, fields.source, EmbedOptions(**options)
     if not table.fields:
         raise CellfastError(f"{name or 'the image table'} lists no fields")

@@ -1,4 +1,5 @@
-"""Crops to features: a plate's scaling, the model's window, test-time rotations, and minibatches that shrink when memory runs out."""
+"""Crops to features: a plate's scaling, the model's window, test-time rotations, and minibatches that shrink when memory runs
+out."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch.fx.experimental.optimization import fuse
 from cellfast.augment import center_crop
 from cellfast.embedding.cells import CellSource
 from cellfast.embedding.options import FEATURES, ROTATIONS
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 from cellfast.models import SimCLR
 from cellfast.ops.small_maps import use_small_maps
@@ -45,7 +46,7 @@ class CropEncoder:
         if features not in FEATURES:
             raise CellfastError(f"features must be h or z, got {features!r}")
         if tta not in ROTATIONS:
-            raise CellfastError(f"--tta must be one of {', '.join(map(str, ROTATIONS))}, got {tta!r}")
+            raise CellfastError(f"{option('tta')} must be one of {', '.join(map(str, ROTATIONS))}, got {tta!r}")
         self.loaded, self.features, self.device, self.amp, self.tta = model, features, device, amp, tta
         self.network: SimCLR = model.model.to(device=device, memory_format=torch.channels_last).eval()
         self.num_features = self.network.num_features if features == "h" else self.network.config.projection_dim
@@ -67,7 +68,8 @@ class CropEncoder:
 
     @torch.inference_mode()
     def launch(self, crops: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Features float32 [B, F] on the device, which may still be at work on them, of crops uint8 or uint16 [B, C, S, S]; low, high: [C] or [B, C].
+        """Features float32 [B, F] on the device, which may still be at work on them, of crops uint8 or uint16 [B, C, S, S]; low,
+        high: [C] or [B, C].
 
         A minibatch that does not fit in memory is halved, and later ones are cut to the size that went through.
 
@@ -89,7 +91,8 @@ class CropEncoder:
                     raise
                 if size == 1:
                     raise CellfastError(
-                        f"out of memory on {self.device} with one cell at a time: free memory there, or use --device cpu"
+                        f"out of memory on {self.device} with one cell at a time: free memory there, or use "
+                        f"{option('device', 'cpu')}"
                     ) from error
                 self.most = (size + 1) // 2
                 self.on_shrink(size, self.most)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cellfast.declared import check, value
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 FEATURES = ("h", "z")
 FORMATS = ("parquet", "anndata", "cpg")
@@ -41,8 +41,8 @@ class EmbedOptions:
     )
     decode: str = value(
         "auto",
-        "Who decodes fields: host (tifffile), dali (NVIDIA DALI, on a GPU with its decoders), auto: what is faster on the first fields of "
-        "256 or more. The pixels are the same.",
+        "Who decodes fields: host (tifffile), dali (NVIDIA DALI, on a GPU with its decoders), auto: what is faster on the first "
+        "fields of 256 or more. The pixels are the same.",
         choices=("auto", "host", "dali"),
     )
     retries: int = value(2, "More tries for a field that cannot be read, before it is quarantined.", minimum=0)
@@ -50,7 +50,8 @@ class EmbedOptions:
     retry_quarantined: bool = value(False, "Make plates again that were finished with quarantined fields.")
     engine: str = value(
         "local",
-        "ray: Ray Data over a cluster (needs cellfast[ray]); several processes on one or more machines: torchrun -m cellfast embed …",
+        "ray: Ray Data over a cluster (needs cellfast[ray]); several processes on one or more machines: torchrun -m cellfast "
+        "embed …",
         choices=("local", "ray"),
     )
     force: bool = value(False, "Replace files of another model or other cells.")
@@ -58,8 +59,10 @@ class EmbedOptions:
     def __post_init__(self) -> None:
         check(self)
         if self.decode == "dali" and (self.readers == "processes" or self.engine == "ray"):
-            other = "--engine ray" if self.engine == "ray" else "--readers processes"
-            raise CellfastError(f"--decode dali does not go with {other}: DALI decodes in this process, on threads of its own")
+            other = option("engine", "ray") if self.engine == "ray" else option("readers", "processes")
+            raise CellfastError(
+                f"{option('decode', 'dali')} does not go with {other}: DALI decodes in this process, on threads of its own"
+            )
 
     def for_encoder(self) -> dict[str, Any]:
         """What of this `CropEncoder` is told."""

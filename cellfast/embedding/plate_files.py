@@ -1,7 +1,7 @@
 """The files of a plate, in whatever format: written from its blocks, recognised when they are there and whole.
 
-The last file of a plate carries its seal: what its rows are made from, what became of its cells, which files it has. Beside it, in
-``.embed`` and then in ``embeddings.json``, lies a record of that file's checksum.
+The last file of a plate carries its seal: what its rows are made from, what became of its cells, which files it has. Beside it,
+in ``.embed`` and then in ``embeddings.json``, lies a record of that file's checksum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow as pa
 from cellfast.embedding.blocks import BlockFiles
 from cellfast.embedding.cells import PlatePlan
 from cellfast.embeddings_folder import RECORDS, Checksum, checksum
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.printable import masked_values
 from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
@@ -35,7 +35,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Finished:
-    """A plate that is done: its ledger, its quarantined fields, its files relative to the output folder, and the last one's name and record."""
+    """A plate that is done: its ledger, its quarantined fields, its files relative to the output folder, and the last one's name
+    and record."""
 
     ledger: PlateLedger
     quarantined: list[dict[str, str]]
@@ -131,11 +132,13 @@ class PlateFiles(ABC):
             before, content, rows = self.read_seal(name)
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
             raise CellfastError(
-                f"{self.out.path(name)}: damaged or of another format ({error}); delete it, or use --force to make it again"
+                f"{self.out.path(name)}: damaged or of another format ({error}); delete it, or use {option('force', True)} to "
+                "make it again"
             ) from error
         if before is None:
             raise CellfastError(
-                f"{self.out.path(name)}: not written by cellfast embed; choose another folder, or use --force to replace it"
+                f"{self.out.path(name)}: not written by cellfast embed; choose another folder, or use {option('force', True)} to "
+                "replace it"
             )
         if not self._check_origin(plan, before, content) or content is None:
             return None
@@ -169,8 +172,8 @@ class PlateFiles(ABC):
             changed.sort(key=lambda k: (k != "model", k))
             different = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(origin.get(k))}" for k in changed)
             raise CellfastError(
-                f"{self.out.path(self.last_file(plan))}: embedded before from something else ({different}); choose another folder, "
-                "or use --force to replace it"
+                f"{self.out.path(self.last_file(plan))}: embedded before from something else ({different}); choose another "
+                f"folder, or use {option('force', True)} to replace it"
             )
         recorded = content.get("inputs") if content is not None else None
         files = changed_files(recorded, plan.inputs) if recorded is not None and not inputs else None

@@ -17,7 +17,7 @@ from cellfast.embedding.cells import PlatePlan
 from cellfast.embedding.plate_files import PlateFiles
 from cellfast.embedding.wells import CELL_SCHEMA, WELL_SCHEMA, WellSums, as_stored, runs, texts
 from cellfast.embeddings_folder import GALLERY, LEDGER_KEY, Checksum, checksum
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import SITE, WELL
 from cellfast.metadata.names import check_batch
 from cellfast.parquet_footer import leave_room, seal_footer
@@ -59,8 +59,8 @@ class ParquetFiles(PlateFiles):
 class AnnDataFiles(PlateFiles):
     """``<plate>.h5ad``: X [cells, F], obs the metadata columns, var the features, uns["cellfast"] origin and ledger as JSON.
 
-    obs_names are ``<plate>:<row>``. X is written piece by piece in the layout AnnData documents for dense arrays, so that a plate need
-    not fit in memory; obs, var and uns are written by anndata itself.
+    obs_names are ``<plate>:<row>``. X is written piece by piece in the layout AnnData documents for dense arrays, so that a plate
+    need not fit in memory; obs, var and uns are written by anndata itself.
 
     Raises:
         CellfastError: anndata is not installed.
@@ -73,7 +73,9 @@ class AnnDataFiles(PlateFiles):
         try:
             import anndata  # noqa: F401
         except ImportError as error:
-            raise CellfastError("--to anndata needs the package anndata: pip install 'cellfast[anndata]'") from error
+            raise CellfastError(
+                f"{option('formats', 'anndata')} needs the package anndata: pip install 'cellfast[anndata]'"
+            ) from error
 
     def last_file(self, plan: PlatePlan) -> str:
         return f"{plan.file_stem}.h5ad"
@@ -212,7 +214,8 @@ def _read_parquet_seal(out: Folder, name: str) -> tuple[dict[str, Any] | None, d
 
 
 def _write_parquet(path: Path, groups: Rows, schema: pa.Schema, names: list[str], dtype: str, *seal: str) -> None:
-    """Write (metadata, values) pairs, a row group each; statistics and dictionaries for the metadata only: features do not profit."""
+    """Write (metadata, values) pairs, a row group each; statistics and dictionaries for the metadata only: features do not
+    profit."""
     value_type = pa.float32() if dtype == "float32" else pa.float16()
     notes = dict(zip((ORIGIN_KEY, LEDGER_KEY), (text.encode() for text in seal)))
     full = pa.schema([*schema, *((name, value_type) for name in names)], metadata=notes or None)

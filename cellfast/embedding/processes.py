@@ -20,8 +20,8 @@ from cellfast.errors import CellfastError
 from cellfast.storage.locks import elapsed_clock
 
 BEAT_S = 5.0
-# A process that gave no sign for so long is taken to be stopped or dead, and the run ends. One that cannot end by itself then, because
-# it waits for a store that does not answer, is ended `GRACE_S` later.
+# A process that gave no sign for so long is taken to be stopped or dead, and the run ends. One that cannot end by itself then,
+# because it waits for a store that does not answer, is ended `GRACE_S` later.
 PATIENCE_S, GRACE_S = 180.0, 60.0
 # Added to the signs of life of a process that has nothing left to do: no more are to be expected.
 _LEFT = 1 << 40
@@ -29,8 +29,8 @@ AGAIN = "run the same command again: it goes on where this one ended"
 
 
 class BlockQueue:
-    """The blocks of the run, shared by its processes: a counter in their common store hands them out, so that none is done twice and a
-    fast process does more of them.
+    """The blocks of the run, shared by its processes: a counter in their common store hands them out, so that none is done twice
+    and a fast process does more of them.
 
     Args:
         store: torch's store, one per attempt of the run; `OwnStore` for a process on its own.
@@ -125,8 +125,8 @@ class OwnStore:
 class Watch:
     """Notices that a process of the run is stopped or dead, by signs of life in the common store.
 
-    Each process counts up a number of its own; rank 0 looks at all of them, the others at rank 0. Seconds are those of the observer:
-    clocks of two machines are never compared. A process that was stopped itself notices it by its own clock.
+    Each process counts up a number of its own; rank 0 looks at all of them, the others at rank 0. Seconds are those of the
+    observer: clocks of two machines are never compared. A process that was stopped itself notices it by its own clock.
 
     Args:
         store: torch's store.
@@ -230,8 +230,8 @@ def join_processes(device: torch.device) -> tuple[Any, int, int]:
 
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise CellfastError(
-            f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}. "
-            f"Use torchrun --nproc-per-node {torch.cuda.device_count()}"
+            f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}. Use torchrun "
+            f"--nproc-per-node {torch.cuda.device_count()}"
         )
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))

@@ -1,4 +1,5 @@
-"""Embedding with Ray Data: fields are read by tasks on the cluster's CPUs, a pool of actors holds the encoder; lost work is done again."""
+"""Embedding with Ray Data: fields are read by tasks on the cluster's CPUs, a pool of actors holds the encoder; lost work is done
+again."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from cellfast.embedding.blocks import BlockFiles, BlockWork
 from cellfast.embedding.cells import Block, CellSource, PlatePlan
 from cellfast.embedding.encoder import CropEncoder, plate_scaling
 from cellfast.embedding.progress import EmbedProgress
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 
 
@@ -39,9 +40,9 @@ def embed_with_ray(
 ) -> None:
     """Embed the blocks ``todo`` on a Ray cluster (the running one, ``RAY_ADDRESS``, or one started on this machine).
 
-    A task reads and cuts a block, an actor embeds it and writes its file. Ray repeats tasks whose worker or machine died; a block that
-    was written already is simply written again, the same. Images, locations, model and output must be reachable from every machine (a
-    shared disk or URLs).
+    A task reads and cuts a block, an actor embeds it and writes its file. Ray repeats tasks whose worker or machine died; a block
+    that was written already is simply written again, the same. Images, locations, model and output must be reachable from every
+    machine (a shared disk or URLs).
 
     Args:
         written: called here for each block whose file is there.
@@ -53,7 +54,7 @@ def embed_with_ray(
         import ray
         import ray.data
     except ImportError as error:
-        raise CellfastError("--engine ray needs the package ray: pip install 'cellfast[ray]'") from error
+        raise CellfastError(f"{option('engine', 'ray')} needs the package ray: pip install 'cellfast[ray]'") from error
     if not todo:
         return
     started_here = not ray.is_initialized()

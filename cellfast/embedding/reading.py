@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from cellfast.embedding.cells import Cells, CellSource
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 _source: CellSource | None = None
 
@@ -66,7 +66,8 @@ class ReaderPool:
                 broken += 1
                 if broken > 3:
                     raise CellfastError(
-                        "the processes that read fields died repeatedly; use fewer with --workers, or --readers threads"
+                        f"the processes that read fields died repeatedly; use fewer with {option('workers')}, or "
+                        f"{option('readers', 'threads')}"
                     ) from error
                 self._pool.shutdown(wait=False, cancel_futures=True)
                 self._pool = self._make()
@@ -74,7 +75,7 @@ class ReaderPool:
                 waiting = [(k, u, self._submit(u)) for k, u in again]
                 continue
             except MemoryError as error:
-                raise CellfastError("out of memory while reading fields; use fewer readers with --workers") from error
+                raise CellfastError(f"out of memory while reading fields; use fewer readers with {option('workers')}") from error
             yield key, cells
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ from cellfast.embeddings_folder import (
     is_ledger,
     ledger_checksums,
 )
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 from cellfast.screens.ingest import default_workers
 from cellfast.screens.unfinished import command_line
@@ -87,15 +87,15 @@ def embed_source(
 ) -> EmbedSummary:
     """Embed every cell of ``source`` and write the files of its plates, ``embeddings.json`` and ``quarantine.csv``.
 
-    Finished plates are kept; of the others the blocks that an earlier run finished are. Under torchrun every process calls this with the
-    same arguments.
+    Finished plates are kept; of the others the blocks that an earlier run finished are. Under torchrun every process calls this
+    with the same arguments.
 
     Args:
         out: folder or fsspec URL.
 
     Raises:
-        CellfastError: source and model do not fit, another run holds the output, files of something else are in the way, no space left,
-            or no cell at all.
+        CellfastError: source and model do not fit, another run holds the output, files of something else are in the way, no space
+            left, or no cell at all.
     """
     bits = 8 * np.dtype(source.dtype).itemsize
     model.check_screen(source.name, source.channel_names, source.crop_size, bits)
@@ -105,7 +105,7 @@ def embed_source(
     encoder = CropEncoder(model, device=device, **options.for_encoder())
     store, rank, world_size = join_processes(device)
     if world_size > 1 and options.engine == "ray":
-        raise CellfastError("--engine ray spreads the work itself: start it without torchrun")
+        raise CellfastError(f"{option('engine', 'ray')} spreads the work itself: start it without torchrun")
     run = EmbedRun(source, encoder, folder, options, show_progress and rank == 0)
     with ExitStack() as stack:
         watch = Watch(store, rank, world_size).start() if world_size > 1 else None
@@ -171,12 +171,13 @@ class EmbedRun:
         self.notes += [f"plate {plate} is embedded again: {why}" for plate, why in remade.items()]
         if unrecorded := set().union(*(one.unrecorded for one in self.formats)) & set(kept):
             self.notes.append(
-                f"{len(unrecorded)} plates were embedded before the sizes and times of files were recorded; they are kept, whatever became "
-                "of their files: --force embeds them again"
+                f"{len(unrecorded)} plates were embedded before the sizes and times of files were recorded; they are kept, "
+                f"whatever became of their files: {option('force', True)} embeds them again"
             )
         if changed := [name for one in self.formats for name in one.damaged]:
             self.tell(
-                f"{len(changed)} files of finished plates were changed or damaged since ({changed[0]}); their plates are made again"
+                f"{len(changed)} files of finished plates were changed or damaged since ({changed[0]}); their plates are made "
+                "again"
             )
         if self.blocks.damaged:
             self.tell(f"{self.blocks.damaged} block files were damaged; those blocks are computed again")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata import columns
 from cellfast.metadata.counts import CELL_COUNT
 
@@ -24,7 +24,8 @@ WELL_SCHEMA = pa.schema(
 
 
 class WellSums:
-    """Sums over the cells of each well, added up piece by piece; wells in order of appearance, each with its first row's metadata."""
+    """Sums over the cells of each well, added up piece by piece; wells in order of appearance, each with its first row's
+    metadata."""
 
     def __init__(self) -> None:
         self._wells: dict[str, list[Any]] = {}  # [a table of one row, number of cells, float64 [F]]
@@ -71,7 +72,8 @@ def as_stored(values: np.ndarray, dtype: str, plate: str) -> np.ndarray:
         halves = values.astype(np.float16)
     if not np.isfinite(halves).all():
         raise CellfastError(
-            f"plate {plate}: features up to {np.abs(values).max():g} do not fit float16 (65,504 at most); use --dtype float32"
+            f"plate {plate}: features up to {np.abs(values).max():g} do not fit float16 (65,504 at most); use "
+            f"{option('dtype', 'float32')}"
         )
     return halves
 

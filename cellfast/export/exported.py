@@ -20,7 +20,7 @@ from cellfast import __version__
 from cellfast.atomic import atomic_path
 from cellfast.augment import center_crop
 from cellfast.bounded import check_claim, check_torch_file
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.export.formats import FORMATS, METADATA_NAME, Program, quiet, require_onnx
 from cellfast.model_file import LoadedModel
 from cellfast.screens import Screen
@@ -105,8 +105,8 @@ def export_model(
             absolute, relative = _compare(exported, model, features, samples)
         if not relative <= TOLERANCE:
             raise CellfastError(
-                f"the exported model's features differ from the Python model's by {relative:.2g} of their size "
-                f"({absolute:.2g}), more than {TOLERANCE:g}; {path} was not written. Try another --format, and please report this"
+                f"the exported model's features differ from the Python model's by {relative:.2g} of their size ({absolute:.2g}), "
+                f"more than {TOLERANCE:g}; {path} was not written. Try another {option('format')}, and please report this"
             )
         size = temporary.stat().st_size
     cells = sum(len(crops) for crops, _, _ in samples)
@@ -120,7 +120,9 @@ def check_target(path: Path, format: str | None, source: Path, *, force: bool) -
     if format is None:
         format = next((name for name, kind in FORMATS.items() if path.suffix in kind.suffixes), None)
         if format is None:
-            raise CellfastError(f"{path}: the suffix {path.suffix!r} names no format ({known}); choose one, or give --format")
+            raise CellfastError(
+                f"{path}: the suffix {path.suffix!r} names no format ({known}); choose one, or give {option('format')}"
+            )
     if format not in FORMATS:
         raise CellfastError(f"format {format!r} is not known: choose one of {', '.join(FORMATS)}")
     suffixes = FORMATS[format].suffixes
@@ -133,7 +135,7 @@ def check_target(path: Path, format: str | None, source: Path, *, force: bool) -
     if path.is_dir():
         raise CellfastError(f"{path} is a folder: expected the name of a file to write")
     if path.exists() and not force:
-        raise CellfastError(f"{path} exists: choose another name, or use --force to replace it")
+        raise CellfastError(f"{path} exists: choose another name, or use {option('force', True)} to replace it")
     return format
 
 
@@ -239,7 +241,8 @@ class ExportedModel:
         """
         if self.takes_scaling != (low is not None and high is not None) or (low is None) != (high is None):
             raise CellfastError(
-                f"{self.path}: this model is scaled {'per plate: give low and high' if self.takes_scaling else 'inside: low and high are not its inputs'}"
+                f"{self.path}: this model is scaled "
+                f"{'per plate: give low and high' if self.takes_scaling else 'inside: low and high are not its inputs'}"
             )
         scaling = () if low is None or high is None else (low.to(self.device), high.to(self.device))
         fixed, count = self.metadata["inputs"][0]["shape"][0], len(crops)
@@ -268,7 +271,8 @@ def load_exported(path: str | os.PathLike[str], device: str | torch.device = "cp
 def _compare(
     exported: ExportedModel, model: LoadedModel, features: str, samples: list[tuple[Tensor, Tensor, Tensor]]
 ) -> tuple[float, float]:
-    """(largest absolute, largest relative) difference of a written program from the Python model; crops go in singly and together."""
+    """(largest absolute, largest relative) difference of a written program from the Python model; crops go in singly and
+    together."""
     absolute = relative = 0.0
     for crops, low, high in samples:
         x = center_crop(crops, low, high, model.output_size, memory_format=torch.channels_last)
@@ -304,7 +308,7 @@ def _screen_samples(model: LoadedModel, screen: Screen, count: int) -> list[tupl
     """Crops spread evenly over the screen's cells, by plate, with each plate's scaling."""
     model.check_screen(str(screen.path), screen.channel_names, screen.crop_size, 8 * np.dtype(screen.dtype).itemsize)
     if screen.num_cells == 0:
-        raise CellfastError(f"{screen.path} holds no cells to check on: give another screen, or leave out --check")
+        raise CellfastError(f"{screen.path} holds no cells to check on: give another screen, or leave out {option('check')}")
     rows = np.unique(np.linspace(0, screen.num_cells - 1, min(count, screen.num_cells)).round().astype(np.int64))
     samples = []
     for number, store in enumerate(screen.plates):

@@ -91,7 +91,7 @@ class _ScreenScaled(_Program):
 
     def forward(self, crops: Tensor) -> Tensor:
         self.check(crops)
-        return self.embed(crops, self.low, self.inverse)
+        return self.embed(crops, self.low, self.inverse)  # type: ignore[arg-type]
 
 
 class _PlateScaled(_Program):
@@ -162,10 +162,12 @@ def _write_onnx(model: LoadedModel, features: str, batch_size: int | None, metad
     if batch_size is None:
         sizes = ({0: "batch"}, *sizes[1:])
     with torch.no_grad():
-        proto = torch.onnx.export(
+        exported = torch.onnx.export(
             program, inputs, dynamo=True, dynamic_shapes=sizes, input_names=[i["name"] for i in metadata["inputs"]],
             output_names=["features"], external_data=False, verbose=False,
-        ).model_proto  # fmt: skip
+        )  # fmt: skip
+    assert exported is not None
+    proto = exported.model_proto
     entry = proto.metadata_props.add()
     entry.key, entry.value = METADATA_NAME, json.dumps(metadata, ensure_ascii=False)
     onnx.checker.check_model(proto)
@@ -205,12 +207,13 @@ FORMATS: dict[str, Format] = {
 
 
 def require_onnx() -> None:
-    """Raise `CellfastError` naming the packages of the extra ``cellfast[onnx]`` that are not installed, and the command that installs them."""
+    """Raise `CellfastError` naming the packages of the extra ``cellfast[onnx]`` that are not installed, and the command that
+    installs them."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CellfastError(
-            f"ONNX needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}, not installed here: "
-            "pip install 'cellfast[onnx]'"
+            f"ONNX needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}, not installed here: pip install "
+            "'cellfast[onnx]'"
         )
 
 

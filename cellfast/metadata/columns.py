@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -177,8 +178,8 @@ def check_doubled(columns: Sequence[str], where: str) -> None:
     Raises:
         CellfastError: names the columns.
     """
-    seen: set[str] = set()
-    doubled = sorted({c for c in columns if c in seen or seen.add(c)})
+    seen = set(columns)
+    doubled = sorted(c for c, times in Counter(columns).items() if times > 1)
     if doubled:
         raise CellfastError(
             f"{where}: two columns are named '{doubled[0]}'"

@@ -56,8 +56,8 @@ class Table(Protocol):
         ...
 
     def blocks(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
-        """The named columns as floats [≤ ROWS_PER_BLOCK, len(columns)], in row order, missing as NaN; a block is valid until the next is
-        asked for.
+        """The named columns as floats [≤ ROWS_PER_BLOCK, len(columns)], in row order, missing as NaN; a block is valid until the
+        next is asked for.
 
         Raises:
             CellfastError: a value is no number (names column, row and value).
@@ -221,7 +221,8 @@ def open_table(file: str | os.PathLike[str], *, shown: str | None = None, consta
 
 
 def partition_values(file: Path, folder: Path) -> dict[str, str]:
-    """The columns that the folders between ``folder`` and ``file`` name: ``{"plate": "000123"}`` of ``plate=000123/part-0.parquet``."""
+    """The columns that the folders between ``folder`` and ``file`` name: ``{"plate": "000123"}`` of
+    ``plate=000123/part-0.parquet``."""
     parts = [part.split("=", 1) for part in file.relative_to(folder).parts[:-1] if "=" in part]
     return {key: "" if value == _NULL_PARTITION else unquote(value) for key, value in parts}
 

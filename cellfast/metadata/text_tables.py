@@ -189,7 +189,7 @@ class TextTable:
         self._broken: dict[str, tuple[int, str]] = {}
         self._parse()
         assert self._texts is not None
-        self.num_rows = len(self._texts)
+        self.num_rows: int = len(self._texts)
 
     def _chunks(self, nrows: int | None = None, **options: Any) -> Iterator[pd.DataFrame]:
         """Blocks of rows as pandas reads them; all text unless ``options`` say otherwise."""
@@ -219,7 +219,7 @@ class TextTable:
 
     def _parse(self) -> None:
         numeric = [c for c in self.numeric_columns if c not in self._broken]
-        options = {
+        options: dict[str, Any] = {
             "dtype": {c: np.float64 if c in set(numeric) else str for c in self.all_columns},
             "na_values": {c: _MISSING for c in numeric},
             "decimal": self._decimal,

@@ -8,7 +8,7 @@ does the work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def _runs(size: int, out: int, taps: int, stride: int, padding: int) -> list[tup
 
 
 def _products(
-    size: tuple[int, int], out: tuple[int, int], taps: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+    size: Sequence[int], out: Sequence[int], taps: Sequence[int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, slice], tuple[int, slice]]]:
     """(output position), (row, run of columns) of the map, (row, run of columns) of the filter, for every product there is."""
     rows, columns = (_runs(*axis) for axis in zip(size, out, taps, stride, padding))
@@ -160,5 +160,5 @@ def use_small_maps(module: nn.Module, enabled: bool = True) -> nn.Module:
         if enabled and _suits(child):
             child.__class__ = SmallMapConv2d
         elif not enabled and type(child) is SmallMapConv2d:
-            child.__class__ = nn.Conv2d
+            child.__class__ = nn.Conv2d  # type: ignore[assignment]
     return module

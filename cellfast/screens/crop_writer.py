@@ -24,7 +24,7 @@ from cellfast.screens import schema, sealed
 
 
 @njit()
-def _add_histogram(crops, histogram, stride):  # pragma: no cover - compiled
+def _add_histogram(crops: np.ndarray, histogram: np.ndarray, stride: int) -> None:  # pragma: no cover - compiled
     n, channels, height, width = crops.shape
     for i in range(n):
         for c in range(channels):

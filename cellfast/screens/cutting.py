@@ -29,7 +29,9 @@ def inside(origins: np.ndarray, crop_size: int, height: int, width: int) -> np.n
 
 
 @njit()
-def _cut(plane, origins, out, channel, reflect):  # pragma: no cover - compiled
+def _cut(
+    plane: np.ndarray, origins: np.ndarray, out: np.ndarray, channel: int, reflect: bool
+) -> None:  # pragma: no cover - compiled
     height, width = plane.shape
     size = out.shape[2]
     for i in range(origins.shape[0]):

@@ -3,7 +3,8 @@ it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -92,7 +93,8 @@ class FieldPlanes:
 
     reader: FieldReader
     field: Field
-    _planes: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    # Its attribute above would be meant by `field`.
+    _planes: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     facts: PlaneFacts | None = None
 
     def __call__(self, channel: int) -> np.ndarray:

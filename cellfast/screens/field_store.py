@@ -1,11 +1,11 @@
 """Whole fields in one HDF5 file as they were written by the microscope: encoded TIFF bytes, to be decoded where they are needed.
 
-Layout (attribute ``format`` = ``cellfast-fields``, ``version`` = 1): ``encoded`` uint8 [total], the files one after the other, field by
-field and channel by channel; ``offsets`` int64 [N · C + 1]; attributes ``num_fields``, ``num_channels``, ``height``, ``width``,
-``dtype`` (``uint16`` or ``uint8``), ``channel_names``; ``files`` (optional): N · C names, by which the store stands in for the folder the
-images came from (``--image-root FIELDS.h5``); ``crc32`` uint32 [N · C], of each file's bytes. A seal (`cellfast.screens.sealed`) covers
-all but ``encoded``. Stores of earlier versions, without seal and ``crc32``, are read too, and files of others whose ``encoded`` is a
-variable-length uint8 dataset [N, C].
+Layout (attribute ``format`` = ``cellfast-fields``, ``version`` = 1): ``encoded`` uint8 [total], the files one after the other,
+field by field and channel by channel; ``offsets`` int64 [N · C + 1]; attributes ``num_fields``, ``num_channels``, ``height``,
+``width``, ``dtype`` (``uint16`` or ``uint8``), ``channel_names``; ``files`` (optional): N · C names, by which the store stands in
+for the folder the images came from (``--image-root FIELDS.h5``); ``crc32`` uint32 [N · C], of each file's bytes. A seal
+(`cellfast.screens.sealed`) covers all but ``encoded``. Stores of earlier versions, without seal and ``crc32``, are read too, and
+files of others whose ``encoded`` is a variable-length uint8 dataset [N, C].
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cellfast.screens.tiff import check_page, open_tiff, read_alike
 from cellfast.storage.urls import is_url, read_bytes
 
 FORMAT, VERSION = "cellfast-fields", 1
-AGAIN = "write it again with cellfast ingest fields --keep-fields"
+AGAIN = "write it again with `cellfast ingest fields … --keep-fields`"
 
 
 def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tuple[int, int], bool]:
@@ -44,7 +44,8 @@ def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tupl
     """
     try:
         with open_tiff(source, name) as (tiff, tags, size):
-            page, pages = tiff.pages[0], len(tiff.pages)
+            page: Any = tiff.pages[0]
+            pages = len(tiff.pages)
             shape, dtype = page.shape, page.dtype
             check_page(page, name, size)
             plain = pages == 1 and read_alike(page, tags, size)
@@ -69,8 +70,8 @@ def write_field_store(
 ) -> list[str]:
     """Keep the TIFF files of fields in one HDF5 file, byte for byte, and return what was not (one line each).
 
-    Greyscale files that decoders take differently (a palette, an inverted scale, a turned orientation, strips that do not fit the rows;
-    `cellfast.screens.tiff.read_alike`) are stored anew as plain uncompressed TIFF.
+    Greyscale files that decoders take differently (a palette, an inverted scale, a turned orientation, strips that do not fit the
+    rows; `cellfast.screens.tiff.read_alike`) are stored anew as plain uncompressed TIFF.
 
     Args:
         files: for each field its C paths or fsspec URLs, in channel order.
@@ -80,8 +81,8 @@ def write_field_store(
         progress: called with 1 after each field.
 
     Raises:
-        CellfastError: no files, two files of one name, or (without ``leave_out``, or where nothing is left) a file that cannot be kept;
-            nothing is then written.
+        CellfastError: no files, two files of one name, or (without ``leave_out``, or where nothing is left) a file that cannot be
+            kept; nothing is then written.
     """
     import h5py
 
@@ -213,7 +214,8 @@ class EncodedFields:
     def _open(self) -> None:
         import h5py
 
-        self._data, self._sums = self._own("encoded"), None
+        self._data = self._own("encoded")
+        self._sums: np.ndarray | None = None
         self._vlen = h5py.check_vlen_dtype(self._data.dtype) is not None
         if self._vlen:
             self._open_vlen()
@@ -362,9 +364,7 @@ class _NamedFiles:
         self.numbers = {name: number for number, name in enumerate(self.store.names())}
         if not self.numbers:
             self.store.close()
-            raise CellfastError(
-                f"{path}: a field store without the names of its files; write it with cellfast ingest fields --keep-fields"
-            )
+            raise CellfastError(f"{path}: a field store without the names of its files; {AGAIN}")
         self.folders: dict[str, set[str]] = {}
         for name in self.numbers:
             parts = name.split("/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cellfast.errors import CellfastError, option
 from cellfast.metadata.joins import unplaced_overrides
@@ -77,7 +78,7 @@ def open_fields(
     placed: set[str] = set()
     for file, join in ((metadata, join_metadata), (moa, join_moa)):
         if file is not None:
-            table, report = join(table, file, later)
+            table, report = join(table, os.fspath(file), later)
             table = replace(table, notes=(*table.notes, *report.notes))
             unmatched += report.unmatched
             unused += report.unused
@@ -92,7 +93,7 @@ def open_fields(
             detect_options={"diameter_px": diameter_px} if diameter_px else None,
             split_components=split_components,
         ),
-        Illumination(illumination, table.illumination) if illumination else None,
+        Illumination(Path(illumination), table.illumination) if illumination else None,
         str(image_table or pattern),
         tuple(unmatched),
         tuple(unused),

@@ -32,7 +32,8 @@ class FileColumns:
     url: str | None = None
 
     def of(self, row: Mapping[Any, Any]) -> tuple[str, str]:
-        """(folder, name) in a row of the table; ``("", "")`` where it names none. Either may be of a URL, or have ``\\`` for ``/``."""
+        """(folder, name) in a row of the table; ``("", "")`` where it names none. Either may be of a URL, or have ``\\`` for
+        ``/``."""
         name = str(row[self.file]).strip() if self.file is not None else ""
         if self.url is not None and (self.folder is None or not name):
             name = str(row[self.url]).strip() or name
@@ -48,10 +49,10 @@ class FileColumns:
 def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: object, notes: list[str]) -> dict[str, FileColumns]:
     """The channels of a table and the columns that name their files.
 
-    Channels are ``[Image_]FileName_<channel>`` or ``URL_[Orig]<channel>``; in a table without any (DeepProfiler's index.csv) each column
-    in which every value is the path of an image. Of those, where ``channels`` names none: not illumination functions, not outlines, not
-    what CellProfiler wrote (it has no ``Channel_`` or ``Frame_`` column where others do); and where several are called ``Orig<channel>``,
-    those alone.
+    Channels are ``[Image_]FileName_<channel>`` or ``URL_[Orig]<channel>``; in a table without any (DeepProfiler's index.csv) each
+    column in which every value is the path of an image. Of those, where ``channels`` names none: not illumination functions, not
+    outlines, not what CellProfiler wrote (it has no ``Channel_`` or ``Frame_`` column where others do); and where several are
+    called ``Orig<channel>``, those alone.
 
     Args:
         channels: to take, in this order; None: all, in the table's order.
@@ -98,7 +99,8 @@ def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: obje
 
 
 def illumination_columns(table: DataFrame, channels: Sequence[str]) -> dict[str, FileColumns]:
-    """The columns that name each channel's illumination function: ``FileName_Illum<channel>``, for OrigDNA also ``FileName_IllumDNA``."""
+    """The columns that name each channel's illumination function: ``FileName_Illum<channel>``, for OrigDNA also
+    ``FileName_IllumDNA``."""
     listed = {name.lower(): columns for name, columns in _listed(table).items()}
     found = {}
     for channel in channels:
@@ -171,7 +173,8 @@ def found_columns(table: DataFrame) -> str:
 
 
 def image_root_of(image_root: str | os.PathLike[str]) -> Path | str:
-    """The folder, or the URL of a remote folder or of a field store, that ``image_root`` names; raises `CellfastError` for none."""
+    """The folder, or the URL of a remote folder or of a field store, that ``image_root`` names; raises `CellfastError` for
+    none."""
     if is_url(image_root):
         fs, key = file_system(str(image_root).rstrip("/"))
         if not fs.isdir(key):
@@ -202,7 +205,8 @@ def file_finder(root: Path | str) -> FileFinder | RemoteFinder:
 
 
 def _spellings(folder: str, name: str) -> list[tuple[list[str], str]]:
-    """(names of the folders, name of the file) as they may be on a disk: as written, and with ``%20`` and its kin read as a URL's."""
+    """(names of the folders, name of the file) as they may be on a disk: as written, and with ``%20`` and its kin read as a
+    URL's."""
     scheme = _SCHEME.match(folder) if is_url(folder) or folder.lower().startswith("file:") else None
     plain = folder[scheme.end() :] if scheme else folder
     both = [(plain, name), (unquote(plain), unquote(name))]
@@ -222,7 +226,8 @@ def _under_plate(parts: list[str], plate: str) -> bool:
 
 
 class FileFinder:
-    """Where a table's file lies: as given, or under the image root with more or less of the table's folders, a folder of the plate's name first."""
+    """Where a table's file lies: as given, or under the image root with more or less of the table's folders, a folder of the
+    plate's name first."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -234,8 +239,8 @@ class FileFinder:
         if not name:
             return ""
         known = self._folders.get((folder, plate))
-        for last in dict.fromkeys((name, unquote(name))) if known is not None else ():
-            if (known / last).is_file():
+        for last in dict.fromkeys((name, unquote(name))):
+            if known is not None and (known / last).is_file():
                 return str(known / last)
         spellings = _spellings(folder, name)
         for parts, last in spellings:
@@ -315,14 +320,14 @@ def check_files(fields: Sequence[Any], channel_names: Sequence[str]) -> None:
             twice = next(file for file, count in Counter(named).items() if count > 1)
             names = [name for name, file in zip(channel_names, files) if file == twice]
             raise CellfastError(
-                f"{where}: channels {' and '.join(names)} name the same file, {twice}; "
-                f"correct the image table, or choose other channels with {option('channels')}"
+                f"{where}: channels {' and '.join(names)} name the same file, {twice}; correct the image table, or choose other "
+                f"channels with {option('channels')}"
             )
         for file in named:
             other = owner.setdefault(file, field)
             if other is not field and (is_url(file) or os.path.isfile(file)):
                 raise CellfastError(
-                    f"{where} and plate {other.plate}, well {other.well}, site {other.site} have one file, {file}; correct the image "
-                    f"table, or give {option('image_root')} a folder in which each plate's files lie in a folder of their own, as the "
-                    "table names it"
+                    f"{where} and plate {other.plate}, well {other.well}, site {other.site} have one file, {file}; correct the "
+                    f"image table, or give {option('image_root')} a folder in which each plate's files lie in a folder of their "
+                    "own, as the table names it"
                 )

@@ -51,7 +51,8 @@ def plate_path(screen: Path, plate: str) -> Path:
 
 
 def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
-    """The ledger of a plate that an earlier run finished from the same files with the same options; None, and why, where there is none to keep.
+    """The ledger of a plate that an earlier run finished from the same files with the same options; None, and why, where there is
+    none to keep.
 
     Of a plate that was made before files were recorded the ledger comes with a reason.
 
@@ -141,8 +142,8 @@ def run_plates(
             unrecorded += bool(why)
     if unrecorded:
         notes.append(
-            f"{unrecorded} plates were made before the sizes and times of files were recorded; they are kept, whatever became of their "
-            f"files: {option('force', True)} makes them again"
+            f"{unrecorded} plates were made before the sizes and times of files were recorded; they are kept, whatever became of "
+            f"their files: {option('force', True)} makes them again"
         )
     if todo:
         unfinished.begin(todo[0].path.parent.parent, [task.plate for task in tasks])
@@ -247,7 +248,8 @@ def ingesting(screen: Path) -> Iterator[None]:
 
 
 def other_plates(screen: Path, tasks: Sequence[PlateTask]) -> list[str]:
-    """A note naming the plates in the screen folder that are not of this ingest: they stay part of the screen, this ledger leaves them out."""
+    """A note naming the plates in the screen folder that are not of this ingest: they stay part of the screen, this ledger leaves
+    them out."""
     ours = {task.path.name for task in tasks}
     others = sorted(p.stem for p in (screen / "plates").glob("*.h5") if not p.name.startswith(".") and p.name not in ours)
     if not others:

@@ -231,7 +231,7 @@ def ingest_crop_plate(task: PlateTask) -> PlateLedger:
             writer.append_field(
                 np.stack(crops),
                 well=str(well),
-                site=int(site),
+                site=int(str(site)),
                 source_files=[str(Path(first.file).parent)] * shape[0],
                 compound=first.compound,
                 concentration=first.concentration,

@@ -119,9 +119,10 @@ def ingest_fields(
 ) -> Ledger:
     """Cut every located cell out of its field and write one crop store per plate and the ledger.
 
-    A field that cannot be used (missing, unreadable, planar, multi-page, colour, another size or type than the rest, constant, the same
-    image in two channels) is refused with its reason and the rest goes on, unless ``options.strict``. A plate that an earlier run
-    finished with the same options is kept where its tables, images and locations are unchanged, and else made again, which a note says.
+    A field that cannot be used (missing, unreadable, planar, multi-page, colour, another size or type than the rest, constant,
+    the same image in two channels) is refused with its reason and the rest goes on, unless ``options.strict``. A plate that an
+    earlier run finished with the same options is kept where its tables, images and locations are unchanged, and else made again,
+    which a note says.
 
     Args:
         table: fields and channels, treatments joined.
@@ -134,7 +135,8 @@ def ingest_fields(
         force: make plates again that are there already.
 
     Raises:
-        CellfastError: no cell written, one file for two channels or fields, a plate made otherwise before, or (strict) an unusable field.
+        CellfastError: no cell written, one file for two channels or fields, a plate made otherwise before, or (strict) an
+            unusable field.
     """
     options = options or FieldIngestOptions()
     screen = Path(screen)
@@ -180,7 +182,8 @@ def ingest_fields(
 
 
 def field_table_digest(fields: Sequence[Field]) -> str:
-    """SHA-256 of where the fields were taken, their files (of URLs without secrets: a new signature is no new file) and treatments."""
+    """SHA-256 of where the fields were taken, their files (of URLs without secrets: a new signature is no new file) and
+    treatments."""
 
     def files(field: Field) -> list[str]:
         return [masked(file, opaque=False) if is_url(file) else file for file in field.files]

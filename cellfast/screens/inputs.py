@@ -80,7 +80,8 @@ def _listing(folder: str) -> dict[str, list[Any]]:
 
 
 def field_inputs(fields: Sequence[Field], locations: LocationSource, times: FileTimes) -> dict[str, str]:
-    """``{"A01 site 1": "<images> <locations>"}``: digests of the names, sizes and times of each field's images and of the file of its cells."""
+    """``{"A01 site 1": "<images> <locations>"}``: digests of the names, sizes and times of each field's images and of the file of
+    its cells."""
     record = {}
     for one in fields:
         own = locations.file(one)

@@ -27,9 +27,11 @@ def check_not_there(path: Path, *, force: bool) -> None:
 
 
 def keep_fields(table: ImageTable, image_root: str, path: Path, *, show_progress: bool = True) -> tuple[int, list[str]]:
-    """Write the field store of a table's images; returns how many fields it has, and what was left out or stored anew, one line each.
+    """Write the field store of a table's images; returns how many fields it has, and what was left out or stored anew, one line
+    each.
 
-    The files keep the names they have under ``image_root``, so that the store as ``image_root`` reads the same table from the store.
+    The files keep the names they have under ``image_root``, so that the store as ``image_root`` reads the same table from the
+    store.
 
     Raises:
         CellfastError: no field can be kept; nothing is then written.

@@ -88,8 +88,8 @@ class PlateLedger:
         """Raise `CellfastError` when the sums do not agree: then a cell was lost, which is a defect of this program."""
         if self.cells_found != self.cells_written + sum(self.cells_dropped.values()):
             raise CellfastError(
-                f"plate {self.plate}: {self.cells_found} cells found, but {self.cells_written} written and {dict(self.cells_dropped)} dropped; "
-                "a cell was lost, please report this"
+                f"plate {self.plate}: {self.cells_found} cells found, but {self.cells_written} written and "
+                f"{dict(self.cells_dropped)} dropped; a cell was lost, please report this"
             )
         if self.fields_listed != self.fields_written + sum(self.fields_refused.values()):
             raise CellfastError(
@@ -174,7 +174,8 @@ class Ledger:
 
 
 def ledger_text(counts: Iterable[tuple[str, int, str]], complaints: Mapping[str, Sequence[str]], file: str, limit: int) -> str:
-    """A ledger as text: a line per count (name, number, remark), then the first ``limit`` complaints of each kind; ``file`` has the rest."""
+    """A ledger as text: a line per count (name, number, remark), then the first ``limit`` complaints of each kind; ``file`` has
+    the rest."""
     lines = [f"{printable(name):<34}{number:>14,}{remark}" for name, number, remark in counts]
     for title, items in complaints.items():
         if items:

@@ -68,11 +68,13 @@ class LocationSource(Protocol):
         ...
 
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
-        """The cells of ``field``; ``planes(channel)`` reads a plane. Raises `LocationError` when the source has nothing for the field."""
+        """The cells of ``field``; ``planes(channel)`` reads a plane. Raises `LocationError` when the source has nothing for the
+        field."""
         ...
 
     def file(self, field: Field) -> str | None:
-        """The file of this one field's cells, whose change means that they are located anew; None: there is none, or one for all fields."""
+        """The file of this one field's cells, whose change means that they are located anew; None: there is none, or one for all
+        fields."""
         ...
 
     def unused(self, fields: Sequence[Field]) -> str | None:
@@ -192,8 +194,8 @@ class TableLocations:
 
     @classmethod
     def read(cls, path: Path | str, fields: Sequence[Field]) -> TableLocations:
-        """Read the table and group it by field: by plate, well and site where it has all three, else by ImageNumber (with its plate where it
-        has one), else by plate and well where a well has one field.
+        """Read the table and group it by field: by plate, well and site where it has all three, else by ImageNumber (with its
+        plate where it has one), else by plate and well where a well has one field.
 
         Raises:
             CellfastError: no centroid columns, no key, a key that fits several fields, an image number that contradicts the well.
@@ -225,8 +227,8 @@ class TableLocations:
             several = [w for w, n in Counter((f.plate, f.well) for f in fields).items() if n > 1]
             if several:
                 raise CellfastError(
-                    f"{path}: it has no column with the site, and plate {several[0][0]}, well {several[0][1]} has several fields: add that "
-                    "column, or ImageNumber to both tables"
+                    f"{path}: it has no column with the site, and plate {several[0][0]}, well {several[0][1]} has several "
+                    "fields: add that column, or ImageNumber to both tables"
                 )
             site_of = {(f.plate, f.well): f.site for f in fields}
             keys = [(p, w, site_of.get((p, w), 1)) for p, w in zip(known[PLATE], known[WELL])]
@@ -300,8 +302,8 @@ def _check_images(keys: Sequence[tuple[Any, ...]], images: pd.Series | None, fie
         expected = of_field.get(key, -1)
         if expected >= 0 and image >= 0 and image != expected:
             raise CellfastError(
-                f"{path}, row {row + 2}: ImageNumber {image} contradicts plate {key[0]}, well {key[1]}, site {key[2]}, which is image "
-                f"{expected} of the image table; correct one, or remove the column ImageNumber from one of the tables"
+                f"{path}, row {row + 2}: ImageNumber {image} contradicts plate {key[0]}, well {key[1]}, site {key[2]}, which is "
+                f"image {expected} of the image table; correct one, or remove the column ImageNumber from one of the tables"
             )
 
 
@@ -317,8 +319,8 @@ def _check_one_plate(fields: Sequence[Field], path: Path | str) -> None:
 
 @dataclass
 class FolderLocations:
-    """A CSV per field: DeepProfiler's ``<plate>/<well>-<site>-Nuclei.csv``, CellProfiler's ``<plate>-<well>-<site>/Nuclei.csv`` and their
-    kin, as `cellfast.metadata.paths.centroid_place` tells them.
+    """A CSV per field: DeepProfiler's ``<plate>/<well>-<site>-Nuclei.csv``, CellProfiler's ``<plate>-<well>-<site>/Nuclei.csv``
+    and their kin, as `cellfast.metadata.paths.centroid_place` tells them.
     """
 
     folder: Path | str

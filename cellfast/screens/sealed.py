@@ -47,7 +47,7 @@ def seal(path: str | os.PathLike[str], bulk: str) -> None:
     with open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.write(np.array(ranges, "<i8").tobytes())
-        content = {"size": file.tell(), "hdf5": size, "ranges": len(ranges)}
+        content: dict[str, Any] = {"size": file.tell(), "hdf5": size, "ranges": len(ranges)}
         content["sha256"] = _digest(file, ranges, content["size"])
         file.seek(0)
         file.write(_block(content))
@@ -192,6 +192,7 @@ def try_unsealed(paths: Iterable[Path], opener: type) -> None:
     code = f"import sys; sys.path.insert(0, {package!r}); from {__name__} import _trial; _trial(*sys.argv[1:])"
     command = [sys.executable, "-c", code, opener.__module__, opener.__qualname__, *map(str, todo)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
     try:
         for path, ended in zip(todo, _answers(process, [OPENING_S + path.stat().st_size / 1e9 for path in todo])):
             if ended is not None:
@@ -205,6 +206,7 @@ def try_unsealed(paths: Iterable[Path], opener: type) -> None:
 
 def _answers(process: subprocess.Popen, seconds: Sequence[float]) -> Iterator[str | None]:
     """For each file None, or what happened to the process that opened it."""
+    assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         for limit in seconds:

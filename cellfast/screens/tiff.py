@@ -31,7 +31,7 @@ class Tag(NamedTuple):
 
     code: int
     type: int
-    count: int
+    number: int
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def open_tiff(content: str | os.PathLike[str] | IO[bytes], name: object) -> Iter
     try:
         size = handle.seek(0, os.SEEK_END)
         tags = _tags(handle, size, name)
-        claimed = sum(_VALUE_BYTES.get(tag.type, 1) * tag.count for tag in tags)
+        claimed = sum(_VALUE_BYTES.get(tag.type, 1) * tag.number for tag in tags)
         check_claim(name, "what its tags hold", claimed, size, slack=4096)
         handle.seek(0)
         with tifffile.TiffFile(handle) as tiff:
@@ -172,7 +172,7 @@ def read_alike(page: tifffile.TiffPage, tags: Sequence[Tag], size: int) -> bool:
     if any((c < 32768 and c not in judged | _WITHOUT_EFFECT) or c in _WITH_EFFECT for c in codes):
         return False
     by_code = {tag.code: tag for tag in tags}
-    if any(t.code in _ONE_NUMBER and (t.count != 1 or t.type not in _ONE_NUMBER[t.code]) for t in tags):
+    if any(t.code in _ONE_NUMBER and (t.number != 1 or t.type not in _ONE_NUMBER[t.code]) for t in tags):
         return False
     value = page.tags.valueof
     if not {256, 257, 258, 259, 262} <= by_code.keys() or any(int(value(c, v)) != v for c, v in _ONLY_ONE.items()):
@@ -198,7 +198,7 @@ def read_alike(page: tifffile.TiffPage, tags: Sequence[Tag], size: int) -> bool:
             return False
         lengths = [min(rows, height - first) * width * bits // 8 for first in range(0, height, rows)]
         offsets, counts = by_code[273], by_code[279]
-    if any(tag.count != len(lengths) or tag.type not in (3, 4) for tag in (offsets, counts)):
+    if any(tag.number != len(lengths) or tag.type not in (3, 4) for tag in (offsets, counts)):
         return False
     starts, held = _numbers(value(offsets.code)), _numbers(value(counts.code))
     whole = all(0 < at and 0 < n and at + n <= size for at, n in zip(starts, held))

@@ -41,8 +41,7 @@ class TrainConfig:
     stem: str = value(
         "small",
         "First layers of a ResNet. imagenet: 7x7 stride 2 + pooling; small: 3x3 stride 2 + pooling, same cost; dense: no "
-        "pooling, 4x the "
-        "cost; full: stride 1, 16x. cnn4 has no choice of stem.",
+        "pooling, 4x the cost; full: stride 1, 16x. cnn4 has no choice of stem.",
         choices=STEMS,
         group="Model",
     )
@@ -83,8 +82,8 @@ class TrainConfig:
     loader: str = value("mmap", "Who gathers the cells.", choices=("mmap", "dali"), group="Input")
     feed: str = value(
         "auto",
-        "Where the cells wait: all of them in the device's memory (resident), or read as they are due (stream); auto: resident on a GPU "
-        "where they take at most half of its free memory.",
+        "Where the cells wait: all of them in the device's memory (resident), or read as they are due (stream); auto: resident "
+        "on a GPU where they take at most half of its free memory.",
         choices=("auto", "resident", "stream"),
         group="Input",
     )
@@ -100,8 +99,8 @@ class TrainConfig:
     batch_size: int = value(256, "Cells per minibatch over all processes; each gives two views.", minimum=2, group="Optimisation")
     chunk_size: int | None = value(
         None,
-        "Encode a minibatch in pieces of so many cells per process (gradient caching): the loss still sees all of it, memory is that of "
-        "one piece, time about 4/3. BatchNorm statistics are each piece's. null: in one piece.",
+        "Encode a minibatch in pieces of so many cells per process (gradient caching): the loss still sees all of it, memory is "
+        "that of one piece, time about 4/3. BatchNorm statistics are each piece's. null: in one piece.",
         minimum=1,
         group="Optimisation",
     )
@@ -123,9 +122,8 @@ class TrainConfig:
     momentum: float = value(0.9, "Momentum of LARS.", minimum=0, maximum=1, group="Optimisation")
     schedule: str = value(
         "cosine",
-        "Learning rate after the warm-up: cosine or constant per step; perakis2021: constant for 10 epochs, then a cosine "
-        "per epoch whose "
-        "half period is as many epochs as an epoch has minibatches.",
+        "Learning rate after the warm-up: cosine or constant per step; perakis2021: constant for 10 epochs, then a cosine per "
+        "epoch whose half period is as many epochs as an epoch has minibatches.",
         choices=("cosine", "constant", "perakis2021"),
         group="Optimisation",
     )
@@ -159,8 +157,8 @@ class TrainConfig:
     compile: bool = value(False, "torch.compile the model.", group="Running")
     cuda_graphs: bool = value(
         False,
-        "Record forward and backward once and replay them (CUDA, one process, no chunk_size): for small minibatches, where launching "
-        "kernels takes longer than running them.",
+        "Record forward and backward once and replay them (CUDA, one process, no chunk_size): for small minibatches, where "
+        "launching kernels takes longer than running them.",
         group="Running",
     )
     threads: int | None = value(None, "CPU threads; null: torch's choice.", minimum=1, group="Running")
@@ -188,8 +186,8 @@ class TrainConfig:
 
 
 # perakis2021: the public implementation's last configuration, with its inverted and normalised input. Deviations: views as
-# cellfast.augment's preset says; ImageNet weights are not downloaded (give the file with --weights). Same crops, views and weights
-# give the same losses: tests/test_reference.py.
+# cellfast.augment's preset says; ImageNet weights are not downloaded (give the file with --weights). Same crops, views and
+# weights give the same losses: tests/test_reference.py.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "perakis2021": {
@@ -211,8 +209,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "validation": "random",
         "validation_fraction": 0.05,
     },
-    # About two minutes on two CPU cores on the screen of `cellfast demo`: a small encoder, and stronger blur and per-channel gain than
-    # the default's, because that screen's plates and weeks differ in focus and brightness.
+    # About two minutes on two CPU cores on the screen of `cellfast demo`: a small encoder, and stronger blur and per-channel gain
+    # than the default's, because that screen's plates and weeks differ in focus and brightness.
     "demo": {
         "encoder": "cnn4",
         "batch_size": 128,
@@ -228,7 +226,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # What other programs call these.
 _SYNONYMS = {
     "learning_rate": "lr", "tau": "temperature", "wd": "weight_decay", "batch": "batch_size", "model": "encoder",
-    "arch": "encoder", "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment", "out_dim": "projection_dim",
+    "arch": "encoder", "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment",
+    "out_dim": "projection_dim",
 }  # fmt: skip
 
 
@@ -247,7 +246,8 @@ def check_keys(keys: typing.Iterable[str], where: str) -> None:
 
 
 def _yaml(text: str) -> Any:
-    """The value of a YAML text whose nesting is that of a configuration, and in which nothing stands for a copy of something else.
+    """The value of a YAML text whose nesting is that of a configuration, and in which nothing stands for a copy of something
+    else.
 
     Raises:
         CellfastError: anything else, or not YAML.
@@ -256,11 +256,12 @@ def _yaml(text: str) -> Any:
     try:
         # Events come one by one, whatever the depth; making values of them does not.
         for event in yaml.parse(text, yaml.SafeLoader):
+            where = f"line {event.start_mark.line + 1}" if event.start_mark else "the configuration"
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MOST_YAML_DEPTH:
-                raise CellfastError(f"line {event.start_mark.line + 1}: nested more than {MOST_YAML_DEPTH} deep")
+                raise CellfastError(f"{where}: nested more than {MOST_YAML_DEPTH} deep")
             if isinstance(event, yaml.AliasEvent):
-                raise CellfastError(f"line {event.start_mark.line + 1}: aliases (*name) are not read: write the value itself")
+                raise CellfastError(f"{where}: aliases (*name) are not read: write the value itself")
         return yaml.safe_load(text)
     except CellfastError:
         raise

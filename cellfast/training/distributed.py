@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -186,7 +186,7 @@ def start_processes(device: torch.device) -> Processes:
                 f"the {world_size} processes cannot form a group over {backend}: {error}. Start them with torchrun"
             ) from error
     control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
-    watch = Watch(dist.new_group(backend="gloo", timeout=SILENCE)) if started_here else None
+    watch = Watch(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=SILENCE))) if started_here else None
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Processes(rank, world_size, local_rank, local_world_size, started_here, control, watch)
 
@@ -202,5 +202,5 @@ def synchronise_gradients(module: nn.Module, processes: Processes, device: torch
     wrapped = nn.parallel.DistributedDataParallel
     # torch 2.15 renames the option; buffers are alike at the start either way, since every process has the same seed.
     renamed = "forward_sync_buffers" in inspect.signature(wrapped.__init__).parameters
-    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return wrapped(module, device_ids=ids, gradient_as_bucket_view=True, **buffers)

@@ -401,6 +401,7 @@ class _Training:
             self._not_finite(f"the weights are not finite after step {step}")
         if not self.processes.is_first:
             return
+        assert self.loader is not None
         save_checkpoint(
             self.folder.checkpoint,
             step=step,

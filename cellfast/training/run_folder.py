@@ -48,11 +48,12 @@ class RunFolder:
         return [self.config, self.model, self.metrics, *checkpoints]
 
     def take(self, *, resume: bool, force: bool) -> tuple[Path | None, str]:
-        """Keep other trainings out of the folder and return the checkpoint to go on from (None: start anew) and what to say of it.
+        """Keep other trainings out of the folder and return the checkpoint to go on from (None: start anew) and what to say of
+        it.
 
         Raises:
-            CellfastError: another training writes there; the folder holds a run and neither ``resume`` nor ``force`` is given, or both are;
-                its checkpoints cannot be read.
+            CellfastError: another training writes there; the folder holds a run and neither ``resume`` nor ``force`` is given, or
+                both are; its checkpoints cannot be read.
         """
         if resume and force:
             raise CellfastError(
@@ -65,14 +66,15 @@ class RunFolder:
             checkpoint, note = find_checkpoint(self.checkpoint)
             if checkpoint is None and self.model.exists():
                 raise CellfastError(
-                    f"{self.path} holds a model but no checkpoint to go on from: {option('force', True)} discards it and starts anew, "
-                    "another folder keeps it"
+                    f"{self.path} holds a model but no checkpoint to go on from: {option('force', True)} discards it and starts "
+                    "anew, another folder keeps it"
                 )
             return checkpoint, note or ("" if checkpoint else f"{self.path} holds no checkpoint yet: starting from the beginning")
         found = [p.relative_to(self.path).as_posix() for p in self._files() if p.exists()]
         if found and not force:
             raise CellfastError(
-                f"{self.path} already holds a run ({', '.join(found)}): {option('resume', True)} continues it, {option('force', True)} discards it"
+                f"{self.path} already holds a run ({', '.join(found)}): {option('resume', True)} continues it, "
+                f"{option('force', True)} discards it"
             )
         return None, ""
 

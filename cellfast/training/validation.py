@@ -15,6 +15,7 @@ from cellfast.data.gather import RowGather
 from cellfast.models import SimCLR
 from cellfast.ops import ntxent_loss
 from cellfast.training.gradient_cache import ViewPieces
+from cellfast.training.scaling import PlateScaling
 
 if TYPE_CHECKING:
     from cellfast.screens import Screen
@@ -55,7 +56,7 @@ class Validation:
         screen: Screen,
         rows: np.ndarray,
         two_views: TwoViews,
-        scaling,
+        scaling: PlateScaling,
         *,
         batch_size: int,
         temperature: float,
