@@ -20,11 +20,11 @@ help:
 	@echo "make build     only the environment ($(VENV)) and the extension"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails where there is none"
 	@echo "make check-cuda  compiles the CUDA code for compute capabilities 8.0, 9.0a and 10.0 (no GPU needed); prints registers and spills"
-	@echo "make lint      ruff"
+	@echo "make lint      ruff and mypy"
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
 	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
 	@echo "               [ONLY=step,step] [BUDGET=SECONDS] [RESUME=1]  a part of it; in several calls"
-	@echo "make figures   README's table of figures from benchmarks/results/"
+	@echo "make figures   benchmarks/results/README.md and README's six figures from benchmarks/results/*.json"
 	@echo "VENV=DIR uses another environment; PYTHON=python3.12 another interpreter for a new one; CELLFAST_CUDA=0|1|auto the CUDA part."
 
 build: $(STAMP) .build-stamp
@@ -62,6 +62,7 @@ check-cuda: $(STAMP)
 lint: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 bench: build
 	$(PY) benchmarks/run_all.py --out $(OUT)
@@ -72,7 +73,7 @@ bench-gpu:
 		$(if $(LIMIT),--limit $(LIMIT)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESUME),--resume)
 
 figures: build
-	$(PY) -m cellfast.benchmark.readme
+	$(PY) benchmarks/figures.py
 
 clean:
 	rm -rf build .build-stamp cellfast/*.so *.egg-info .pytest_cache .ruff_cache

@@ -39,7 +39,7 @@ PACKAGES = {
     "torch": "torch", "torchvision": "torchvision", "numpy": "numpy", "setuptools": "setuptools", "packaging": "packaging",
     "click": "click", "yaml": "pyyaml", "h5py": "h5py", "numba": "numba", "pandas": "pandas", "pyarrow": "pyarrow",
     "tifffile": "tifffile", "imagecodecs": "imagecodecs", "PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image",
-    "rich": "rich", "matplotlib": "matplotlib", "tensorboard": "tensorboard", "kornia": "kornia",
+    "matplotlib": "matplotlib", "tensorboard": "tensorboard", "kornia": "kornia",
     "nvidia.dali": "nvidia-dali-cuda130", "pytest": "pytest",
 }  # fmt: skip
 # A kernel that has never run may never end, and an address out of bounds spoils its whole process: those tests have one of their own.

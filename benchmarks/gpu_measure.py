@@ -191,7 +191,7 @@ def embedding(**options: Any) -> Measure:
 def decode(device: str, tiny: bool, report: Report) -> Any:
     import os
 
-    from cellfast.benchmark.device import measure_decode
+    from cellfast.benchmark.decode import measure_decode
     from cellfast.data.dali import require_dali
 
     require_dali()

@@ -1,4 +1,5 @@
-"""Files that are either whole or absent: write beside the target, then rename; what a killed process left is known and removed."""
+"""Files that are either whole or absent: write beside the target, then rename; what a killed process left is known and
+removed."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.printable import masked_values
 
 # The disk is full, the quota is spent, or a file may not grow further.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Whether a process of another machine still lives cannot be asked: what it has not written to for so long is taken to be left over.
+# Whether a process of another machine still lives cannot be asked: what it has not written to for so long is taken to be left
+# over.
 ABANDONED_AFTER_S = 24 * 3600.0
 _NAME_BYTES = 255
 _OWNER = re.compile(r"\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{12}(\.exact)?\.partial")
@@ -33,7 +35,8 @@ def host_name() -> str:
 
 
 def _host_in_a_name() -> str:
-    # Dots part the fields of a name. The process ids of another container with the same name are others' ids: its number tells them apart.
+    # Dots part the fields of a name. The process ids of another container with the same name are others' ids: its number tells
+    # them apart.
     try:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -57,9 +60,11 @@ def process_lives(pid: int) -> bool:
 
 
 def partial_path(target: str | os.PathLike[str]) -> Path:
-    """A new hidden name beside ``target`` for what is not finished, ``.STEM.HOST.PID.RANDOM.partial.SUFFIX``; `is_abandoned` reads it."""
+    """A new hidden name beside ``target`` for what is not finished, ``.STEM.HOST.PID.RANDOM.partial.SUFFIX``; `is_abandoned`
+    reads it."""
     target = Path(target)
-    # The random part keeps two writers apart whose host and process id are alike; the suffix is kept because libraries choose formats by it.
+    # The random part keeps two writers apart whose host and process id are alike; the suffix is kept because libraries choose
+    # formats by it.
     owner = f".{_host_in_a_name()}.{os.getpid()}.{secrets.token_hex(6)}.partial{target.suffix}"
     # Room for `PlateWriter`'s second file, whose name is longer by ".exact".
     stem = target.stem.encode()[: _NAME_BYTES - len(owner.encode()) - 9].decode(errors="ignore")
@@ -117,7 +122,8 @@ def told_when_full(target: str | os.PathLike[str], where: str | os.PathLike[str]
         free = shutil.disk_usage(folder if folder.is_dir() else ".").free
         raise CellfastError(
             f"no space left to write {target} ({free / 2**20:,.0f} MiB free at {folder}; a quota or limit may be lower). "
-            "Nothing is half written, what was finished stays: make room and run the same command again (cellfast train: with --resume)"
+            "Nothing is half written, what was finished stays: make room and run the same command again (a training: with "
+            f"{option('resume', True)})"
         ) from error
 
 
@@ -126,7 +132,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in ``target``'s folder that replaces ``target`` when the block ends without an exception.
 
     Equivalent to writing ``target`` in one indivisible step: readers see the old file or the new one, never a part.
-    The temporary file is removed when the block raises, and so are those that killed processes left of ``target``. Creates the parent folder.
+    The temporary file is removed when the block raises, and so are those that killed processes left of ``target``. Creates the
+    parent folder.
 
     Raises:
         CellfastError: the disk is full; ``target`` stays as it was.

@@ -38,23 +38,23 @@ def size_text(size: float) -> str:
 
 def available_bytes() -> float:
     """Memory this process may still take: the machine's, its control group's, and its own limit; infinite where nothing tells."""
-    least = math.inf
+    least: float = math.inf
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             least = int(line.split()[1]) * 1024
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        used = next((int(line.split()[0]) for line in _lines("/proc/self/statm")), 0) * resource.getpagesize()
-        least = min(least, limit - used)
+        taken = next((int(line.split()[0]) for line in _lines("/proc/self/statm")), 0) * resource.getpagesize()
+        least = min(least, limit - taken)
     for folder, most, used in _GROUPS:
-        taken = _number(f"{folder}/{used}", 0)
+        in_use = _number(f"{folder}/{used}", 0)
         # What the group holds of files is given back when memory is asked for.
         cached = sum(
             int(line.split()[1])
             for line in _lines(f"{folder}/memory.stat")
             if line.startswith(("inactive_file ", "active_file "))
         )
-        least = min(least, _number(f"{folder}/{most}", math.inf) - max(0, taken - cached))
+        least = min(least, _number(f"{folder}/{most}", math.inf) - max(0, in_use - cached))
     return max(0, least)
 
 
@@ -85,7 +85,8 @@ def check_claim(name: object, what: str, claimed: float, held: float, *, most: f
     """
     if claimed > most * held + slack:
         raise CellfastError(
-            f"{name}: damaged: {what} would be {size_text(claimed)}, more than the {size_text(held)} of the file can hold; write it again"
+            f"{name}: damaged: {what} would be {size_text(claimed)}, more than the {size_text(held)} of the file can hold; write "
+            "it again"
         )
     if claimed > ALWAYS_THERE and claimed > (free := available_bytes()):
         raise CellfastError(f"{name}: {what} takes {size_text(claimed)} of memory, and {size_text(free)} are free")
@@ -93,7 +94,8 @@ def check_claim(name: object, what: str, claimed: float, held: float, *, most: f
 
 @contextmanager
 def told(name: object, what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a `CellfastError` that names the file and what it was to be; libraries have kinds of their own."""
+    """Whatever goes wrong inside is a `CellfastError` that names the file and what it was to be; libraries have kinds of their
+    own."""
     try:
         yield
     except CellfastError:
@@ -195,17 +197,18 @@ class _Text(io.RawIOBase):
         packed = path.suffix.lower() == ".gz"
         self._most = min(MOST_TEXT * self._held + TEXT_SLACK, available_bytes()) if packed else math.inf
         self._wide = False  # UTF-16, half of whose bytes are zero
-        self._source = gzip.open(path, "rb") if packed else open(path, "rb")
+        self._source: Any = gzip.open(path, "rb") if packed else open(path, "rb")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._source.readinto(buffer)  # type: ignore[attr-defined]
+        count = self._source.readinto(buffer)
         self._read += count
         if self._read > self._most:
             raise CellfastError(
-                f"{self.path}: damaged: {size_text(self._held)} that unpack to more than {size_text(self._most)}; expected a table"
+                f"{self.path}: damaged: {size_text(self._held)} that unpack to more than {size_text(self._most)}; expected a "
+                "table"
             )
         if self._read == count:
             self._wide = bytes(memoryview(buffer)[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -269,10 +272,11 @@ MOST_TORCH, TORCH_SLACK = 4, 64 << 20
 
 
 def check_torch_file(path: str | os.PathLike[str]) -> None:
-    """Raise `CellfastError` where reading a file of ``torch.save``, TorchScript or ``torch.export`` could take more than it holds.
+    """Raise `CellfastError` where reading a file of ``torch.save``, TorchScript or ``torch.export`` could take more than it
+    holds.
 
-    A file that is no archive (``torch.save`` of old) holds its tensors as they are; a ``bytearray`` is the one object that torch makes
-    of a number alone, of any size.
+    A file that is no archive (``torch.save`` of old) holds its tensors as they are; a ``bytearray`` is the one object that torch
+    makes of a number alone, of any size.
     """
     with told(path, "file of tensors"):
         with open(path, "rb") as handle:

@@ -13,15 +13,15 @@ _SAID = "CELLFAST_UNCACHED_SAID"
 
 # numba looks for its own variable first; this one is cellfast's, for an installation that cannot be written to.
 if (_folder := os.environ.get("CELLFAST_CACHE")) and "NUMBA_CACHE_DIR" not in os.environ:
-    numba.config.CACHE_DIR = os.path.join(_folder, "numba")
+    numba.config.CACHE_DIR = os.path.join(_folder, "numba")  # type: ignore[attr-defined]
 
 
 def njit(**options: Any) -> Callable[[Any], Any]:
     """``numba.njit(cache=True, nogil=True, **options)``, without the cache where there is nowhere to keep it.
 
-    Compiled code is kept in ``$NUMBA_CACHE_DIR``, else in ``$CELLFAST_CACHE/numba``, else beside the module or in the user's cache
-    folder. Where none of them can be written to, each process compiles anew (seconds); the first one says so on stderr. No folder for
-    temporary files is tried: others could put code there that numba would load.
+    Compiled code is kept in ``$NUMBA_CACHE_DIR``, else in ``$CELLFAST_CACHE/numba``, else beside the module or in the user's
+    cache folder. Where none of them can be written to, each process compiles anew (seconds); the first one says so on stderr. No
+    folder for temporary files is tried: others could put code there that numba would load.
     """
 
     def decorate(function: Any) -> Any:

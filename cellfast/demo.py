@@ -78,7 +78,7 @@ def demo_steps(
                 embeddings / "embeddings.json",
             ),
             Step(
-                "Profile: well means, TVN on the DMSO wells, treatment medians",
+                "Profile: well means, centred on the DMSO wells, TVN on them, treatment medians",
                 ("profile", str(embeddings), "-o", str(folder / "profiles.parquet")),
                 folder / "profiles.parquet",
             ),

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
+from cellfast.storage.folder import Checksum, checksum
 
-ACCOUNT_FILE = "embeddings.json"
+EMBEDDINGS_FILE = "embeddings.json"
 WORK_FOLDER = ".embed"
-PARTS = f"{WORK_FOLDER}/parts"
-# Checksums of plates that no account names yet.
+BLOCKS = f"{WORK_FOLDER}/blocks"
+# Checksums of plates that no ledger names yet.
 RECORDS = f"{WORK_FOLDER}/checksums"
-# What is being made and by which command: there from a run's first write until its account is written.
+# What is being made and by which command: there from a run's first write until its ledger is written.
 RUN_FILE = f"{WORK_FOLDER}/run.json"
 GALLERY = "workspace_dl"
 LEDGER_KEY = b"cellfast_ledger"
-
-Checksum = dict[str, Any]
-
-
-def checksum(handle: BinaryIO) -> Checksum:
-    """``{"bytes": length, "crc32": eight hex digits}`` of what is left to read of ``handle``."""
-    crc, length = 0, 0
-    while block := handle.read(1 << 20):
-        crc, length = zlib.crc32(block, crc), length + len(block)
-    return {"bytes": length, "crc32": f"{crc:08x}"}
 
 
 @dataclass
@@ -38,30 +28,30 @@ class EmbeddingsFolder:
 
     Attributes:
         path: the folder.
-        account: ``embeddings.json``, or None.
+        ledger: ``embeddings.json``, or None.
         run: ``.embed/run.json`` of a run that has not ended, or None.
         checksums: of the files in the folder that are known, by relative name with ``/``.
     """
 
     path: Path
-    account: dict[str, Any] | None = None
+    ledger: dict[str, Any] | None = None
     run: dict[str, Any] | None = None
     checksums: dict[str, Checksum] = field(default_factory=dict)
 
     def trouble(self) -> str:
         """What is missing of it; empty where it is finished."""
-        if self.account is None:
-            lacks = f"has no {ACCOUNT_FILE}"
+        if self.ledger is None:
+            lacks = f"has no {EMBEDDINGS_FILE}"
             plates = self.run.get("plates", []) if self.run else []
             absent = [str(plate.get("plate")) for plate in plates if not _are_there(self.path, plate["files"])]
             if plates:
                 lacks += f"; {len(absent)} of {len(plates)} plates are missing{_some(absent)}"
             return lacks
-        files = [str(name) for plate in self.account["plates"] for name in plate["files"]]
+        files = [str(name) for plate in self.ledger["plates"] for name in plate["files"]]
         absent = [name for name in files if not (self.path / name).is_file()]
         if absent:
-            return f"lacks {len(absent)} of the {len(files)} files that its {ACCOUNT_FILE} names{_some(absent)}"
-        if self.run is not None or _has_files(self.path / PARTS):
+            return f"lacks {len(absent)} of the {len(files)} files that its {EMBEDDINGS_FILE} names{_some(absent)}"
+        if self.run is not None or _has_files(self.path / BLOCKS):
             return "is being made again by a run that has not ended"
         return ""
 
@@ -69,8 +59,8 @@ class EmbeddingsFolder:
         """The command that finishes it."""
         if self.run and self.run.get("command"):
             return f"`{self.run['command']}` (in {self.run.get('folder', 'the same folder')})"
-        model = f" --model {self.account['model']}" if self.account and self.account.get("model") else ""
-        source = self.account["screen"] if self.account and self.account.get("source") == "store" else "…"
+        model = f" --model {self.ledger['model']}" if self.ledger and self.ledger.get("model") else ""
+        source = self.ledger["screen"] if self.ledger and self.ledger.get("source") == "store" else "…"
         return f"`cellfast embed {source}{model} -o {self.path}` with the options it was made with"
 
     def check_finished(self, *, allow_unfinished: bool) -> str:
@@ -83,7 +73,7 @@ class EmbeddingsFolder:
         if trouble and not allow_unfinished:
             raise CellfastError(
                 f"{self.path}: an unfinished embedding: it {trouble}. Finish it with {self.remedy()}, or use what is there with "
-                "--allow-unfinished"
+                f"{option('allow_unfinished', True)}"
             )
         return f"{self.path}: an unfinished embedding: it {trouble}" if trouble else ""
 
@@ -114,10 +104,10 @@ class EmbeddingsFolder:
 
     def describe(self) -> dict[str, Any]:
         """What was embedded with which model, for people and as JSON."""
-        account = self.account or {}
+        ledger = self.ledger or {}
         keys = ("screen", "model", "model_digest", "features", "num_features", "dtype", "aggregate", "formats", "cells", "rows")
-        plates = account.get("plates") or (self.run or {}).get("plates", [])
-        return {"embedding": str(self.path), "plates": len(plates), **{key: account[key] for key in keys if key in account}}
+        plates = ledger.get("plates") or (self.run or {}).get("plates", [])
+        return {"embedding": str(self.path), "plates": len(plates), **{key: ledger[key] for key in keys if key in ledger}}
 
 
 def open_folder(path: Path) -> EmbeddingsFolder | None:
@@ -129,14 +119,14 @@ def open_folder(path: Path) -> EmbeddingsFolder | None:
     path = Path(os.path.abspath(path))
     inside = GALLERY in path.parts
     root = Path(*path.parts[: len(path.parts) - 1 - path.parts[::-1].index(GALLERY)]) if inside else path
-    if not (root / ACCOUNT_FILE).is_file() and not (root / WORK_FOLDER).is_dir():
+    if not (root / EMBEDDINGS_FILE).is_file() and not (root / WORK_FOLDER).is_dir():
         return None
-    found = EmbeddingsFolder(root, read_account(root / ACCOUNT_FILE), _read_json(root / RUN_FILE))
+    found = EmbeddingsFolder(root, read_ledger(root / EMBEDDINGS_FILE), _read_json(root / RUN_FILE))
     if (root / RUN_FILE).is_file():
         found.run = found.run or {}
-        if not is_account({"plates": found.run.get("plates")}):
+        if not is_ledger({"plates": found.run.get("plates")}):
             found.run["plates"] = []
-    found.checksums = {**account_checksums(found.account), **_recorded(root / RECORDS)}
+    found.checksums = {**ledger_checksums(found.ledger), **_recorded(root / RECORDS)}
     if inside:
         for name in [name for name in found.checksums if name.startswith(f"{GALLERY}/profiles/") and (root / name).is_file()]:
             found.check(root / name)
@@ -144,7 +134,7 @@ def open_folder(path: Path) -> EmbeddingsFolder | None:
     return found
 
 
-def read_account(path: Path) -> dict[str, Any] | None:
+def read_ledger(path: Path) -> dict[str, Any] | None:
     """``embeddings.json``; None where there is none.
 
     Raises:
@@ -152,23 +142,23 @@ def read_account(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    account = _read_json(path)
-    if account is None or not is_account(account):
-        raise CellfastError(f"{path}: damaged: not the account of an embedding. The command that made the folder writes it again")
-    return account
+    ledger = _read_json(path)
+    if ledger is None or not is_ledger(ledger):
+        raise CellfastError(f"{path}: damaged: not the ledger of an embedding. The command that made the folder writes it again")
+    return ledger
 
 
-def is_account(value: Any) -> bool:
-    """Whether a JSON value has what is read of an account."""
+def is_ledger(value: Any) -> bool:
+    """Whether a JSON value has what is read of a ledger."""
     plates = value.get("plates") if isinstance(value, dict) else None
     return isinstance(plates, list) and all(isinstance(p, dict) and isinstance(p.get("files"), list) for p in plates)
 
 
-def account_checksums(account: dict[str, Any] | None) -> dict[str, Checksum]:
-    """The checksums in an account by file; of an account by an earlier version none."""
-    if account is None:
+def ledger_checksums(ledger: dict[str, Any] | None) -> dict[str, Checksum]:
+    """The checksums in a ledger by file; of a ledger by an earlier version none."""
+    if ledger is None:
         return {}
-    pieces = [account.get("checksums"), *(plate.get("checksums") for plate in account["plates"])]
+    pieces = [ledger.get("checksums"), *(plate.get("checksums") for plate in ledger["plates"])]
     return {name: one for piece in pieces if isinstance(piece, dict) for name, one in piece.items() if isinstance(one, dict)}
 
 

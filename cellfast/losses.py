@@ -26,16 +26,17 @@ def _check_equal_shapes(z: torch.Tensor, group: dist.ProcessGroup | None) -> Non
     if any(other != shapes[0] for other in shapes) or odd:
         found = ", ".join(f"rank {rank}: {rows}" for rank, rows in enumerate(shapes))
         raise ValueError(
-            f"z must have the same shape [2n, D] with an even row count on every rank, got {found}. "
-            "Drop the last, smaller minibatch of an epoch (drop_last)."
+            f"z must have the same shape [2n, D] with an even row count on every rank, got {found}. Drop the last, smaller "
+            "minibatch of an epoch (drop_last)."
         )
 
 
 class _GlobalNTXent(torch.autograd.Function):
-    """NT-Xent over all ranks' rows: ẑ, lse and the row losses are gathered; the gradient of the local rows then needs no communication.
+    """NT-Xent over all ranks' rows: ẑ, lse and the row losses are gathered; the gradient of the local rows then needs no
+    communication.
 
-    The local gradient is multiplied by the world size, because DistributedDataParallel averages gradients over ranks: the average is then the
-    gradient one process would have had with the global minibatch.
+    The local gradient is multiplied by the world size, because DistributedDataParallel averages gradients over ranks: the average
+    is then the gradient one process would have had with the global minibatch.
     """
 
     @staticmethod

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from cellfast import __version__
 from cellfast.atomic import atomic_path
 from cellfast.bounded import check_claim
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.names import check_text
 from cellfast.models import ModelConfig, SimCLR, adapt_input_channels
-from cellfast.printable import printable
+from cellfast.printable import Shown, printable
 from cellfast.tensor_file import load_tensors, write_tensors
 
 FORMAT = "cellfast-model"
@@ -102,14 +102,20 @@ class ModelMetadata:
         return cls(**{"cellfast_version": "", **{name: value for name, value in values.items() if name in known}})
 
 
-@dataclass
-class LoadedModel:
+@dataclass(repr=False)
+class LoadedModel(Shown):
     """A model from a file, on its device in evaluation mode, with what it was trained for."""
 
     model: SimCLR
     metadata: ModelMetadata
     path: Path
     digest: str
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return format_description(self.describe())
 
     @property
     def channel_names(self) -> list[str]:
@@ -176,9 +182,9 @@ class LoadedModel:
         if wrong:
             reordered = channel_names != self.channel_names and sorted(channel_names) == sorted(self.channel_names)
             raise CellfastError(
-                f"the model {self.path} does not fit the screen {name}: {'; '.join(wrong)}"
-                f"{' (the same channels in another order)' if reordered else ''}. "
-                "Ingest the screen with the model's channels and crop size, or train a model on this screen"
+                f"the model {self.path} does not fit the screen {name}: "
+                f"{'; '.join(wrong)}{' (the same channels in another order)' if reordered else ''}. Ingest the screen with the "
+                "model's channels and crop size, or train a model on this screen"
             )
 
 
@@ -249,15 +255,15 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
         if not path.exists():
             raise CellfastError(
                 f"{run} has no model.pt: it is not the folder of a finished training run (cellfast train SCREEN -o {run}). "
-                "An interrupted run writes it at the next validation or with --resume"
+                f"An interrupted run writes it at the next validation or with {option('resume', True)}"
             )
     if not path.exists():
         raise CellfastError(f"the model {path} does not exist: give a run folder of cellfast train, or its model.pt")
     content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CellfastError(
-            f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go in with "
-            "cellfast train --weights"
+            f"{path} is not a cellfast model: expected a file written by cellfast train. Weights of other origin go into a "
+            f"training with {option('weights')}"
         )
     if not isinstance(content.get("format_version"), int):
         raise CellfastError(f"the model {path} is damaged: it names no format version")
@@ -280,7 +286,7 @@ def load_model(path_or_run: str | os.PathLike[str], device: str | torch.device =
         raise CellfastError(f"the model {path} is damaged: {error}") from error
     if content.get("digest") != digest:
         raise CellfastError(f"the model {path} is damaged: its content does not match the digest it was written with")
-    model = model.to(device=device, memory_format=torch.channels_last).eval()
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
     return LoadedModel(model, metadata, path, content["digest"])
 
 
@@ -357,8 +363,8 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
             f"{path} holds no tensors by name: expected a state_dict of a torchvision ResNet, or a cellfast model"
         )
     given = {_plain_name(str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
-    for name, value in given.items():
-        check_claim(path, f"its tensor {name[:80]}", value.numel() * value.element_size(), path.stat().st_size)
+    for name, tensor in given.items():
+        check_claim(path, f"its tensor {name[:80]}", tensor.numel() * tensor.element_size(), path.stat().st_size)
     encoder = model.encoder.state_dict()
     problems, new, adapted = [], {}, ""
     for name, target in encoder.items():
@@ -380,13 +386,13 @@ def load_weights(model: SimCLR, path: str | os.PathLike[str]) -> WeightsReport:
         hint = ""
         convolution = given.get("conv1.weight")
         if convolution is not None and convolution.ndim == 4 and convolution.shape[-1] == 7 and model.config.stem != "imagenet":
-            hint = ". The file's first convolution is 7×7: use --stem imagenet"
+            hint = f". The file's first convolution is 7×7: use {option('stem', 'imagenet')}"
         if not new and (prefixes := _prefixes(given, encoder)):
             shown = _shorten([f"'{printable(prefix)}' ({count} tensors)" for prefix, count in prefixes])
             raise CellfastError(
                 f"the weights {path}: no tensor has a name of the encoder {model.config.encoder} (expected {next(iter(encoder))} "
-                f"and so on); the names in the file begin with {shown}. Of prefixes only {', '.join(map(repr, _PREFIXES))} are removed: "
-                "save the file again without the others, with the tensors of one encoder only"
+                f"and so on); the names in the file begin with {shown}. Of prefixes only {', '.join(map(repr, _PREFIXES))} are "
+                "removed: save the file again without the others, with the tensors of one encoder only"
             )
         raise CellfastError(
             f"the weights {path} do not fit the encoder {model.config.encoder} with stem {model.config.stem}: "

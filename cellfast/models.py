@@ -21,7 +21,8 @@ STEMS: dict[str, tuple[int, int, bool]] = {
     "full": (3, 1, False),
 }
 CNN4_WIDTHS = (16, 32, 64, 64)
-# perakis2021: what the public implementation of Perakis et al. makes of a crop in [0, 1] before its encoder, see `WrappedInverse`.
+# perakis2021: what the public implementation of Perakis et al. makes of a crop in [0, 1] before its encoder, see
+# `WrappedInverse`.
 INPUT_TRANSFORMS = ("none", "perakis2021")
 _PERAKIS2021_MEAN, _PERAKIS2021_STD = (0.7469, 0.7403, 0.7307), (0.1548, 0.1594, 0.1706)
 
@@ -86,16 +87,18 @@ class ModelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values; an input transform of none is left out, so that files without one stay as they were."""
+        """The configuration as plain values; an input transform of none is left out, so that files without one stay as they
+        were."""
         return {key: value for key, value in asdict(self).items() if (key, value) != ("input_transform", "none")}
 
 
 class WrappedInverse(nn.Module):
     """x in [0, 1] → (inverse of x − mean) / std per channel, as the reference implementation of Perakis et al. sees crops.
 
-    Equivalent, for 8-bit pixels v and x = v / 255, to ``(((256 − v) % 256) / 255 − mean) / std``: that code multiplies pixels that are
-    already 0 to 255 by 255 and casts to 8 bits, so that they wrap around: images are inverted, and black stays black. Between 8-bit
-    steps x below half a step is black. Its constants are for three channels; other numbers of channels take their average.
+    Equivalent, for 8-bit pixels v and x = v / 255, to ``(((256 − v) % 256) / 255 − mean) / std``: that code multiplies pixels
+    that are already 0 to 255 by 255 and casts to 8 bits, so that they wrap around: images are inverted, and black stays black.
+    Between 8-bit steps x below half a step is black. Its constants are for three channels; other numbers of channels take their
+    average.
     """
 
     mean: Tensor
@@ -128,6 +131,7 @@ class CNN4(nn.Module):
         for width in widths:
             convolution = nn.Conv2d(previous, width, kernel_size=3, padding=1)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
             # ReLU after pooling: the same values and gradients from a quarter of the pixels.
             layers += [convolution, nn.MaxPool2d(2), nn.ReLU(inplace=True)]
@@ -150,7 +154,8 @@ def _resnet(config: ModelConfig) -> tuple[nn.Module, int]:
         network.conv1 = nn.Conv2d(config.num_channels, 64, kernel, stride=stride, padding=kernel // 2, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     if pooled:
-        # ReLU after pooling: the same values and gradients (a maximum below zero becomes zero either way) from a quarter of the pixels.
+        # ReLU after pooling: the same values and gradients (a maximum below zero becomes zero either way) from a quarter of the
+        # pixels.
         network.maxpool = nn.Sequential(network.maxpool, network.relu)
         network.relu = nn.Identity()
     else:
@@ -226,7 +231,7 @@ def multiply_accumulates(config: ModelConfig, size: int) -> int:
         nonlocal total
         if isinstance(module, nn.Conv2d):
             total += output.numel() * module.weight[0].numel()
-        else:
+        elif isinstance(module, nn.Linear):
             total += output.numel() * module.in_features
 
     with torch.device("meta"), torch.no_grad():

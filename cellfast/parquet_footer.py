@@ -1,6 +1,8 @@
-"""CRC-32 of a parquet file's footer, in the footer: names, types and places of the columns, which the checksums of pages do not cover.
+"""CRC-32 of a parquet file's footer, in the footer: names, types and places of the columns, which the checksums of pages do not
+cover.
 
-Of a file that no ``embeddings.json`` lists, a second one of all before the footer: the headers of pages, which nothing else covers.
+Of a file that no ``embeddings.json`` lists, a second one of all before the footer: the headers of pages, which nothing else
+covers.
 """
 
 from __future__ import annotations

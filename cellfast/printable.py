@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ _UNPRINTABLE = re.compile(
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 # Names of values that are secret wherever they stand; in a URL the shorter ones are as well.
-_SECRET = r"secret|passw(?:or)?d|passwd|passphrase|pwd|token|signature|credentials?|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|connection[_-]?string"
+_SECRET = (
+    r"secret|passw(?:or)?d|passwd|passphrase|pwd|token|signature|credentials?|api[_-]?key|access[_-]?key|account[_-]?key"
+    r"|private[_-]?key|connection[_-]?string"
+)
 # One of these is in every text that the patterns below find something in.
 _SECRET_WORDS = ("secret", "pass", "pwd", "token", "signature", "credential", "key", "connection", "bearer", "authorization")
 _SECRET_NAME = re.compile(rf"(?i)(?:{_SECRET}|authorization|^x-(?:amz|goog)-|^(?:key|sig|sas|auth|pass|user|username|code)$)")
@@ -126,6 +130,16 @@ def printable(text: object, keep: str = "") -> str:
     return escaped(masked(str(text)), keep)
 
 
+class Shown:
+    """What is shown at the Python prompt and in a notebook is ``__str__``, printable."""
+
+    def __repr__(self) -> str:
+        return printable(self, keep="\n")
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+
 class _PrintableStream:
     """A text stream that masks and escapes what is written; everything else is the stream's own."""
 
@@ -148,11 +162,12 @@ class _PrintableStream:
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """Within the block everything printed is masked and escaped: the last line of defence behind `CellfastError` and the reports."""
+    """Within the block everything printed is masked and escaped: the last line of defence behind `CellfastError` and the
+    reports."""
     import sys
 
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _PrintableStream(sys.stdout), _PrintableStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _PrintableStream(sys.stdout), _PrintableStream(sys.stderr)
     try:
         yield
     finally:

@@ -44,7 +44,8 @@ def cpu_flags() -> set[str]:
 
 
 def bfloat16_is_native() -> bool:
-    """True where the default device computes in bfloat16: a CUDA GPU of sm_80 or newer, else a CPU with AVX-512 BF16, AMX or Arm's BF16."""
+    """True where the default device computes in bfloat16: a CUDA GPU of sm_80 or newer, else a CPU with AVX-512 BF16, AMX or
+    Arm's BF16."""
     import torch
 
     if torch.cuda.is_available():
@@ -137,9 +138,10 @@ def format_report(report: dict[str, Any]) -> str:
     cpu = report["cpu"]
     lines = [
         f"cellfast {report['cellfast']}, Python {report['python']}, {report['platform']}",
-        f"CPU      {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {', '.join(cpu['features']) or 'no known vector features'}",
+        f"CPU      {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, "
+        f"{', '.join(cpu['features']) or 'no known vector features'}",
         f"memory   {report['memory_bytes'] / 2**30:.1f} GiB",
-        f"bfloat16 {'native' if report['bfloat16_native'] else 'emulated here: float32 is faster, leave --amp out'}",
+        f"bfloat16 {'native' if report['bfloat16_native'] else 'emulated here: float32 is faster, leave amp out'}",
     ]
     lines += [
         f"GPU      {g['name']}, {g['memory_bytes'] / 2**30:.0f} GiB, sm_{g['capability'].replace('.', '')}"

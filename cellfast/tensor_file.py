@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -40,11 +40,12 @@ class _Hashed:
 
 
 def write_tensors(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
-    """Write ``content`` (tensors and plain values) as ``torch.save`` does, and a digest of every byte at the end; use in `atomic_path`."""
+    """Write ``content`` (tensors and plain values) as ``torch.save`` does, and a digest of every byte at the end; use in
+    `atomic_path`."""
     with open(path, "wb") as handle:
         hashed = _Hashed(handle)
         try:
-            torch.save({**content, _SEALED: True}, hashed)
+            torch.save({**content, _SEALED: True}, cast(IO[bytes], hashed))
         except RuntimeError:
             if hashed.error is not None:
                 raise hashed.error from None  # torch tells of its own bookkeeping instead
@@ -56,8 +57,8 @@ def load_tensors(path: Path) -> Any:
     """``torch.load(path, map_location="cpu", weights_only=True)`` of a file of `write_tensors` or of any other of tensors.
 
     Raises:
-        CellfastError: there is no such file, it is damaged (a byte of it changed, its end is missing), it is no file of tensors, or
-            reading it would need to run code.
+        CellfastError: there is no such file, it is damaged (a byte of it changed, its end is missing), it is no file of tensors,
+            or reading it would need to run code.
     """
     if not path.is_file():
         raise CellfastError(f"the weights file {path} does not exist or is not a file")
@@ -83,7 +84,8 @@ def load_tensors(path: Path) -> Any:
 
 
 def _is_cut_short(path: Path) -> bool:
-    """Whether this is an empty file or the beginning of a ZIP archive, which torch.save writes, without the directory at its end."""
+    """Whether this is an empty file or the beginning of a ZIP archive, which torch.save writes, without the directory at its
+    end."""
     with open(path, "rb") as handle:
         begins = handle.read(4)
         size = handle.seek(0, os.SEEK_END)

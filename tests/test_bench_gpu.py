@@ -159,4 +159,5 @@ def test_a_dry_run_on_the_cpu_measures_everything(tmp_path):
     assert found["ntxent-portable"]["cpu float32 512x128"]["peers"]["cellfast"]["forward_backward"]["median_ms"] > 0
     rows = found["decode"]["rows"]
     assert {row["compression"] for row in rows} == {"none", "lzw", "zlib"}
-    assert all(row["decode_fields_per_second"] > 0 and row["decode"] in ("host", "cpu") for row in rows)
+    assert {row["compression"] for row in rows if "failed" in row} == {"zlib"}  # which DALI is not given
+    assert all(row["decode_fields_per_second"] > 0 and row["decode"] in ("host", "cpu") for row in rows if "failed" not in row)

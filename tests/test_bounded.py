@@ -24,8 +24,8 @@ from click.testing import CliRunner
 
 from cellfast.bounded import check_claim, check_parquet, check_torch_file, load_npy, load_npz
 from cellfast.cli import cellfast
-from cellfast.embedding.export import read_export_metadata
 from cellfast.errors import CellfastError
+from cellfast.export import read_export_metadata
 from cellfast.metadata.tables import read_table
 from cellfast.model_file import load_model, load_weights
 from cellfast.models import ModelConfig, SimCLR
@@ -212,7 +212,7 @@ def bomb(kind, folder):
     path = folder / "a.pt2"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/extra/cellfast.json", json.dumps({"format": "pt2"}) + " " * (100 << 20))
-    return path, "from cellfast.embedding.export import read_export_metadata as read"
+    return path, "from cellfast.export import read_export_metadata as read"
 
 
 BOMBS = ("tiff", "png", "npy", "npz", "csv.gz", "pt2")

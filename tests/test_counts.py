@@ -12,9 +12,9 @@ from screens import make_fields, make_model, run
 from cellfast.metadata.counts import CELL_COUNT, rows_are_cells, take_counts
 from cellfast.profiles.build import ProfileOptions, build_profiles
 from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
-from cellfast.profiles.normalize import parse_steps
 from cellfast.profiles.report import evaluation_lines, profile_lines
 from cellfast.profiles.results import read_annotated
+from cellfast.profiles.steps import parse_steps
 
 NONE = parse_steps(["none"])
 
@@ -105,7 +105,7 @@ def test_evaluation_adds_up_the_cells_under_the_older_name_too(tmp_path):
         tmp_path, Metadata_Compound=["a", "a", "b", "c"], Metadata_Concentration=[1.0, 1.0, 1.0, 1.0], Metadata_MoA=["X", "X", "X", "Y"],
         Metadata_NumCells=[10, 20, 30, 40], Cells_f=[1.0, 2.0, 3.0, 1.0], Cells_g=[0.0, 1.0, 1.0, 3.0],
     )  # fmt: skip
-    evaluation = evaluate_profiles(read_annotated(path), EvaluationOptions(num_resamples=10, num_permutations=5))
+    evaluation = evaluate_profiles(read_annotated(path), EvaluationOptions(num_permutations=5))
     assert list(evaluation.profiles.metadata[CELL_COUNT]) == [30, 30, 40]
     assert evaluation.result["counts"]["cells"] == 100
     assert "100 cells" in evaluation_lines(evaluation.result)[0]

@@ -337,7 +337,7 @@ def test_an_unfinished_ingest_is_refused_with_what_finishes_it(tmp_path, monkeyp
     monkeypatch.setattr(Ledger, "write", lambda self, screen: None)
     write_plate(tmp_path, "A")
     with pytest.raises(
-        CellfastError, match=rf"no ledger\.json; of 3 plates .*B, C are not there\); to finish it, {command}.*--allow-unf"
+        CellfastError, match=rf"no ledger\.json; of 3 plates .*B, C are not there\); to finish it, {command}.*allow_unf"
     ):
         Screen.open(tmp_path)
     assert "B, C are not there" in Screen.open(tmp_path, allow_unfinished=True).unfinished

@@ -13,12 +13,10 @@ import torch
 from screens import CROP, VIEW, assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.augment import center_crop
-from cellfast.embedding.device_cutting import cut_on_device
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.errors import CellfastError
 from cellfast.model_file import load_model
 from cellfast.screens import Screen
-from cellfast.screens.cutting import crop_origins, cut_crops
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def test_results_that_are_collected_later_are_the_same(work, tmp_path, monkeypat
 
     embed("fields", work, tmp_path / "now", "--batch-size", 6)
     real = Pipeline.run
-    monkeypatch.setattr(Pipeline, "run", lambda self, parts: (setattr(self, "defer", True), real(self, parts)))
+    monkeypatch.setattr(Pipeline, "run", lambda self, blocks: (setattr(self, "defer", True), real(self, blocks)))
     embed("fields", work, tmp_path / "later", "--batch-size", 6)
     assert_same(tables(tmp_path / "now"), tables(tmp_path / "later"), rtol=0, atol=0)
 
@@ -91,31 +89,31 @@ def test_each_file_is_read_once(work, tmp_path, monkeypatch):
     assert len(seen) == len(set(seen)) == 2 * 3 * 2 * 2
 
 
-def test_the_account_closes(work, tmp_path):
+def test_the_sums_of_the_ledger_agree(work, tmp_path):
     embed("fields", work, tmp_path / "e", "--border", "drop")
-    account = json.loads((tmp_path / "e" / "embeddings.json").read_text())
+    ledger = json.loads((tmp_path / "e" / "embeddings.json").read_text())
     ingest = json.loads((work / "drop" / "ledger.json").read_text())
-    for plate, other in zip(account["plates"], ingest["plates"]):
+    for plate, other in zip(ledger["plates"], ingest["plates"]):
         rows = pq.read_metadata(tmp_path / "e" / plate["file"]).num_rows
         assert plate["rows"] == plate["cells"] == rows == other["cells_written"]
         assert plate["locations"] == rows + sum(plate["dropped"].values()) == other["cells_found"]
         assert plate["dropped"] == other["cells_dropped"]
         assert plate["wells_without_cells"] == other["wells_without_cells"]
-    assert account["totals"]["fields_listed"] == 12
-    assert not (tmp_path / "e" / ".embed" / "parts").exists()
+    assert ledger["totals"]["fields_listed"] == 12
+    assert not (tmp_path / "e" / ".embed" / "blocks").exists()
     embed(work / "drop", work, tmp_path / "s")
     store = json.loads((tmp_path / "s" / "embeddings.json").read_text())
-    assert store["totals"] == account["totals"]
+    assert store["totals"] == ledger["totals"]
 
 
 def test_row_groups_hold_whole_wells(work, tmp_path, monkeypatch):
-    monkeypatch.setattr("cellfast.embedding.outputs.ROWS_PER_GROUP", 10)
+    monkeypatch.setattr("cellfast.embedding.plate_formats.ROWS_PER_GROUP", 10)
     embed("fields", work, tmp_path / "e")
     file = pq.ParquetFile(tmp_path / "e" / "P1.parquet")
     wells = [set(file.read_row_group(i).column("Metadata_Well").to_pylist()) for i in range(file.num_row_groups)]
     assert len(wells) > 1
     assert all(not (a & b) for i, a in enumerate(wells) for b in wells[i + 1 :])
-    monkeypatch.setattr("cellfast.embedding.outputs.MOST_ROWS_PER_GROUP", 4)
+    monkeypatch.setattr("cellfast.embedding.plate_formats.MOST_ROWS_PER_GROUP", 4)
     embed("fields", work, tmp_path / "f")
     assert_same(tables(tmp_path / "e"), tables(tmp_path / "f"))
     assert max(g for i in range(3) for g in [pq.ParquetFile(tmp_path / "f" / "P1.parquet").metadata.row_group(i).num_rows]) <= 4
@@ -131,8 +129,8 @@ def test_well_profiles_are_the_means_of_the_cells(work, tmp_path):
         np.testing.assert_allclose(wells.loc[expected.index, expected.columns], expected, rtol=1e-4, atol=1e-5)
         assert wells["Metadata_Cell_Count"].to_dict() == grouped.size().to_dict()
         assert wells["Metadata_Compound"].to_dict() == grouped["Metadata_Compound"].first().to_dict()
-    account = json.loads((tmp_path / "wells" / "embeddings.json").read_text())
-    assert (account["rows"], account["cells"]) == (6, sum(len(t) for t in tables(tmp_path / "cells").values()))
+    ledger = json.loads((tmp_path / "wells" / "embeddings.json").read_text())
+    assert (ledger["rows"], ledger["cells"]) == (6, sum(len(t) for t in tables(tmp_path / "cells").values()))
     again = embed("fields", work, tmp_path / "wells", "--aggregate", "well")
     assert "6 wells" in again.output
     refused = embed("fields", work, tmp_path / "wells", exit_code=None)
@@ -166,17 +164,6 @@ def test_rotations(work, tmp_path):
     embed("fields", work, tmp_path / "e", "--tta", 4)
     plain = embed("fields", work, tmp_path / "e", exit_code=None)
     assert "tta was 4, is 1" in str(plain.exception)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-@pytest.mark.parametrize("border", ["pad", "reflect"])
-def test_cutting_on_the_device_is_cutting(dtype, border):
-    rng = np.random.default_rng(0)
-    planes = [rng.integers(0, 250, (9, 13)).astype(dtype) for _ in range(3)]
-    origins = crop_origins(rng.uniform(-1, 9, 20), rng.uniform(-1, 13, 20), 12)
-    expected = cut_crops(planes, origins, 12, border=border)
-    found = cut_on_device(torch.from_numpy(np.stack(planes)), torch.from_numpy(origins), 12, border)
-    np.testing.assert_array_equal(found.numpy(), expected)
 
 
 def test_gallery_layout(work, tmp_path):

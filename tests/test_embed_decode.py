@@ -1,4 +1,4 @@
-"""Fields decoded by DALI: the rows, the account and the quarantine of the host's decoding; what is chosen, told and refused."""
+"""Fields decoded by DALI: the rows, the ledger and the quarantine of the host's decoding; what is chosen, told and refused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import tifffile
 import torch
 from screens import assert_same, draw_nuclei, embed, field_arguments, make_fields, make_model, run, tables
 
+from cellfast.data.device_cutting import cut_on_device
 from cellfast.embedding import decoding
-from cellfast.embedding.dali_reading import plane_facts
+from cellfast.embedding.dali_reading import DaliReader, plane_facts
+from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.options import EmbedOptions
 from cellfast.errors import CellfastError
-from cellfast.screens.field_cells import _facts
+from cellfast.screens.field_cells import FieldReader, _facts
+from cellfast.screens.image_table import read_image_table
 from cellfast.screens.images import encoded_plane, read_plane
+from cellfast.screens.keep_fields import keep_fields
+from cellfast.screens.locations import open_locations
 
 pytest.importorskip("nvidia.dali")
 
@@ -32,7 +37,7 @@ def work(tmp_path_factory):
     return folder
 
 
-def account(folder):
+def ledger(folder):
     return json.loads((folder / "embeddings.json").read_text())
 
 
@@ -48,11 +53,11 @@ def image(folder, plate="P1", well="B03", site=1, channel="Actin"):
         ("drop", "model.pt", ["--aggregate", "well"]),
     ],
 )
-def test_the_same_rows_and_account_as_the_host(work, tmp_path, border, model, more):
+def test_the_same_rows_and_ledger_as_the_host(work, tmp_path, border, model, more):
     embed("fields", work, tmp_path / "host", "--border", border, "--decode", "host", *more, model=model)
     told = embed("fields", work, tmp_path / "dali", "--border", border, "--decode", "dali", *more, model=model)
     assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), rtol=0, atol=0)
-    host, dali = account(tmp_path / "host"), account(tmp_path / "dali")
+    host, dali = ledger(tmp_path / "host"), ledger(tmp_path / "dali")
     assert (host["totals"], host["quarantined"]) == (dali["totals"], dali["quarantined"])
     assert dali["totals"]["dropped"] == host["totals"]["dropped"]
     assert host["decode"]["used"] == "host"
@@ -67,10 +72,75 @@ def test_the_same_rows_on_a_gpu(work, tmp_path, border):
     for decode in ("host", "dali"):
         embed("fields", work, tmp_path / decode, "--border", border, "--decode", decode, "--device", "cuda", "--batch-size", 9)
     assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), rtol=1e-5, atol=1e-6)
-    decode = account(tmp_path / "dali")["decode"]
+    decode = ledger(tmp_path / "dali")["decode"]
     assert decode["how"] in ("cpu", "mixed")
     assert decode["fields_dali"] == 18
     assert "fields/s on 8 fields" in decode["reason"]
+
+
+@pytest.fixture(scope="module")
+def store(work):
+    """The fields of ``work`` in one HDF5 file, as ``cellfast ingest fields --keep-fields`` writes it."""
+    table = read_image_table(work / "load_data.csv", work / "images")
+    images = str(work / "images")
+    assert keep_fields(table, images, work / "FIELDS.h5", show_progress=False) == (18, [])
+    return work / "FIELDS.h5"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_fields_in_hdf5_are_decoded_by_dali(work, store, tmp_path, device):
+    """``cellfast embed --image-root FIELDS.h5 --decode dali``: the rows of the folder of images."""
+    embed("fields", work, tmp_path / "host", "--decode", "host", "--device", device)
+    given = [work / "load_data.csv", "--image-root", store, "--locations", work / "locations", "--model", work / "model.pt"]
+    result = run("embed", *given, "-o", tmp_path / "dali", "--decode", "dali", "--device", device)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    decode = ledger(tmp_path / "dali")["decode"]
+    assert (decode["used"], decode["fields_dali"], decode["fields_host"]) == ("dali", 18, 0)
+    tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-5, "atol": 1e-6}
+    assert_same(tables(tmp_path / "host"), tables(tmp_path / "dali"), **tolerance)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("border", ["pad", "reflect"])
+def test_cells_of_fields_in_hdf5_are_decoded_and_cut_where_they_lie(work, store, border, device):
+    """The way of a GPU, whole: bytes out of the HDF5 file, planes of DALI, one gather on their device; it is the host's cutting."""
+    table = read_image_table(work / "load_data.csv", store)
+    locations = open_locations(str(work / "locations"), table)
+    source = FieldSource(table, FieldReader(table.channel_names, locations, None, 24, border, (60, 80), "uint16"), 16)
+    units = [unit for plan in source.plans for block in plan.blocks for unit in source.units(block)]
+    dali = DaliReader(source, 2, decoding.Decoding("dali", "dali", "cpu", "", 2), torch.device(device))
+    count = 0
+    for (_, cells), unit in zip(dali.cells(enumerate(units)), units, strict=True):
+        expected = source.read(unit)
+        assert cells.count == expected.count
+        if not cells.count:
+            continue
+        crops = np.empty((cells.count, 2, 16, 16), np.uint16)
+        expected.fill(crops, 0, cells.count)
+        planes = torch.stack([torch.as_tensor(plane).to(device).view(torch.int16) for plane in cells.planes]).view(torch.uint16)
+        found = cut_on_device(planes, torch.from_numpy(cells.origins).to(device), cells.size, cells.border)
+        np.testing.assert_array_equal(found.cpu().numpy(), crops)
+        count += cells.count
+    dali.close()
+    assert dali.decoding.fields_dali == len(units) == 18
+    assert count > 100
+
+
+@pytest.mark.data
+def test_real_images_decode_as_tifffile_reads_them(real_data):
+    """ExampleHuman's (8-bit) and ExampleSBS's TIFFs: what is left encoded, DALI decodes to the same pixels."""
+    human = sorted((real_data / "cellprofiler" / "ExampleHuman").glob("*.tif"))
+    plate = sorted((real_data / "cellprofiler" / "ExampleSBS").glob("Channel1-*.tif"))[:4]
+    decoded = 0
+    for path in (*human, *plate):
+        expected = tifffile.imread(path)
+        content = encoded_plane(path, expect_shape=expected.shape, expect_dtype=expected.dtype)
+        np.testing.assert_array_equal(read_plane(path), expected)
+        if content is not None:
+            (found,) = PlaneDecoder(expected.dtype, expected.shape, 1, torch.device("cpu")).decode([[content]])
+            np.testing.assert_array_equal(found[0].numpy(), expected)
+            decoded += 1
+    assert decoded
 
 
 def test_illumination_and_detection_see_the_decoded_pixels(work, tmp_path):
@@ -105,7 +175,7 @@ def test_broken_files_cost_their_own_fields_and_are_counted_alike(tmp_path):
     tifffile.imwrite(image(tmp_path, plate="P2", well="A02"), plane, compression="lzma")  # readable, by the host
     for decode in ("host", "dali"):
         embed("fields", tmp_path, tmp_path / decode, "--decode", decode, "--retries", 1, exit_code=3)
-    host, dali = account(tmp_path / "host"), account(tmp_path / "dali")
+    host, dali = ledger(tmp_path / "host"), ledger(tmp_path / "dali")
     assert len(host["quarantined"]) == 7
     assert len({q["reason"] for q in host["quarantined"]}) >= 5
     assert (host["totals"], host["quarantined"]) == (dali["totals"], dali["quarantined"])
@@ -118,21 +188,21 @@ def test_broken_files_cost_their_own_fields_and_are_counted_alike(tmp_path):
 
 
 def test_a_run_that_was_stopped_goes_on_whoever_decodes(work, tmp_path, monkeypatch):
-    from cellfast.embedding.parts import PartFiles
+    from cellfast.embedding.blocks import BlockFiles
 
     embed("fields", work, tmp_path / "whole")
-    real, written = PartFiles.write, []
+    real, written = BlockFiles.write, []
 
-    def stopped(self, plan, part_work):
+    def stopped(self, plan, work):
         if len(written) == 5:
             raise CellfastError("no space")
-        written.append(part_work.part)
-        real(self, plan, part_work)
+        written.append(work.block)
+        real(self, plan, work)
 
-    monkeypatch.setattr(PartFiles, "write", stopped)
+    monkeypatch.setattr(BlockFiles, "write", stopped)
     result = embed("fields", work, tmp_path / "e", "--decode", "dali", exit_code=None)
     assert "no space" in str(result.exception)
-    monkeypatch.setattr(PartFiles, "write", lambda self, plan, work: (written.append(work.part), real(self, plan, work))[1])
+    monkeypatch.setattr(BlockFiles, "write", lambda self, plan, work: (written.append(work.block), real(self, plan, work))[1])
     embed("fields", work, tmp_path / "e", "--decode", "dali")
     assert len(written) == len(set(written))
     assert_same(tables(tmp_path / "whole"), tables(tmp_path / "e"), rtol=0, atol=0)
@@ -142,14 +212,14 @@ def test_a_run_that_was_stopped_goes_on_whoever_decodes(work, tmp_path, monkeypa
 def test_auto_takes_the_faster_and_says_so(work, tmp_path, monkeypatch):
     told = embed("fields", work, tmp_path / "few")
     assert "decode host: 18 fields are too few for a choice to pay (from 256)" in told.output
-    assert account(tmp_path / "few")["decode"]["asked"] == "auto"
+    assert ledger(tmp_path / "few")["decode"]["asked"] == "auto"
     monkeypatch.setattr(decoding, "MEASURE_FROM", 4)
     for name, faster in (("host", "_host_run"), ("dali", "_dali_run")):
         with monkeypatch.context() as patch:
             slow = "_dali_run" if faster == "_host_run" else "_host_run"
             patch.setattr(decoding, slow, lambda *a: lambda: __import__("time").sleep(1.0))
             told = embed("fields", work, tmp_path / name)
-        record = account(tmp_path / name)["decode"]
+        record = ledger(tmp_path / name)["decode"]
         assert (record["asked"], record["used"]) == ("auto", name)
         assert "dali cpu" in record["reason"]
         assert "host" in record["reason"]
@@ -163,7 +233,7 @@ def test_dali_that_cannot_run_is_told(work, tmp_path, monkeypatch):
         assert f"--decode dali does not go with {' '.join(more)}" in str(run("embed", *arguments, *more).exception)
     store = run("embed", work, "--model", work / "model.pt", "-o", tmp_path / "e", "--decode", "dali")
     assert store.exit_code == 2
-    with pytest.raises(CellfastError, match="--decode must be one of auto, host, dali"):
+    with pytest.raises(CellfastError, match="decode: expected one of auto, host, dali"):
         EmbedOptions(decode="gpu")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "nvidia.dali", None)

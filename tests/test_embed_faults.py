@@ -20,9 +20,9 @@ import torch
 from screens import assert_same, embed, field_arguments, make_fields, make_model, run, tables
 
 from cellfast.embedding.encoder import CropEncoder
-from cellfast.embedding.lock import LOCK_NAME, STALE_AFTER_S, OutputLock, _system
-from cellfast.embedding.place import Place
 from cellfast.errors import CellfastError
+from cellfast.storage.folder import folder_at
+from cellfast.storage.locks import LOCK_NAME, STALE_AFTER_S, OutputLock, _system
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def image(folder, plate="P1", well="B03", site=1, channel="Actin"):
 # Imports once, then runs `cellfast embed` in forked children: one thread, slowed down so that a kill can fall anywhere in it.
 DRIVER = """
 import os, signal, sys, time
-import cellfast.cli.embed, cellfast.embedding.embed_fields, cellfast.embedding.embed_store, cellfast.training.loop
+import cellfast.cli.embed, cellfast.embedding.embed, cellfast.training.loop
 from cellfast.cli import main
-from cellfast.embedding import encoder, place
-real, real_write = encoder.CropEncoder._encode, place.Place.writing
+from cellfast.embedding import encoder
+real = encoder.CropEncoder._encode
 def slowly(self, *a):
     time.sleep(0.02)
     return real(self, *a)
@@ -101,8 +101,8 @@ def test_killed_at_any_moment_every_cell_is_there_once(clean, tmp_path, source):
     assert_same(tables(out), tables(clean / "clean"))
     keys = ["Metadata_Well", "Metadata_Site", "Metadata_ObjectNumber"]
     assert not any(t.duplicated(keys).any() for t in tables(out).values())
-    account = json.loads((out / "embeddings.json").read_text())
-    assert account["rows"] == sum(map(len, tables(out).values()))
+    ledger = json.loads((out / "embeddings.json").read_text())
+    assert ledger["rows"] == sum(map(len, tables(out).values()))
     assert not [p for p in out.rglob(".*partial*")]
 
 
@@ -143,10 +143,10 @@ def test_broken_and_missing_fields_are_quarantined_and_can_be_mended(fields, cle
         ("P2", "A10", "locations not usable", 2),
     ]
     assert "3 fields were quarantined" in result.output
-    account = json.loads((tmp_path / "e" / "embeddings.json").read_text())
-    for plate in account["plates"]:
+    ledger = json.loads((tmp_path / "e" / "embeddings.json").read_text())
+    for plate in ledger["plates"]:
         assert plate["locations"] == plate["rows"] + sum(plate["dropped"].values())
-    assert account["totals"]["dropped"] == {"field refused: not a readable image": 7, "field refused: file missing": 8}
+    assert ledger["totals"]["dropped"] == {"field refused: not a readable image": 7, "field refused: file missing": 8}
     whole = tables(clean / "clean")
     bad = whole["P1"].query("Metadata_Well == 'B03' and Metadata_Site == 1").index
     assert_same({"P1": tables(tmp_path / "e")["P1"]}, {"P1": whole["P1"].drop(bad).reset_index(drop=True)})
@@ -202,16 +202,16 @@ def test_images_and_locations_that_changed_are_embedded_again(fields, tmp_path):
     assert "2 of 2 plates" in embed("fields", fields, tmp_path / "e", *formats).output
 
 
-def test_parts_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch):
+def test_blocks_of_other_files_are_not_gone_on_with(fields, tmp_path, monkeypatch):
     from cellfast.embedding import run as embedding_run
 
     def stop(self, plan, **options):
         raise CellfastError("stopped before the plate's file")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedding_run._Run, "assemble", stop)
+        patch.setattr(embedding_run.EmbedRun, "assemble", stop)
         embed("fields", fields, tmp_path / "e", exit_code=1)
-    assert list((tmp_path / "e" / ".embed" / "parts" / "P1").rglob("*.arrow"))
+    assert list((tmp_path / "e" / ".embed" / "blocks" / "P1").rglob("*.arrow"))
     os.utime(image(fields), ns=(1, 1))
     result = embed("fields", fields, tmp_path / "e")
     assert "plate P1 was begun with other files or options and is begun anew" in result.output
@@ -304,7 +304,7 @@ def test_a_model_that_gives_no_numbers_is_told(clean, tmp_path, monkeypatch):
 
 
 def test_two_runs_on_one_output_refuse_each_other(clean, tmp_path):
-    with OutputLock(Place(tmp_path / "e")):
+    with OutputLock(folder_at(tmp_path / "e")):
         result = embed("fields", clean, tmp_path / "e", exit_code=1)
         assert f"process {os.getpid()} on" in str(result.exception)
     embed("fields", clean, tmp_path / "e")
@@ -316,9 +316,9 @@ def test_two_runs_on_one_output_refuse_each_other(clean, tmp_path):
 def test_locks_where_the_kernel_has_none(tmp_path, monkeypatch):
     import socket
 
-    monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.05)
-    monkeypatch.setattr("cellfast.embedding.lock.LOOK_EVERY_S", 0.2)
-    place = Place("memory://lock-test")
+    monkeypatch.setattr("cellfast.storage.locks.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("cellfast.storage.locks.LOOK_EVERY_S", 0.2)
+    place = folder_at("memory://lock-test")
     with OutputLock(place):
         before = json.loads(place.read_bytes(LOCK_NAME))["beat"]
         with pytest.raises(CellfastError, match="another cellfast embed"):
@@ -350,7 +350,7 @@ class Clock:
 
 @pytest.mark.parametrize("wrong_s", [-1e6, 0, 1e6])
 def test_a_lock_is_judged_by_whether_it_changes_and_not_by_its_owners_clock(wrong_s):
-    place = Place("memory://clocks")
+    place = folder_at("memory://clocks")
     beats = iter(range(1000))
     owner = {"pid": 1, "host": "another-host", "renewed": time.time() + wrong_s, "token": "other"}
 
@@ -375,7 +375,7 @@ def test_a_lock_is_judged_by_whether_it_changes_and_not_by_its_owners_clock(wron
 
 
 def test_a_process_number_of_another_system_says_nothing(monkeypatch):
-    place = Place("memory://systems")
+    place = folder_at("memory://systems")
     clock = Clock(lambda: place.write_bytes(LOCK_NAME, json.dumps({**owner, "beat": 1}).encode()))
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -390,7 +390,7 @@ def test_a_process_number_of_another_system_says_nothing(monkeypatch):
 
 
 def test_a_run_that_was_stopped_asks_the_store_before_it_writes():
-    place, clock = Place("memory://stopped"), Clock()
+    place, clock = folder_at("memory://stopped"), Clock()
     with OutputLock(place, clock=clock, sleep=clock.sleep) as lock:
         clock.now += 1000
         lock.check()  # nobody came meanwhile: the lock is renewed
@@ -405,8 +405,8 @@ def test_a_run_that_was_stopped_asks_the_store_before_it_writes():
 
 
 def test_a_run_that_lost_its_lock_stops(clean, tmp_path, monkeypatch):
-    monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.02)
-    place = Place("memory://lost-lock")
+    monkeypatch.setattr("cellfast.storage.locks.HEARTBEAT_S", 0.02)
+    place = folder_at("memory://lost-lock")
     with OutputLock(place) as lock:
         lock.check()
         other = {"pid": 1, "host": "another-host", "renewed": time.time(), "token": "other"}
@@ -421,9 +421,9 @@ def test_a_run_that_lost_its_lock_stops(clean, tmp_path, monkeypatch):
 
 
 def test_a_lock_that_cannot_be_renewed_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr("cellfast.embedding.lock.HEARTBEAT_S", 0.02)
-    monkeypatch.setattr("cellfast.embedding.lock.TRUST_S", 0.02)
-    place = Place("memory://unrenewed-lock")
+    monkeypatch.setattr("cellfast.storage.locks.HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("cellfast.storage.locks.TRUST_S", 0.02)
+    place = folder_at("memory://unrenewed-lock")
     with OutputLock(place) as lock:
         real = place.write_bytes
 
@@ -433,7 +433,7 @@ def test_a_lock_that_cannot_be_renewed_says_why(tmp_path, monkeypatch):
         monkeypatch.setattr(place, "write_bytes", refuse)
         time.sleep(0.2)
         lock.check()  # a late beat is no reason to stop
-        monkeypatch.setattr("cellfast.embedding.lock.STALE_AFTER_S", 0.05)
+        monkeypatch.setattr("cellfast.storage.locks.STALE_AFTER_S", 0.05)
         with pytest.raises(CellfastError, match=r"could not be renewed .*OSError: the store is away.*goes on"):
             lock.check()
         monkeypatch.setattr(place, "write_bytes", real)
@@ -448,7 +448,7 @@ def test_embedding_stops_before_it_writes_without_its_lock(clean, tmp_path, monk
     assert not list((tmp_path / "e").glob("*.parquet"))
 
 
-def test_damaged_parts_and_foreign_files_are_told(clean, tmp_path):
+def test_damaged_blocks_and_foreign_files_are_told(clean, tmp_path):
     (tmp_path / "e").mkdir()
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "e" / "P1.parquet")
     assert "not written by cellfast embed" in str(embed("fields", clean, tmp_path / "e", exit_code=1).exception)
@@ -463,9 +463,9 @@ def test_damaged_parts_and_foreign_files_are_told(clean, tmp_path):
 
 
 def test_a_killed_reader_process_is_replaced(clean, tmp_path, monkeypatch):
-    from cellfast.embedding import pipeline
+    from cellfast.embedding import reading
 
-    real = pipeline.ReaderPool._submit
+    real = reading.ReaderPool._submit
     killed = []
 
     def submit(self, unit):
@@ -477,7 +477,7 @@ def test_a_killed_reader_process_is_replaced(clean, tmp_path, monkeypatch):
             killed.append(victim.pid)
         return future
 
-    monkeypatch.setattr(pipeline.ReaderPool, "_submit", submit)
+    monkeypatch.setattr(reading.ReaderPool, "_submit", submit)
     embed("fields", clean, tmp_path / "e", "--readers", "processes", "--workers", 1)
     assert killed
     assert_same(tables(tmp_path / "e"), tables(clean / "clean"))

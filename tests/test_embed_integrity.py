@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from screens import assert_same, embed, field_arguments, make_model, run, tables
 
+from cellfast.embedding.blocks import BlockFiles
 from cellfast.embedding.encoder import CropEncoder
-from cellfast.embedding.parts import PartFiles
-from cellfast.embedding.place import Place
-from cellfast.embedding.work import SharedWork, Watch
-from cellfast.embeddings_folder import PARTS, RUN_FILE, checksum, open_folder
+from cellfast.embedding.processes import BlockQueue, Watch
+from cellfast.embeddings_folder import BLOCKS, RUN_FILE, checksum, open_folder
 from cellfast.errors import CellfastError
 from cellfast.profiles.feature_files import open_source
+from cellfast.storage.folder import folder_at
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def clean(clean, tmp_path_factory):
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    """Several parts per plate, also of a store as small as this one."""
-    from cellfast.embedding import sources
+def small_blocks(monkeypatch):
+    """Several blocks per plate, also of a store as small as this one."""
+    from cellfast.embedding import cells
 
-    real = sources.cut_into_parts
-    monkeypatch.setattr(sources, "cut_into_parts", lambda plate, wells, most: real(plate, wells, 12))
+    real = cells.cut_into_blocks
+    monkeypatch.setattr(cells, "cut_into_blocks", lambda plate, wells, most: real(plate, wells, 12))
 
 
 def exactly_the_same(a, b):
@@ -49,34 +49,34 @@ def exactly_the_same(a, b):
         pd.testing.assert_frame_equal(table, tables(b)[plate], check_exact=True)
 
 
-def killed_after(monkeypatch, parts, source, clean, out, *options):
-    """A run that dies after it has written so many parts."""
-    real, written = PartFiles.write, []
+def killed_after(monkeypatch, blocks, source, clean, out, *options):
+    """A run that dies after it has written so many blocks."""
+    real, written = BlockFiles.write, []
 
     def write(self, plan, work):
         real(self, plan, work)
-        written.append(work.part)
-        if len(written) == parts:
+        written.append(work.block)
+        if len(written) == blocks:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartFiles, "write", write)
+        patch.setattr(BlockFiles, "write", write)
         embed(source, clean, out, *options, exit_code=None)
-    return sorted((out / PARTS).rglob("*.arrow"))
+    return sorted((out / BLOCKS).rglob("*.arrow"))
 
 
 @pytest.mark.parametrize("source", ["fields", "store"])
-def test_a_row_does_not_depend_on_where_a_run_was_cut(clean, tmp_path, monkeypatch, small_parts, source):
+def test_a_row_does_not_depend_on_where_a_run_was_cut(clean, tmp_path, monkeypatch, small_blocks, source):
     where = clean / "store" if source == "store" else "fields"
     embed(where, clean, tmp_path / "whole", "--batch-size", 5)
-    for parts in (1, 3):
-        out = tmp_path / f"{parts}"
-        assert killed_after(monkeypatch, parts, where, clean, out, "--batch-size", 5)
+    for blocks in (1, 3):
+        out = tmp_path / f"{blocks}"
+        assert killed_after(monkeypatch, blocks, where, clean, out, "--batch-size", 5)
         embed(where, clean, out, "--batch-size", 5)
         exactly_the_same(out, tmp_path / "whole")
 
 
-def test_minibatches_are_those_of_the_parts(clean, tmp_path, monkeypatch, small_parts):
+def test_minibatches_are_those_of_the_blocks(clean, tmp_path, monkeypatch, small_blocks):
     sizes, real = [], CropEncoder._encode
     monkeypatch.setattr(CropEncoder, "_encode", lambda self, x, *a: sizes.append(len(x)) or real(self, x, *a))
     whole = [len(t) for t in tables(clean / "clean").values()]
@@ -106,23 +106,23 @@ def damaged(content, kind, moments):
 KINDS = ("flip", "zeros", "cut", "longer", "empty")
 
 
-def test_damaged_parts_are_computed_again(clean, tmp_path, monkeypatch, small_parts):
+def test_damaged_blocks_are_computed_again(clean, tmp_path, monkeypatch, small_blocks):
     moments = random.Random(1)
     embed(clean / "store", clean, tmp_path / "whole", "--batch-size", 5)
-    parts = killed_after(monkeypatch, 3, clean / "store", clean, tmp_path / "e", "--batch-size", 5)
-    assert len(parts) == 3
+    blocks = killed_after(monkeypatch, 3, clean / "store", clean, tmp_path / "e", "--batch-size", 5)
+    assert len(blocks) == 3
     saved = tmp_path / "saved"
     shutil.copytree(tmp_path / "e", saved)
     for kind in (*KINDS, "another part"):
         shutil.rmtree(tmp_path / "e")
         shutil.copytree(saved, tmp_path / "e")
-        file = moments.choice(parts)
+        file = moments.choice(blocks)
         if kind == "another part":
-            shutil.copy(parts[0] if file != parts[0] else parts[1], file)
+            shutil.copy(blocks[0] if file != blocks[0] else blocks[1], file)
         else:
             file.write_bytes(damaged(file.read_bytes(), kind, moments))
         result = embed(clean / "store", clean, tmp_path / "e", "--batch-size", 5)
-        assert "1 part files were damaged; those parts are computed again" in result.output
+        assert "1 block files were damaged; those blocks are computed again" in result.output
         exactly_the_same(tmp_path / "e", tmp_path / "whole")
 
 
@@ -133,8 +133,8 @@ def test_a_finished_plate_is_kept_only_if_it_is_as_it_was_written(clean, tmp_pat
     moments, out = random.Random(2), tmp_path / "e"
     command = (clean / "store", clean, out, "--batch-size", 5, "--to", layout)
     embed(*command)
-    account = json.loads((out / "embeddings.json").read_text())
-    plate = next(p for p in account["plates"] if p["plate"] == "P1")
+    ledger = json.loads((out / "embeddings.json").read_text())
+    plate = next(p for p in ledger["plates"] if p["plate"] == "P1")
     assert set(plate["checksums"]) == set(plate["files"][-1:])
     for name, kinds in {plate["files"][0]: KINDS[:2], plate["files"][-1]: KINDS}.items():
         path = out / name
@@ -154,14 +154,14 @@ def test_a_finished_plate_is_kept_only_if_it_is_as_it_was_written(clean, tmp_pat
     assert "embedded before from something else (model was" in str(other.exception)
 
 
-def test_a_plate_of_a_killed_run_is_checked_before_there_is_an_account(clean, tmp_path, monkeypatch):
+def test_a_plate_of_a_killed_run_is_checked_before_there_is_a_ledger(clean, tmp_path, monkeypatch):
     from cellfast.embedding import run as run_module
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_account", stop)
+        patch.setattr(run_module, "write_ledger", stop)
         embed(clean / "store", clean, tmp_path / "e", "--batch-size", 5, exit_code=None)
     path = tmp_path / "e" / "P1.parquet"
     content = bytearray(path.read_bytes())
@@ -184,12 +184,12 @@ def test_a_plate_of_a_killed_run_is_checked_before_there_is_an_account(clean, tm
 def test_an_embedding_of_an_earlier_version_is_kept_and_gets_checksums(clean, tmp_path):
     out = tmp_path / "e"
     shutil.copytree(clean / "clean", out)
-    account = json.loads((out / "embeddings.json").read_text())
-    for plate in account["plates"]:
+    ledger = json.loads((out / "embeddings.json").read_text())
+    for plate in ledger["plates"]:
         del plate["checksums"], plate["origin"]
-    del account["checksums"]
-    (out / "embeddings.json").write_text(json.dumps(account))
-    assert open_source([out]).num_rows == account["rows"]
+    del ledger["checksums"]
+    (out / "embeddings.json").write_text(json.dumps(ledger))
+    assert open_source([out]).num_rows == ledger["rows"]
     assert "2 of 2 plates were embedded before" in embed(clean / "store", clean, out, "--batch-size", 5).output
     for plate in json.loads((out / "embeddings.json").read_text())["plates"]:
         with open(out / plate["file"], "rb") as handle:
@@ -200,7 +200,7 @@ def test_profile_and_info_refuse_an_unfinished_embedding(clean, tmp_path, monkey
     def profile(*options):
         return run("profile", out, "-o", tmp_path / "p.parquet", "--level", "well", "--normalize", "none", *options)
 
-    out = tmp_path / "no account"
+    out = tmp_path / "no ledger"
     shutil.copytree(clean / "clean", out)
     (out / "embeddings.json").unlink()
     for command in (profile(), run("info", out)):
@@ -319,12 +319,12 @@ def test_the_output_folder_refuses_to_leave_its_root(tmp_path):
         "..\\x",
         "a/",
     )
-    for place in (Place(tmp_path / "e"), Place(f"file://{tmp_path}/e"), Place("memory://root")):
+    for place in (folder_at(tmp_path / "e"), folder_at(f"file://{tmp_path}/e"), folder_at("memory://root")):
         for name in names:
             for method, *more in (("write_bytes", b"x"), ("read_bytes",), ("exists",), ("names",), ("remove",), ("checksum",)):
                 with pytest.raises(CellfastError, match="leads out of the output folder"):
                     getattr(place, method)(name, *more)
-    place = Place(tmp_path / "e")
+    place = folder_at(tmp_path / "e")
     for call in (place.write_bytes, lambda name, _: place.remove(name), lambda name, _: place.read_bytes(name)):
         for name in ("link/new", "link/kept", "link"):
             with pytest.raises(CellfastError, match="a link leads out of the output folder"):
@@ -332,13 +332,13 @@ def test_the_output_folder_refuses_to_leave_its_root(tmp_path):
     assert [p.read_text() for p in (tmp_path / "outside").iterdir()] == ["kept"]
     # A folder that is a link itself is what the user chose.
     (tmp_path / "chosen").symlink_to(tmp_path / "outside")
-    Place(tmp_path / "chosen").write_bytes("new", b"x")
+    folder_at(tmp_path / "chosen").write_bytes("new", b"x")
     assert (tmp_path / "outside" / "new").read_bytes() == b"x"
 
 
 @pytest.mark.parametrize("well", ["../../../../outside", "/outside", "a/b"])
 def test_a_well_of_a_store_cannot_lead_out_of_the_gallery(clean, tmp_path, monkeypatch, well):
-    from cellfast.embedding.sources import StoreSource
+    from cellfast.embedding.cells import StoreSource
 
     real = StoreSource.read
 
@@ -405,7 +405,7 @@ def test_a_process_that_is_stopped_or_dead_is_told_within_minutes():
         watches[0].check()
     watches[1].check()
     with pytest.raises(CellfastError, match="process 2 was stopped, or could not reach the others, for 200 s"):
-        watches[2].check()  # it wakes: its parts may be another's by now
+        watches[2].check()  # it wakes: its blocks may be another's by now
     for _ in range(40):  # rank 0 ends with its message
         clock.now += 5
         watches[1].look()
@@ -420,7 +420,7 @@ def test_a_process_that_has_left_is_not_missed():
     first, second = Watch(store, 0, 2, clock=clock), Watch(store, 1, 2, clock=clock)
     second.look()
     second.leave()
-    for _ in range(200):  # collating and the account may take a while
+    for _ in range(200):  # collating and the ledger may take a while
         clock.now += 5
         first.look()
         first.check()
@@ -434,7 +434,7 @@ def test_a_store_that_is_gone_ends_in_one_sentence():
         add = set
 
     with pytest.raises(CellfastError, match=r"cannot be reached \(Connection reset by peer\).*run the same command again"):
-        SharedWork(Gone(), 0, 2, [])
+        BlockQueue(Gone(), 0, 2, [])
     assert threading.active_count() < 50
 
 
@@ -442,7 +442,7 @@ def test_partial_files_of_killed_runs_are_removed(clean, tmp_path):
     out = tmp_path / "e"
     embed(clean / "store", clean, out, "--batch-size", 5, "--to", "cpg")
     gone = f".P1.gone-host.{2**22 + 1}.0123456789.partial.parquet"
-    folders = [out, out / PARTS / "P1", *(p for p in (out / "workspace_dl").rglob("*") if p.is_dir() and "profiles" in str(p))]
+    folders = [out, out / BLOCKS / "P1", *(p for p in (out / "workspace_dl").rglob("*") if p.is_dir() and "profiles" in str(p))]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / gone).write_bytes(b"half")

@@ -16,26 +16,26 @@ import pytest
 import torch.distributed as dist
 from screens import assert_same, embed, field_arguments, run, tables, torchrun
 
-from cellfast.embedding.sources import Part, PlatePlan, cut_into_parts
-from cellfast.embedding.work import SharedWork
+from cellfast.embedding.cells import Block, PlatePlan, cut_into_blocks
+from cellfast.embedding.processes import BlockQueue
 
 EMBED = ("-m", "cellfast", "embed")
 
 
-def test_parts_cover_every_unit_once_and_end_with_wells():
+def test_blocks_cover_every_unit_once_and_end_with_wells():
     wells = ["A01"] * 3 + ["A02"] * 9 + ["B01"] + ["B02"] * 2
-    parts = cut_into_parts("P", wells, 2)
-    assert [(p.start, p.stop) for p in parts] == [(0, 3), (3, 7), (7, 11), (11, 13), (13, 15)]
-    assert cut_into_parts("P", [], 2) == ()
+    blocks = cut_into_blocks("P", wells, 2)
+    assert [(p.start, p.stop) for p in blocks] == [(0, 3), (3, 7), (7, 11), (11, 13), (13, 15)]
+    assert cut_into_blocks("P", [], 2) == ()
 
 
 def test_processes_claim_every_part_once_and_one_of_them_finishes_each_plate():
-    plans = [PlatePlan(f"P{i}", "b", 5, ("A01",), tuple(Part(f"P{i}", k, k + 1) for k in range(5)), {}) for i in range(7)]
+    plans = [PlatePlan(f"P{i}", "b", 5, ("A01",), tuple(Block(f"P{i}", k, k + 1) for k in range(5)), {}) for i in range(7)]
     store = dist.HashStore()
     claimed, last = [], []
 
     def work(rank):
-        mine = SharedWork(store, rank, 3, [(p, list(p.parts)) for p in plans] if rank == 0 else None)
+        mine = BlockQueue(store, rank, 3, [(p, list(p.blocks)) for p in plans] if rank == 0 else None)
         for part in mine.claims():
             claimed.append(part)
             if mine.is_last(part.plate):
@@ -50,7 +50,7 @@ def test_processes_claim_every_part_once_and_one_of_them_finishes_each_plate():
     for thread in threads:
         thread.join(timeout=30)
         assert not thread.is_alive()
-    assert sorted(claimed, key=str) == sorted((p for plan in plans for p in plan.parts), key=str)
+    assert sorted(claimed, key=str) == sorted((p for plan in plans for p in plan.blocks), key=str)
     assert sorted(last) == [p.plate for p in plans]
 
 
@@ -67,8 +67,8 @@ def test_two_processes_write_what_one_does(clean, tmp_path):
     assert done.stdout.count("cells =") == 1
     assert_same(tables(out), {"P1": tables(clean / "clean")["P1"]})
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == ["P1.parquet", "embeddings.json", "lock"]
-    account = json.loads((out / "embeddings.json").read_text())
-    assert account["rows"] == account["totals"]["locations"] == pq.read_metadata(out / "P1.parquet").num_rows
+    ledger = json.loads((out / "embeddings.json").read_text())
+    assert ledger["rows"] == ledger["totals"]["locations"] == pq.read_metadata(out / "P1.parquet").num_rows
 
 
 @pytest.mark.slow
@@ -166,10 +166,10 @@ def test_ray_writes_what_one_process_does(clean, tmp_path):
     )  # fmt: skip
     victim = None
     deadline = time.monotonic() + 100
-    # One reader is killed under way: Ray reads its parts again.
+    # One reader is killed under way: Ray reads its blocks again.
     while process.poll() is None and victim is None and time.monotonic() < deadline:
         listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-        victim = next((int(line.split()[0]) for line in listing.splitlines() if "ray::" in line and "_ReadParts" in line), None)
+        victim = next((int(line.split()[0]) for line in listing.splitlines() if "ray::" in line and "_ReadBlock" in line), None)
         time.sleep(0.02)
     if victim is not None:
         os.kill(victim, signal.SIGKILL)
@@ -189,15 +189,15 @@ def test_ray_that_is_not_installed_is_told(clean, tmp_path, monkeypatch):
 IMPATIENT = """
 import os, signal, sys
 from cellfast.cli import main
-from cellfast.embedding import parts, work
-work.BEAT_S, work.PATIENCE_S, work.GRACE_S = 0.2, 4.0, 2.0
-real = parts.PartFiles.write
+from cellfast.embedding import blocks, processes
+processes.BEAT_S, processes.PATIENCE_S, processes.GRACE_S = 0.2, 4.0, 2.0
+real = blocks.BlockFiles.write
 def write(self, *a):
     real(self, *a)
     if os.environ["RANK"] == os.environ.get("VICTIM"):
         print("stopped", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
-parts.PartFiles.write = write
+blocks.BlockFiles.write = write
 sys.argv = ["cellfast", *sys.argv[1:]]
 main()
 """

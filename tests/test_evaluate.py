@@ -15,11 +15,12 @@ from cellfast.errors import CellfastError
 from cellfast.profiles.compare import compare_results, mcnemar
 from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
 from cellfast.profiles.feature_files import read_profiles
-from cellfast.profiles.intervals import permutation_p_value
+from cellfast.profiles.moas import moa_labels
+from cellfast.profiles.permutations import permutation_test
 from cellfast.profiles.table import ProfileTable, write_profiles
 from cellfast.profiles.votes import majority_vote
 
-FAST = {"num_resamples": 300, "num_permutations": 50}
+FAST = {"num_permutations": 50}
 
 
 def treatments(rows, angles):
@@ -50,8 +51,13 @@ def test_scores_worked_out_by_hand():
     assert result["one_batch_moas"] == ["Y", "Z"]
     assert (result["nscb"]["num_correct"], result["nscb"]["num_evaluated"]) == (3, 3)
     assert result["nscb"]["excluded"]["one_batch_moa"] == ["c 1", "d 1", "e 1", "f 1"]
-    kept = evaluate_profiles(SMALL, EvaluationOptions(one_batch_moas="keep", **FAST)).result["nscb"]
+    counted = {"one_batch_moas": "keep", "unanswerable": "count"}
+    kept = evaluate_profiles(SMALL, EvaluationOptions(**counted, **FAST)).result["nscb"]
     assert (kept["num_correct"], kept["num_evaluated"]) == (3, 7)
+    # Without a candidate of its MoA nothing can be right: not counted, unless the published convention is asked for.
+    kept = evaluate_profiles(SMALL, EvaluationOptions(one_batch_moas="keep", **FAST)).result["nscb"]
+    assert (kept["num_correct"], kept["num_evaluated"]) == (3, 3)
+    assert kept["excluded"]["no_candidate_of_its_moa"] == ["c 1", "d 1", "e 1", "f 1"]
     # Only queries are left out: b's nearest other-batch profile is a2 all the same.
     queries = evaluate_profiles(SMALL, EvaluationOptions(one_batch_moas="queries", **FAST))
     assert (queries.result["nscb"]["num_correct"], queries.result["nscb"]["num_evaluated"]) == (3, 3)
@@ -77,11 +83,18 @@ def test_confusion_macro_and_baseline():
 def test_profiles_without_candidates_are_excluded_and_named():
     rows = [("a", 1.0, "X", "w1;w2"), ("b", 1.0, "X", "w1"), ("c", 1.0, "Y", "w2"), ("d", 1.0, "Y", "w1")]
     profiles = treatments(rows, [0, 0.1, 1.0, 1.1])
-    result = evaluate_profiles(profiles, EvaluationOptions(batch_rule="overlap", **FAST)).result["nscb"]
+    counted = {"unanswerable": "count", **FAST}
+    result = evaluate_profiles(profiles, EvaluationOptions(**counted)).result["nscb"]
     assert result["excluded"]["no_candidates"] == ["a 1"]
     assert result["num_evaluated"] == 3
-    # The joined rule compares whole strings: "w1;w2" is a batch of its own.
-    assert evaluate_profiles(profiles, EvaluationOptions(**FAST)).result["nscb"]["num_evaluated"] == 4
+    # b's only fellow, a, shares its batch: it cannot be right.
+    left = evaluate_profiles(profiles, EvaluationOptions(**FAST)).result["nscb"]
+    assert (left["num_evaluated"], left["excluded"]["no_candidate_of_its_moa"]) == (2, ["b 1"])
+    assert result["num_pairs_sharing_a_batch"] == 0
+    # The joined rule compares whole strings: "w1;w2" is a batch of its own, and the pairs that share a batch are counted.
+    joined = evaluate_profiles(profiles, EvaluationOptions(batch_rule="joined", **FAST)).result["nscb"]
+    assert joined["num_evaluated"] == 4
+    assert joined["num_pairs_sharing_a_batch"] == 6
 
 
 @pytest.mark.parametrize("rule", ["joined", "overlap"])
@@ -120,7 +133,9 @@ def test_well_level_and_wells_made_treatments():
     merged = evaluate_profiles(twice, EvaluationOptions(**FAST)).result
     assert merged["nsc"]["num_evaluated"] == 7
     assert merged["counts"]["rows_per_treatment_aggregated"]
-    assert merged["replicate_reproducibility"]["num_treatments"] == 7
+    # b is alone on its plates: there are no wells to draw a null from.
+    assert merged["replicate_reproducibility"]["num_treatments"] == 6
+    assert merged["replicate_reproducibility"]["num_without_null"] == 1
     assert merged["replicate_reproducibility"]["median_replicate_similarity"] == pytest.approx(1.0)
     assert merged["mean_average_precision"]["treatment"]["mean"] == pytest.approx(1.0)
 
@@ -133,12 +148,15 @@ def test_votes_of_k_neighbours():
 
 def test_permutations_keep_the_doses_of_a_compound_together():
     """Two compounds, all right: with the MoAs swapped both stay wrong, so half of the permutations are as good."""
-    moa = np.array([0, 0, 1, 1, 0, 1])
+    labels = moa_labels(["x", "x", "y", "y", "x", "y"])
     compound = np.array([0, 0, 1, 1, 2, 3])
-    neighbours = np.array([[4], [4], [5], [5], [0], [2]])
-    p = permutation_p_value(moa, compound, neighbours, np.ones(6, bool), 6, 3000, 0)
-    # Of the 6 ways to give two compounds MoA 0, those that pair {0, 2} and {1, 3} are right everywhere: 2 of 6.
-    assert p == pytest.approx(1 / 3, abs=0.03)
+    neighbours = np.array([4, 4, 5, 5, 0, 2])
+    found = permutation_test(
+        lambda code: code[neighbours] == code, labels, compound, np.zeros(6, int), lambda code: np.ones(6, bool), 3000, 0
+    )
+    # Of the 6 ways to give two compounds MoA x, those that pair {0, 2} and {1, 3} are right everywhere: 2 of 6.
+    assert found["p_value"] == pytest.approx(1 / 3, abs=0.03)
+    assert found["num_exchangeable"] == 4
 
 
 def test_interval_contains_the_score_and_is_seeded():
@@ -165,8 +183,6 @@ def test_command_writes_result_table_and_pictures_and_compares(tmp_path):
             tmp_path / f"{name}.parquet",
             "-o",
             tmp_path / f"{name}.json",
-            "--resamples",
-            200,
             "--permutations",
             20,
         )
@@ -186,7 +202,8 @@ def test_command_writes_result_table_and_pictures_and_compares(tmp_path):
     assert c["nsc"]["interval_95"][0] <= c["nsc"]["difference"] <= c["nsc"]["interval_95"][1]
     same = compare_results(result, result)
     assert same["nsc"]["difference"] == 0
-    assert same["nsc"]["interval_95"] == [0, 0]
+    low, high = same["nsc"]["interval_95"]
+    assert low < 0 < high
     with pytest.raises(CellfastError, match="in common"):
         compare_results(result, {"treatments": [{**r, "id": "other"} for r in result["treatments"]]})
 
@@ -214,7 +231,8 @@ def ljosa(real_data, tmp_path, *options):
 
 
 def score(profiles, **options):
-    result = evaluate_profiles(profiles, EvaluationOptions(average_precision=False, **options, **FAST)).result
+    published = {"unanswerable": "count", "average_precision": False, "num_permutations": 0, **options}
+    result = evaluate_profiles(profiles, EvaluationOptions(**published)).result
     return [(result[r]["num_correct"], result[r]["num_evaluated"]) for r in ("nsc", "nscb")]
 
 
@@ -268,7 +286,7 @@ def test_candidate_pools_of_the_official_metadata(real_data, tmp_path):
         tmp_path / "p.parquet",
     )
     profiles = read_profiles(tmp_path / "p.parquet")
-    joined = evaluate_profiles(profiles, EvaluationOptions(average_precision=False, **FAST))
+    joined = evaluate_profiles(profiles, EvaluationOptions(batch_rule="joined", average_precision=False, **FAST))
     assert joined.result["nscb"]["num_evaluated"] == 92
     week1 = joined.table[joined.table["Metadata_Batch"] == "Week1"]
     taxol = week1["Metadata_Compound"] == "taxol"

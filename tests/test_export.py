@@ -17,10 +17,10 @@ import torch
 from click.testing import CliRunner
 from screens import write_crops
 
-import cellfast.embedding.export as export_module
+import cellfast.export.exported as export_module
 from cellfast.cli import cellfast
-from cellfast.embedding.export import export_model, load_exported, read_export_metadata
 from cellfast.errors import CellfastError
+from cellfast.export import export_model, load_exported, read_export_metadata
 from cellfast.model_file import ModelMetadata, load_model, save_model
 from cellfast.models import ModelConfig, build_model
 from cellfast.screens import Screen

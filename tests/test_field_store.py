@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,8 +14,8 @@ from screens import assert_same, embed, make_fields, make_model, run, tables
 from cellfast.errors import CellfastError
 from cellfast.screens import Screen
 from cellfast.screens.field_store import EncodedFields, write_field_store
-from cellfast.screens.remote import file_system
 from cellfast.screens.sealed import USER_BLOCK, seal
+from cellfast.storage.urls import file_system
 
 
 @pytest.fixture
@@ -150,7 +150,6 @@ def test_damage_to_a_store_is_told_by_name_where_it_lies(work, tmp_path):
     fs, key = file_system(f"fieldstore://{store}!/{files[0][1].name}")
     with pytest.raises(OSError, match="differs from its checksum"):
         fs.cat_file(key)
-    fs.store.close()
 
 
 def test_the_field_of_a_damaged_file_is_refused_and_counted(work, tmp_path):
@@ -174,27 +173,6 @@ def test_a_store_without_a_seal_is_read_as_before(work, tmp_path):
         assert fields.encoded(0)[0].tobytes() == file.read_bytes()
 
 
-def test_the_documented_training_from_fields_runs(work, tmp_path, monkeypatch):
-    pytest.importorskip("nvidia.dali")
-    assert ingest(work, tmp_path / "a", "--keep-fields", work / "FIELDS.h5").exit_code == 0
-    code = (Path(__file__).parent.parent / "docs" / "device.md").read_text().split("```python\n")[1].split("```")[0]
-    # The fields of this test are small.
-    code = code.replace(" 112, 96,", " 24, 16,").replace("centers, 112,", "centers, 24,").replace("resnet18", "cnn4")
-    monkeypatch.chdir(work)
-    space: dict = {}
-    exec(compile(code, "docs/device.md", "exec"), space)
-    assert np.isfinite(space["loss"].item())
-    assert space["number"] == 4  # two epochs of two groups of at most eight fields
-    screen = Screen.open(tmp_path / "a")
-    assert len(space["cells"]) == screen.num_cells
-    # The cells are those of the crop store, in its order.
-    space["cells"].random_margin_px = 0
-    space["cells"].border = "pad"
-    stored = np.concatenate([plate.crops() for plate in screen.plates])
-    for batch in space["cells"].run():
-        np.testing.assert_array_equal(batch.crops.cpu().numpy(), stored[batch.rows.numpy()])
-
-
 def test_training_on_a_field_store_says_what_to_do(tmp_path):
     (tmp_path / "f.h5").write_bytes(b"")
     result = run("train", tmp_path / "f.h5", "-o", tmp_path / "run")
@@ -203,18 +181,59 @@ def test_training_on_a_field_store_says_what_to_do(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_cells_are_located_in_stores_only(work, tmp_path):
-    from cellfast.data.device_fields import located_cells
-    from cellfast.screens.image_table import read_image_table
-    from cellfast.screens.locations import open_locations
+def test_files_whose_values_are_not_stored_plainly_are_stored_anew_and_named(tmp_path):
+    plane = np.random.default_rng(0).integers(0, 60000, (40, 50)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", plane, photometric="miniswhite")
+    notes = write_field_store(tmp_path / "f.h5", [[tmp_path / "a.tif"]])
+    assert len(notes) == 1
+    assert "a.tif was stored anew" in notes[0]
+    with EncodedFields(tmp_path / "f.h5") as fields:
+        np.testing.assert_array_equal(tifffile.imread(io.BytesIO(fields.file(0, 0).tobytes())), plane)
 
+
+def test_a_store_of_others_with_one_dataset_entry_for_each_file_is_read(work, tmp_path):
+    """``encoded`` as variable-length bytes [N, C]."""
     assert ingest(work, tmp_path / "a", "--keep-fields", work / "f.h5").exit_code == 0
-    store = EncodedFields(work / "f.h5")
-    folder = read_image_table(work / "load_data.csv", work / "images")
-    with pytest.raises(CellfastError, match="not in a field store"):
-        located_cells(folder, open_locations(str(work / "locations"), folder), store)
-    table = read_image_table(work / "load_data.csv", work / "f.h5")
-    with pytest.raises(CellfastError, match="cells detected in the images"):
-        located_cells(table, open_locations("detect", table), store)
-    _, _, of_field = located_cells(table, open_locations(str(work / "locations"), table), store)
-    assert [(f.plate, f.well, f.site) for f in of_field][:3] == [("P1", "A02", 1), ("P1", "A02", 2), ("P1", "A10", 1)]
+    with EncodedFields(work / "f.h5") as fields, h5py.File(tmp_path / "g.h5", "w") as file:
+        data = file.create_dataset("encoded", (fields.num_fields, fields.num_channels), dtype=h5py.vlen_dtype(np.uint8))
+        for index, channel in np.ndindex(*data.shape):
+            data[index, channel] = fields.file(index, channel)
+        file.create_dataset("files", data=fields.names(), dtype=h5py.string_dtype())
+    assert ingest(work, tmp_path / "b", root=tmp_path / "g.h5").exit_code == 0
+    for one, other in zip(Screen.open(tmp_path / "a").plates, Screen.open(tmp_path / "b").plates, strict=True):
+        np.testing.assert_array_equal(one.crops(), other.crops())
+
+
+def test_what_cannot_be_kept_or_read_is_refused_by_name(tmp_path):
+    path, files = tmp_path / "f.h5", [[tmp_path / f"{f}_{c}.tif" for c in range(3)] for f in range(2)]
+    for file in (file for field in files for file in field):
+        tifffile.imwrite(file, np.zeros((40, 50), np.uint16))
+    tifffile.imwrite(tmp_path / "wide.tif", np.zeros((40, 51), np.uint16))
+    with pytest.raises(CellfastError, match=r"wide.tif is uint16 \(40, 51\), the first file is uint16 \(40, 50\)"):
+        write_field_store(path, [*files, [*files[0][:2], tmp_path / "wide.tif"]])
+    assert not path.exists()
+    tifffile.imwrite(tmp_path / "pages.tif", np.zeros((2, 40, 50), np.uint16), photometric="minisblack")
+    with pytest.raises(CellfastError, match=r"pages\.tif must be a single-page greyscale TIFF"):
+        write_field_store(path, [[tmp_path / "pages.tif"] * 3])
+    with pytest.raises(CellfastError, match="3 channels need as many names, got A"):
+        write_field_store(path, files, ["A"])
+    with pytest.raises(CellfastError, match="same number of channel files"):
+        write_field_store(path, [files[0], files[1][:2]])
+    write_field_store(path, files)
+    with h5py.File(path, "r+") as file:
+        file["offsets"][3] = 10**9
+    seal(path, "encoded")
+    with pytest.raises(CellfastError, match="is damaged: its offsets do not fit"):
+        EncodedFields(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 2
+    seal(path, "encoded")
+    with pytest.raises(CellfastError, match="version 2, this cellfast reads 1: upgrade"):
+        EncodedFields(path)
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["encoded"] = h5py.ExternalLink(str(path), "encoded")
+    with pytest.raises(CellfastError, match="links to other files are refused"):
+        EncodedFields(tmp_path / "link.h5")
+    path.write_bytes(b"no")
+    with pytest.raises(CellfastError, match="cannot be read as HDF5"):
+        EncodedFields(path)

@@ -6,7 +6,7 @@ import pytest
 from fuzz import damage, kills
 from fuzz.mutate import generator, mutate
 
-SHORT = ("image csv.gz", "features csv.gz", "crop store, embed", "field store, embed", "part", "embeddings parquet", "last.pt")
+SHORT = ("image csv.gz", "features csv.gz", "crop store, embed", "field store, embed", "block", "embeddings parquet", "last.pt")
 
 
 @pytest.fixture(scope="module")

@@ -306,7 +306,7 @@ def test_patterns(tmp_path):
     assert "notes.txt" in table.notes[0]
     with pytest.raises(CellfastError, match="groups"):
         image_table_from_pattern("x", tmp_path, plate="P")
-    with pytest.raises(CellfastError, match="--plate"):
+    with pytest.raises(CellfastError, match="plate with plate"):
         image_table_from_pattern(r"(?P<channel>\d)(?P<well>A01)", tmp_path)
 
 

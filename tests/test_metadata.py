@@ -166,7 +166,7 @@ def test_spellings_are_one_name():
 
 def test_biology_within_a_treatment_is_an_error():
     wells = pd.DataFrame({"Metadata_Compound": ["x", "x"], "Metadata_cell_line": ["A549", "U2OS"]})
-    with pytest.raises(CellfastError, match=r"--group-by Metadata_cell_line.*--pool Metadata_cell_line"):
+    with pytest.raises(CellfastError, match=r"group_by='Metadata_cell_line'.*pool='Metadata_cell_line'"):
         treatment_key(wells)
     assert treatment_key(wells, ["cell_line"]) == ["Metadata_Compound", "Metadata_cell_line"]
     assert treatment_key(wells, pool=["Metadata_cell_line"]) == ["Metadata_Compound"]

@@ -14,10 +14,10 @@ from cellfast.errors import CellfastError
 from cellfast.printable import escaped, masked
 from cellfast.profiles import plots
 from cellfast.progress import Progress
-from cellfast.screens import remote
 from cellfast.screens.image_table import Field
 from cellfast.screens.ingest_fields import field_table_digest
 from cellfast.screens.ledger import Ledger, PlateLedger
+from cellfast.storage import urls
 
 SECRET = "hunter2/PW+x"
 
@@ -95,7 +95,7 @@ def test_errors_of_object_stores_are_masked(monkeypatch):
             raise FileNotFoundError(path)
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (Failing(), url.split("://")[1]))
-    fs, path = remote.file_system(f"s3://user:{SECRET}@host/a")
+    fs, path = urls.file_system(f"s3://user:{SECRET}@host/a")
     for kind, call in (
         (OSError, lambda: fs.cat_file(path)),
         (PermissionError, lambda: fs.ls(path, detail=False)),

@@ -163,3 +163,25 @@ def test_precision_equals_copairs(metric):
         grouped = grouped_precision(metadata, ours, group)
         assert list(grouped[group[0]]) == list(expected[group[0]])
         np.testing.assert_allclose(grouped["mean_average_precision"], expected["mean_average_precision"], atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "correlation", "euclidean"])
+@pytest.mark.parametrize("groups", [2, 60])
+def test_precision_of_many_and_of_few_positives_is_that_of_a_float64_sort(metric, groups):
+    """120 profiles in 2 groups (59 positives each) or 60 (one each); some all but equal, which float32 cannot tell apart."""
+    rng = np.random.default_rng(groups)
+    x = rng.normal(size=(120, 7))
+    x[60:] = x[:60] + 1e-7 * rng.normal(size=(60, 7))
+    metadata = pd.DataFrame({"g": rng.permutation(np.arange(120) % groups)})
+    found = average_precision(metadata, x, ["g"], [], [], ["g"], metric)
+    y = x - x.mean(axis=1, keepdims=True) if metric == "correlation" else x
+    unit = y / np.linalg.norm(y, axis=1, keepdims=True)
+    similarity = -np.linalg.norm(x[:, None] - x[None], axis=2) if metric == "euclidean" else unit @ unit.T
+    group = metadata["g"].to_numpy()
+    for i in range(120):
+        order = np.argsort(-similarity[i])
+        order = order[order != i]
+        hits = group[order] == group[i]
+        if not found.tied[i]:
+            assert found.values[i] == pytest.approx((np.cumsum(hits) / np.arange(1, 120))[hits].mean())
+    assert found.tied.sum() <= 12

@@ -9,7 +9,8 @@ import scipy.linalg
 
 from cellfast.errors import CellfastError
 from cellfast.profiles import whitening
-from cellfast.profiles.normalize import Step, normalize_profiles, parse_steps
+from cellfast.profiles.normalize import normalize_profiles
+from cellfast.profiles.steps import Step, parse_steps
 from cellfast.profiles.table import ProfileTable
 from cellfast.profiles.whitening import fit_whitening, ledoit_wolf_shrinkage
 
@@ -96,7 +97,7 @@ def test_tvn_equals_the_reference_formulas(lam, rotation):
         c = x[rows & controls]
         source = scipy.linalg.inv(scipy.linalg.sqrtm(c.T @ c / len(c) + np.eye(8)).real)
         expected[rows] = x[rows] @ source @ target
-    ours, report = normalize_profiles(table, parse_steps(["tvn"], Step("none", lam=str(lam), rotation=rotation)))
+    ours, report = normalize_profiles(table, parse_steps(["tvn"], {"lam": str(lam), "rotation": rotation}))
     # Rotations of the axes aside, which no distance sees: all products agree.
     np.testing.assert_allclose(ours.features @ ours.features.T, expected @ expected.T, rtol=1e-8, atol=1e-9)
     if rotation == "zca":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,16 +13,17 @@ from click.testing import CliRunner
 from screens import write_crops
 
 from cellfast.augment import AugmentConfig, TwoViews, center_crop
-from cellfast.benchmark.reference import check_reference_size
 from cellfast.benchmark.reference.baseline import Implementation as Baseline
-from cellfast.benchmark.reference.baseline import nt_xent, plain_accuracies, plain_scores
-from cellfast.benchmark.reference.cells import prepare_cells, simulated_features, simulated_treatments
+from cellfast.benchmark.reference.baseline import nt_xent, plain_scores
+from cellfast.benchmark.reference.cells import EVALUATION_COLUMNS, drawn_cells, prepare_cells, simulated_features
+from cellfast.benchmark.reference.measure import check_reference_size, measure_agreement, measure_reference, summary
 from cellfast.benchmark.reference.ours import Implementation as Ours
-from cellfast.benchmark.reference.parts import Settings, measure_agreement, ratios, summary
 from cellfast.benchmark.reference.quality import score_features
-from cellfast.benchmark.reference.report import markdown, targets
-from cellfast.benchmark.reference.scaling import line_through, repeated_cells
+from cellfast.benchmark.reference.report import document, markdown
+from cellfast.benchmark.reference.scaling import repeated_cells
 from cellfast.benchmark.reference.sides import cellfast_side, other_side
+from cellfast.benchmark.reference.table import PARTS, Settings
+from cellfast.benchmark.reference.worker import measure
 from cellfast.cli import cellfast
 from cellfast.embedding.encoder import CropEncoder
 from cellfast.errors import CellfastError
@@ -144,16 +143,16 @@ def test_embedding_is_the_models_own_function_with_its_input_transform(features,
 
 
 def agreement_job(cells, tmp_path, **more):
-    return {**cells.job(), "encoder": "resnet18", "batch_size": 8, "dim": 32, "workers": 0, "steps": 3, "weights": str(tmp_path / "w.pt"),
-            "inputs": str(tmp_path / "i.npy"), **more}  # fmt: skip
+    return {**cells.job(), "part": "agree", "encoder": "resnet18", "batch_size": 8, "dim": 32, "workers": 0, "steps": 3,
+            "weights": str(tmp_path / "w.pt"), "inputs": str(tmp_path / "i.npy"), **more}  # fmt: skip
 
 
 @pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_steps_equal_a_plain_implementation_from_the_same_weights_and_crops(cells, tmp_path, monkeypatch, double):
     monkeypatch.setitem(training_config.RECIPES["perakis2021"], "projection_dim", 32)
     job = agreement_job(cells, tmp_path, double=double)
-    plain = Baseline(job).agree()
-    ours = Ours(job).agree()
+    plain = measure(Baseline(job), job)
+    ours = measure(Ours(job), job)
     assert ours["largest_input_difference"] < 2e-6
     assert len(set(np.round(plain["losses"], 6))) == 3  # the weights moved
     assert ours["losses"][0] == pytest.approx(plain["losses"][0], abs=1e-5)
@@ -231,85 +230,19 @@ def test_cells_of_other_than_three_channels_are_refused(tmp_path):
         prepare_cells(tmp_path, tmp_path / "cells", size=8)
 
 
-# What is reported
-
-
-def test_retrieval_counts_neighbours_of_other_wells_only():
-    # Two wells of treatment a, whose cells lie together, and two of b, each nearest to its own well and then to an a.
-    features = np.array([[1, 0], [1, 0.01], [0, 1], [0.9, 0.8]], np.float32).repeat(2, axis=0)
-    metadata = pd.DataFrame(
-        {"Metadata_Plate": "Week1_1", "Metadata_Well": np.repeat(["A01", "A02", "A03", "A04"], 2),
-         "compound": np.repeat(["a", "b"], 4), "concentration": 1.0, "moa": np.repeat(["A", "B"], 4), "Replicate": 1}
-    )  # fmt: skip
-    from cellfast.benchmark.reference.quality import _retrieval
-
-    found = _retrieval(features, metadata)
-    assert found["retrieval_queries"] == 8
-    assert found["retrieval"] == pytest.approx(6 / 8)  # A04's cells are nearer to A02 than to A03
-    assert found["retrieval_chance"] == pytest.approx(2 / 6)
-
-
-def test_evaluations_of_treatments_agree():
-    profiles, metadata = simulated_treatments(64)
-    assert len(profiles) == len(metadata) == 103
-    theirs = plain_accuracies(profiles, *(metadata[name].to_numpy() for name in ("compound", "moa", "batch")))
-    assert Ours({}).evaluate(profiles, metadata)() == pytest.approx(theirs, abs=1e-12)
-    assert 0 < min(theirs) < max(theirs) < 1
-
-
-def test_features_of_both_sides_are_scored_alike():
-    features, metadata = simulated_features(1200, 16)
-    found = score_features(features, metadata)
-    assert (
-        found["nsc"]["num_evaluated"] == metadata[metadata["compound"] != "DMSO"].groupby(["compound", "concentration"]).ngroups
-    )
-    assert 0 <= found["nsc"]["interval_95"][0] <= found["nsc"]["accuracy"] <= found["nsc"]["interval_95"][1] <= 1
-    json.dumps(found, allow_nan=False)
-
-
-def test_a_straight_line_extrapolates_and_never_falls():
-    assert line_through([(1000, 2.0), (10_000, 11.0)], 100_000) == pytest.approx(101.0)
-    assert line_through([(1000, 2.0)], 10_000) == pytest.approx(20.0)
-    assert line_through([(1000, 2.0), (10_000, 1.0)], 100_000) == 1.0
-
-
-def side(seconds, cells=100, peak=3e9):
-    return summary({"seconds": seconds, "cells": cells, "peak_bytes": peak, "imported_bytes": 1e9, "versions": {}})
-
-
-def document(**sections):
-    system = {"cpu": {"name": "a CPU", "cores": 2}, "memory_bytes": 2**34, "cellfast": "0", "packages": {"torch": "2"}, "gpus": [], "python": "3",
-              "bfloat16_native": False}  # fmt: skip
-    result = {"subject": "reference", "other": {"name": "baseline", "commit": ""}, "settings": Settings().__dict__, **sections}
-    return {"subject": "reference", "quick": False, "environment": {"system": system, "commit": "abc"}, "result": result}
-
-
-def test_ratios_are_per_cell_and_targets_say_what_was_missed():
-    ours, theirs = side([1.0, 2.0, 3.0], cells=100), side([8.0], cells=200, peak=5e9)
-    assert (ours["median_seconds"], ours["spread"], ours["cells_per_second"]) == (2.0, 1.0, 50.0)
-    assert ratios(ours, theirs) == pytest.approx({"times_faster": 2.0, "memory_ratio": 0.6, "growth_ratio": 0.5})
-    entry = {"what": "x", "cellfast": ours, "baseline": theirs, **ratios(ours, theirs)}
-    whole = document(cells={"number": 5, "size": 96, "origin": "o"}, parts={"step": entry, "loss": entry})
-    met = {row["what"]: row["met"] for row in targets(whole["result"])}
-    assert met == {"training step, float32": True, "NT-Xent": False, "peak memory of a training step": False}
-    text = markdown(whole)
-    assert "no checkout of the reference was given" in text
-    assert "| NT-Xent | >= 200 | 2.00 | missed |" in text
-
-
-def test_running_out_of_memory_and_extrapolation_are_said():
-    rows = [{"minibatch": 64, "median_seconds": 1.0, "growth_bytes": 2**20, "allowed_bytes": 2**30}]
-    stops = [*rows, {"minibatch": 128, "out_of_memory": "no", "allowed_bytes": 2**30}]
-    by_cells = [{"cells": 10, "seconds": 1.0, "growth_bytes": 1.0, "extrapolated": False},
-                {"cells": 1000, "seconds": 100.0, "growth_bytes": 100.0, "extrapolated": True}]  # fmt: skip
-    cores = [{"threads": 1, "seconds": 1.0, "cells_per_second": 5.0}]
-    text = markdown(document(scaling={
-        "cells": {"load": {"cellfast": by_cells}}, "minibatch": {"loss": {"cellfast": rows, "baseline": stops}},
-        "cores": {"step": {"cellfast": cores}},
-    }))  # fmt: skip
-    assert "| 1,000 | ~100 s (~0 MiB) |" in text
-    assert "| 10 | 1 s (0 MiB) |" in text
-    assert "out of memory at 1.0 GiB" in text
+@pytest.mark.data
+@pytest.mark.parametrize("num_cells", [24, 72, 400, 1000])
+def test_cells_drawn_of_a_real_screen_can_be_scored_by_all(real_data, num_cells):
+    """1,000 cells of 55 plates, some without a control: whichever are drawn, every batch has what TVN is fitted on."""
+    index = pd.read_csv(real_data / "bbbc021" / "crops" / "index.csv", dtype={"plate": str})
+    names = {"plate": "Metadata_Plate", "well": "Metadata_Well", "compound": "Metadata_Compound"}
+    cells = index.rename(columns=names).assign(Replicate=1)
+    drawn = cells.iloc[drawn_cells(cells, num_cells, 0, "real")].reset_index(drop=True)
+    drawn["compound"] = drawn["Metadata_Compound"]
+    metadata = drawn[[*EVALUATION_COLUMNS]]
+    features = np.random.default_rng(0).standard_normal((len(metadata), 8)).astype(np.float32)
+    assert Ours({}).score(features, metadata) == pytest.approx(plain_scores(features, metadata), abs=1e-9)
+    assert score_features(features, metadata)["nsc"]["num_evaluated"] > 0
 
 
 # A side's process
@@ -317,28 +250,28 @@ def test_running_out_of_memory_and_extrapolation_are_said():
 
 @pytest.mark.slow
 def test_one_process_does_all_jobs_and_begins_anew_after_a_failure(cells):
-    baseline = other_side(None, None)
-    job = {**cells.job(), "repeats": 1, "dim": 4, "workers": 0, "batch_size": 8}
-    with baseline.one_process(1):
-        (worker,) = baseline.kept
-        first = worker._process
-        assert baseline.run("loss", threads=1, **job)["cells"] == 8
-        out_of_memory = baseline.run("loss", threads=1, **{**job, "batch_size": 20_000}, allowed_bytes=2**31)
-        assert "out_of_memory" in summary(out_of_memory)
-        assert worker._process is first
-        assert "seconds" in baseline.run("loss", threads=1, **job)  # the limit was that job's alone
-        with pytest.raises(CellfastError, match=r"(?s)baseline: 'load' failed with status 1.*index\.csv"):
-            baseline.run("load", threads=1, **{**job, "index": "/nowhere/index.csv"})
-        assert baseline.run("loss", threads=1, timeout=0.0, **job) == {"timed_out": 0.0}
-        assert "seconds" in baseline.run("loss", threads=1, **job)
-        assert worker._process is not first
-        second = worker._process
-    assert not baseline.kept
-    assert second.returncode == 0
-    assert baseline.run("loss", threads=1, **job)["cells"] == 8
+    baseline = other_side(None, keep=True)
+    job = {**cells.job(), "threads": 1, "repeats": 1, "dim": 4, "workers": 0, "batch_size": 8}
+    first = baseline.begin(1)
+    assert baseline.run("loss", **job)["cells"] == 8
+    out_of_memory = baseline.run("loss", **{**job, "batch_size": 20_000}, allowed_bytes=2**31)
+    assert "out_of_memory" in summary(out_of_memory)
+    assert baseline.process is first
+    assert "seconds" in baseline.run("loss", **job)  # the limit was that job's alone
+    with pytest.raises(CellfastError, match=r"(?s)baseline: 'load' failed with status 1.*index\.csv"):
+        baseline.run("load", **{**job, "index": "/nowhere/index.csv"})
+    assert baseline.run("loss", timeout=0.0, **job) == {"timed_out": 0.0}
+    assert "seconds" in baseline.run("loss", **job)
+    second = baseline.process
+    assert second is not first
+    baseline.close()
+    assert (second.returncode, baseline.process) == (0, None)
+    baseline.keep = False
+    assert baseline.run("loss", **job)["cells"] == 8
+    assert baseline.process is None
 
 
-def test_mistakes_are_told_before_anything_runs(tmp_path):
+def test_mistakes_are_told_before_anything_runs(screen, tmp_path):
     with pytest.raises(CellfastError, match=r"expected a checkout of .*found none"):
         other_side(tmp_path, None)
     with pytest.raises(CellfastError, match="--reference-python belongs to --reference-dir"):
@@ -346,56 +279,41 @@ def test_mistakes_are_told_before_anything_runs(tmp_path):
     with pytest.raises(CellfastError, match="odd kernel"):
         check_reference_size(64)
     check_reference_size(96)
+    with pytest.raises(CellfastError, match="40 cells do not fill a minibatch of 64"):
+        measure_reference(
+            screen=str(screen), sections=("parts",), settings=Settings(batch_size=64, size=SIZE), say=lambda text: None
+        )
     run = CliRunner().invoke(cellfast, ["benchmark", "reference", "--out", "x.txt"])
     assert run.exit_code == 2
     assert ".json" in run.output
 
 
-def test_benchmark_lists_what_can_be_measured():
-    from cellfast.benchmark import SUBJECTS
-
-    run = CliRunner().invoke(cellfast, ["benchmark"])
-    assert run.exit_code == 0
-    assert {"ntxent", "loader", "augment", "train", "evaluate", "reference"} <= set(SUBJECTS)
-    assert all(name in run.output for name in SUBJECTS)
-
-
-# README
-
-
-def test_readme_agrees_with_the_results():
-    from cellfast.benchmark.readme import with_figures
-
-    root = Path(__file__).resolve().parent.parent
-    text = (root / "README.md").read_text(encoding="utf-8")
-    assert with_figures(text, root / "benchmarks" / "results") == text, "run `make figures`"
-
-
-def test_results_added_or_changed_change_the_figures(tmp_path):
-    from cellfast.benchmark.readme import BEGIN, END, figures, main, read_results, with_figures
-
-    results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
-    train_result = {"encoder": "resnet18", "batch_size": 8, "output_size": 96, "amp": False, "threads": 2, "fraction": 0.5,
-                    "cells_per_second": {"full": 1234.0, "bare": 2468.0}}  # fmt: skip
-    one = {**document(), "subject": "train", "result": train_result}
-    (results / "train.json").write_text(json.dumps(one))
-    assert "| 1,234 | the bare encoder's forward and backward 2,468: fraction 0.50 | `cellfast benchmark train` |" in figures(
-        results
+@pytest.mark.slow
+def test_all_sections_beside_the_baseline(screen):
+    tiny = Settings(
+        batch_size=8, size=SIZE, threads=1, repeats=1, slow_repeats=1, score_cells=1_000, score_features=16, one_process=True
     )
-    other = {**document(), "subject": "colour", "result": {"figures": [{"what": "w", "cellfast": "c", "beside": "b"}]}}
-    other["environment"]["system"]["cpu"]["name"] = "another CPU"
-    (results / "colour.json").write_text(json.dumps(other))
-    assert "| w (a) | c | b | `python benchmarks/bench_colour.py` |" in figures(results)
-    assert "(a) measured on another CPU" in figures(results)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert main(["--check"], tmp_path) == 1
-    assert main([], tmp_path) == 0
-    assert main(["--check"], tmp_path) == 0
-    assert readme.read_text().startswith(f"before\n{BEGIN}\n| what |")
-    with pytest.raises(CellfastError, match="once each"):
-        with_figures("no marks", results)
-    (results / "train.json").write_text(json.dumps({**one, "quick": True}))
-    with pytest.raises(CellfastError, match="--quick"):
-        read_results(results)
+    scaling = {
+        "loaded": (40,),
+        "scored": (300, 600),
+        "extrapolated": (300, 10_000),
+        "minibatches": (4, 8),
+        "step_minibatches": (4,),
+        "cores": (1,),
+    }
+    found = measure_reference(
+        screen=str(screen),
+        quick=True,
+        settings=tiny,
+        quality_settings=tiny,
+        quality_steps=1,
+        seeds=1,
+        scaling=scaling,
+        say=lambda text: None,
+    )
+    text = markdown(document(found, quick=False))
+    assert {*found["parts"]} == {*PARTS} - {"score with pictures"}
+    assert "| 10,000 | ~" in text
+    assert "from 1 seed." in text
+    assert "| cells/s by threads | side | 1 |" in text
+    assert len(found["scaling"]["minibatch"]["loss"]["baseline"]) == 2

@@ -19,8 +19,8 @@ from screens import SMALL, go
 
 from cellfast.atomic import atomic_path, is_abandoned, partial_path, remove_abandoned
 from cellfast.errors import CellfastError
-from cellfast.folder_lock import FolderLock
 from cellfast.model_file import load_model
+from cellfast.storage.locks import FolderLock, _system
 from cellfast.training.checkpoint import find_checkpoint, load_checkpoint
 from cellfast.training.config import TrainConfig
 from cellfast.training.loop import train
@@ -112,7 +112,7 @@ def test_where_no_checkpoint_is_whole_all_are_named_and_kept(screen, finished, t
     shutil.copytree(finished, run)
     for name in ("last.pt", "previous.pt"):
         (run / "checkpoints" / name).write_bytes(b"PK\3\4 no more")
-    with pytest.raises(CellfastError, match=r"last\.pt cannot be read.*previous\.pt cannot be read.*--force"):
+    with pytest.raises(CellfastError, match=r"last\.pt cannot be read.*previous\.pt cannot be read.*force=True"):
         go(screen, run, steps=6, resume=True)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["last.pt", "previous.pt"]
 
@@ -144,7 +144,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(scree
 
 def test_a_second_training_in_the_folder_is_refused(screen, tmp_path):
     run = tmp_path / "run"
-    code = f"import sys; from cellfast.folder_lock import FolderLock; lock = FolderLock({str(run)!r}, 'cellfast train'); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    code = f"import sys; from cellfast.storage.locks import FolderLock; lock = FolderLock({str(run)!r}, 'cellfast train'); lock.acquire(); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         for how in ({}, {"resume": True}, {"force": True}):
@@ -174,13 +174,15 @@ def test_without_kernel_locks_the_file_is_the_lock(tmp_path, monkeypatch):
             FolderLock(tmp_path, "cellfast train").acquire()
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    owner = {"pid": dead.pid, "host": os.uname().nodename, "command": "cellfast train"}
+    owner = {"pid": dead.pid, "host": os.uname().nodename, "system": _system(), "command": "cellfast train"}
     (tmp_path / ".lock").write_text(json.dumps(owner))
     with FolderLock(tmp_path, "cellfast train"):
         pass
-    (tmp_path / ".lock").write_text(json.dumps({**owner, "host": "elsewhere"}))
-    with pytest.raises(CellfastError, match=f"process {dead.pid} on elsewhere"):
-        FolderLock(tmp_path, "cellfast train").acquire()
+    # Another machine, and another container of the same name: process numbers there say nothing here.
+    for other in ({"host": "elsewhere", "system": "elsewhere"}, {"system": "another container"}):
+        (tmp_path / ".lock").write_text(json.dumps({**owner, **other}))
+        with pytest.raises(CellfastError, match=f"process {dead.pid} on {other.get('host', '')}"):
+            FolderLock(tmp_path, "cellfast train").acquire()
 
 
 def test_temporary_names_never_collide(tmp_path, monkeypatch):

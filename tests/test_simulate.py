@@ -133,3 +133,41 @@ def test_columns_are_the_official_ones(screen, real_data):
     assert (screen / "image.csv").read_text().splitlines()[0].split(",") == official
     moa = (real_data / "bbbc021" / "BBBC021_v1_moa.csv").read_text().splitlines()[0].replace('"', "")
     assert (screen / "moa.csv").read_text().splitlines()[0].replace('"', "") == moa
+
+
+@pytest.mark.parametrize("preset", ["demo", "bbbc021"])
+def test_a_part_of_the_pairs_of_a_moa_share_a_week_and_no_moa_is_in_one(preset):
+    from itertools import combinations
+
+    from cellfast.screens.simulate import PRESETS, design_screen
+
+    treatments = {
+        (t.compound, t.concentration_um): t
+        for plate in design_screen(PRESETS[preset])
+        for t in plate.wells.values()
+        if t.moa != "DMSO"
+    }
+    pairs = [(a, b) for a, b in combinations(treatments.values(), 2) if a.moa == b.moa and a.compound != b.compound]
+    share = np.mean([a.week == b.week for a, b in pairs])
+    assert 0.2 < share < 0.4  # BBBC021: 156 of 598
+    for moa in PRESETS[preset].moas:
+        assert len({t.week for t in treatments.values() if t.moa == moa}) > 1
+
+
+def test_a_wells_place_changes_it_and_nothing_else_does_without_place_effects():
+    from cellfast.screens.simulate.design import SimulationConfig, well_position
+    from cellfast.screens.simulate.fields import at_place
+    from cellfast.screens.simulate.tables import place_effects, plate_optics
+
+    found = {}
+    for strength in (0.0, 1.0):
+        config = SimulationConfig(position=strength)
+        optics, effects = plate_optics(config, 0, 0), place_effects(config, 0)
+        found[strength] = {w: at_place(optics, effects, well_position(w)) for w in ("B02", "D06", "E06", "D07")}
+        found[strength]["plate"] = optics
+    for name in ("shift", "gain", "density"):
+        plain = getattr(found[0.0]["plate"], name)
+        assert all(np.array_equal(getattr(its, name), plain) for its in found[0.0].values())
+        value = {well: np.ravel(getattr(its, name)) for well, its in found[1.0].items()}
+        edge, inner = np.abs(value["B02"] - value["plate"]).mean(), np.abs(value["D06"] - value["plate"]).mean()
+        assert edge > 1.5 * inner > 0

@@ -14,7 +14,8 @@ from cellfast.benchmark.reference.cells import drawn_cells
 from cellfast.errors import CellfastError
 from cellfast.model_file import load_weights
 from cellfast.models import ModelConfig, build_model
-from cellfast.profiles.normalize import normalize_profiles, parse_steps
+from cellfast.profiles.normalize import normalize_profiles
+from cellfast.profiles.steps import parse_steps
 from cellfast.profiles.table import ProfileTable
 from cellfast.training.config import TrainConfig
 from cellfast.training.loop import train

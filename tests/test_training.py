@@ -80,7 +80,7 @@ def test_resident_cells_train_the_model_that_streamed_ones_do(screen, tmp_path):
 
 
 def test_options_for_a_gpu_are_refused_without_one(screen, tmp_path):
-    with pytest.raises(CellfastError, match="--cuda-graphs cannot be used: they need a GPU, and this runs on cpu"):
+    with pytest.raises(CellfastError, match="cuda_graphs=True cannot be used: they need a GPU, and this runs on cpu"):
         go(screen, tmp_path / "run", steps=1, cuda_graphs=True)
     with pytest.raises(CellfastError, match="--feed resident is not possible: the dali loader streams"):
         go(screen, tmp_path / "run2", steps=1, feed="resident", loader="dali")
@@ -112,7 +112,7 @@ def test_a_resnet_trains_in_bfloat16_with_either_batch_norm(screen, tmp_path, ba
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(screen, tmp_path):
-    with pytest.raises(CellfastError, match=r"loss is nan at step .*smaller --lr"):
+    with pytest.raises(CellfastError, match=r"loss is nan at step .*smaller lr"):
         go(screen, tmp_path / "run", steps=20, lr=1e30, warmup=0.0, optimizer="adam")
 
 
@@ -172,7 +172,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(screen, tmp_path, number, monk
 
 def test_a_run_in_the_way_is_not_overwritten(screen, tmp_path):
     go(screen, tmp_path / "run", steps=0)
-    with pytest.raises(CellfastError, match="--resume continues it, --force discards it"):
+    with pytest.raises(CellfastError, match="resume=True continues it, force=True discards it"):
         go(screen, tmp_path / "run", steps=0)
     go(screen, tmp_path / "run", steps=0, force=True)
 

@@ -4,8 +4,9 @@
 
 ``perakis2021``: the augmentation of the paper's public implementation at its last commit, which is a random resized crop of the
 96 px crop (area 0.08 to 1, ratio 3/4 to 4/3), horizontal flip, elastic transform (p 0.5), brightness and contrast jitter of 0.2
-(p 0.8) and Gaussian blur of 9 px with sigma 0.1 to 2 (p 0.5). Its elastic transform runs with its library's defaults (albumentations before
-1.4), and what acts there is a random affine: three anchors around the centre, each moved by up to 50 px along each axis. Deviations, all of them:
+(p 0.8) and Gaussian blur of 9 px with sigma 0.1 to 2 (p 0.5). Its elastic transform runs with its library's defaults
+(albumentations before 1.4), and what acts there is a random affine: three anchors around the centre, each moved by up to 50 px
+along each axis. Deviations, all of them:
 
 * saturation and hue jitter are left out: they mix channels as if they were RGB and have no meaning for stains;
 * contrast turns about each channel's mean, not about the grey level of an RGB image, and brightness and contrast need no order:
@@ -13,8 +14,9 @@
 * the displacement of its elastic transform (alpha 1, sigma 50) moves pixels by hundredths of a pixel and is left out;
 * crop, flip and affine are one bilinear interpolation, not three; the crop is taken from the central output window of the stored
   crop, so that an affine that reaches across the crop's edge meets real pixels first and reflected ones after;
-* its crops are inverted (a pixel conversion wraps around) and normalised with constants for that: ``inverted`` lets the operations
-  act on the inverted image as they do there, and the model's ``input_transform`` does the rest; ``--recipe perakis2021`` sets both.
+* its crops are inverted (a pixel conversion wraps around) and normalised with constants for that: ``inverted`` lets the
+  operations act on the inverted image as they do there, and the model's ``input_transform`` does the rest; the recipe
+  ``perakis2021`` sets both.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class AugmentConfig:
         flip_horizontal, flip_vertical: probabilities.
         padding: where a warp reaches outside the stored crop: ``reflection``, ``border`` or ``zeros``. See
             :func:`rotation_margin_px`.
-        anchors_p: probability of a random affine: three points, at a third of the view's edge from its centre along both axes, are moved
-            independently, and the view with them.
+        anchors_p: probability of a random affine: three points, at a third of the view's edge from its centre along both axes,
+            are moved independently, and the view with them.
         anchors_px: each coordinate of a point moves by a uniform draw in [−anchors_px, anchors_px].
         elastic_p: probability of an elastic displacement (Gaussian-smoothed white noise, Simard et al. 2003).
         elastic_rms_px: root-mean-square displacement along each axis.
@@ -65,8 +67,8 @@ class AugmentConfig:
         blur_p: probability of a Gaussian blur.
         blur_sigma_px: (low, high) of its standard deviation, uniform.
         blur_kernel_px: width of its kernel, odd; borders are reflected.
-        inverted: jitter, noise and clamping act on the inverted image, 256/255 − x and 0 for x below half an 8-bit step; the views are
-            turned back, so that they lie in [1/255, 256/255].
+        inverted: jitter, noise and clamping act on the inverted image, 256/255 − x and 0 for x below half an 8-bit step; the
+            views are turned back, so that they lie in [1/255, 256/255].
 
     Raises:
         CellfastError: a value out of its range.

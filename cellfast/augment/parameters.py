@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ class ViewParameters:
         def part(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values.unflatten(0, (2, batch))[:, cells].flatten(0, 1)
 
-        kept = {name: part(getattr(self, name)) for name in _PER_VIEW}
+        kept: dict[str, Any] = {name: part(getattr(self, name)) for name in _PER_VIEW}
         return ViewParameters(elastic=self.elastic, **kept)
 
     def on(self, device: torch.device) -> ViewParameters:
@@ -159,10 +160,11 @@ class ParameterDraws:
 
 
 def anchor_affine(n: int, size: int, p: float, most_px: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Linear parts [n, 2, 2] and shifts [n, 2], float64, that map a view's pixels, counted from its centre, to those before three anchors moved.
+    """Linear parts [n, 2, 2] and shifts [n, 2], float64, that map a view's pixels, counted from its centre, to those before three
+    anchors moved.
 
-    With probability 1 − ``p`` the identity. Equivalent to the inverse of ``cv2.getAffineTransform(anchors, anchors + uniform(±most_px))`` with
-    the anchors (c + k, c + k), (c + k, c − k), (c − k, c − k), c = size // 2, k = size // 3.
+    With probability 1 − ``p`` the identity. Equivalent to the inverse of ``cv2.getAffineTransform(anchors, anchors +
+    uniform(±most_px))`` with the anchors (c + k, c + k), (c + k, c − k), (c − k, c − k), c = size // 2, k = size // 3.
 
     Source: the affine in albumentations' ElasticTransform before version 1.4, which the implementation of Perakis et al. uses.
     """
@@ -192,7 +194,7 @@ def smoothing_basis(size: int, sigma: float) -> torch.Tensor:
     return (weights / weights.norm(dim=1, keepdim=True)).float()
 
 
-def _uniform(bounds: Range, shape: int | tuple[int, int]) -> torch.Tensor:
+def _uniform(bounds: Range, shape: int | tuple[int, ...]) -> torch.Tensor:
     from kornia.augmentation.random_generator import PlainUniformGenerator
 
     count = shape if isinstance(shape, int) else math.prod(shape)

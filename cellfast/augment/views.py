@@ -13,12 +13,12 @@ import torch.nn.functional as F
 
 from cellfast.augment.config import AugmentConfig
 from cellfast.augment.parameters import NOISE_STARTS, NOISE_STEP, ParameterDraws, ViewParameters
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.ops.augment import PADDINGS, missing_on
 
 METHODS = ("fused", "torch")
-# Cells that the plain form handles at a time on a CPU: their float32 intermediates stay in the last-level cache. On a GPU the chunk
-# only bounds memory.
+# Cells that the plain form handles at a time on a CPU: their float32 intermediates stay in the last-level cache. On a GPU the
+# chunk only bounds memory.
 _CPU_CHUNK = 64
 _GPU_CHUNK = 1024
 
@@ -166,7 +166,7 @@ class TwoViews:
             return values.unflatten(0, (2, batch))[:, cells].transpose(0, 1).contiguous().to(device, non_blocking=True)
 
         grid = _affine_grid(grid_matrix[:, cells].transpose(0, 1).contiguous().to(device, non_blocking=True), s)
-        if p.elastic is not None:
+        if p.elastic is not None and p.elastic_row is not None:
             self._displace(grid.view(2 * k, s, s), p.elastic, p.elastic_row.unflatten(0, (2, batch))[:, cells].T.reshape(-1))
         points = torch.view_as_real(grid).view(k, 2 * s, s, 2)
         v = F.grid_sample(x, points, mode="bilinear", padding_mode=self.config.padding, align_corners=False)
@@ -185,7 +185,7 @@ class TwoViews:
             v.mul_(gain[..., None, None])
             if offset is not None:
                 v.add_(offset[..., None, None])
-        if p.noise_std is not None:
+        if p.noise_std is not None and p.noise_start is not None:
             std = of_chunk(p.noise_std)[:, None, :].expand(k, self.num_channels, 2)
             start = of_chunk(p.noise_start).transpose(1, 2)
             windows = self._constant("noise", device).as_strided((NOISE_STARTS, s * s), (NOISE_STEP, 1))
@@ -317,7 +317,7 @@ def _check_sizes(num_channels: int, crop_size: int, output_size: int) -> None:
     if output_size > crop_size:
         raise CellfastError(
             f"output_size {output_size} px is larger than the stored crops ({crop_size} px): choose output_size {crop_size} "
-            f"or less, or ingest the screen again with --crop-size {output_size} or more"
+            f"or less, or ingest the screen again with {option('crop_size', output_size)} or more"
         )
 
 

@@ -10,65 +10,70 @@ from typing import Any
 class Subject:
     """One thing that ``cellfast benchmark`` measures: ``module:function`` called with ``full`` or ``quick`` arguments.
 
-    ``command``: a click command ``module:name`` of its own, for a subject with options beyond --quick and --out.
+    ``options``: the function's arguments that the command line may set (`cellfast.cli.benchmark.OPTIONS`).
+    ``command``: instead of all this, a click command ``module:name``.
     """
 
     help: str
-    function: str
+    function: str = ""
     full: dict[str, Any] = field(default_factory=dict)
     quick: dict[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
     command: str | None = None
 
 
 SUBJECTS: dict[str, Subject] = {
     "ntxent": Subject(
-        "NT-Xent beside plain PyTorch, torch.compile, lightly and others: time and memory of forward and backward.",
+        "Time and memory of NT-Xent, compared with plain PyTorch, torch.compile, lightly and others.",
         "cellfast.benchmark.ntxent:measure_ntxent",
-        full={"repeats": 5},
         quick={"sizes": ((512, 128), (1024, 128)), "repeats": 3},
+        options=("sizes", "dtype", "repeats", "device", "picture"),
     ),
     "ingest": Subject(
-        "Fields of view to crop stores beside merely reading the images.",
+        "Ingest of fields of view, compared with only reading the images.",
         "cellfast.benchmark.ingest:measure_ingest",
         quick={"num_plates": 2, "sites": 2, "repeats": 2, "detect_fields": 4},
+        options=("crop_size", "repeats"),
     ),
     "loader": Subject(
-        "Minibatches from memory maps and through DALI beside a plain copy.",
+        "Minibatches from memory maps and through DALI, compared with a plain copy.",
         "cellfast.benchmark.loader:measure_loader",
-        full={"screen": None},
-        quick={"screen": None, "num_cells": 4000, "repeats": 2},
+        quick={"num_cells": 4000, "repeats": 2},
+        options=("screen", "num_cells", "crop_size", "batch_size", "threads", "dali", "repeats"),
     ),
     "decode": Subject(
-        "TIFF fields from HDF5 decoded by DALI beside tifffile, and their cells cut, on the GPU where there is one.",
-        "cellfast.benchmark.device:measure_decode",
+        "Reading fields from one HDF5 file as embed does, decoded by DALI, compared with tifffile; on the GPU where there is one.",
+        "cellfast.benchmark.decode:measure_decode",
         full={"fields": 24},
         quick={"fields": 8, "compressions": ("none", "lzw"), "repeats": 1},
+        options=("fields", "crop_size", "repeats", "device"),
     ),
     "augment": Subject(
-        "Two views per cell beside the explicit Kornia chain.",
+        "Two views of each cell, compared with a chain of Kornia's own modules.",
         "cellfast.benchmark.augment:measure_augment",
         quick={"batch_size": 128, "repeats": 2},
+        options=("crop_size", "output_size", "batch_size", "repeats", "device"),
     ),
     "train": Subject(
-        "A training step fed by loader and augmentation beside the bare encoder's forward and backward.",
+        "A whole training step, compared with the bare encoder's forward and backward.",
         "cellfast.benchmark.train:measure_train",
-        full={"repeats": 5},
         quick={"batch_size": 64, "repeats": 2},
+        options=("encoder", "crop_size", "output_size", "batch_size", "amp", "repeats", "device"),
     ),
     "embed": Subject(
-        "Embedding from fields and from the crop store beside the bare encoder; memory, two processes, resuming.",
+        "Embedding from fields and from a crop store, compared with the bare encoder; two processes; resuming.",
         "cellfast.benchmark.embed:measure_embed",
         quick={"fields": 8, "cells_per_field": 32, "batch_size": 64, "repeats": 2},
+        options=("encoder", "stem", "fields", "cells_per_field", "batch_size", "amp", "processes", "repeats", "device"),
     ),
     "evaluate": Subject(
-        "Aggregation and nearest neighbours beside torch, pandas and scikit-learn.",
+        "Aggregation and nearest neighbours, compared with torch and scikit-learn.",
         "cellfast.benchmark.evaluate:measure_evaluate",
-        quick={"num_cells": 100_000, "num_treatments": 5_000, "num_large": 10_000, "num_plain_cells": 2_000, "repeats": 1},
+        quick={"num_cells": 100_000, "num_treatments": 5_000, "num_large": 10_000, "repeats": 1},
+        options=("only", "num_cells", "num_treatments", "repeats"),
     ),
     "reference": Subject(
-        "The whole way beside the reference implementation (a checkout of yours) or a plain PyTorch baseline.",
-        "cellfast.benchmark.reference:measure_reference",
-        quick={"quick": True},
+        "The whole path, compared with the reference implementation (your checkout of it) or a plain PyTorch baseline.",
         command="cellfast.cli.benchmark_reference:reference",
     ),
 }

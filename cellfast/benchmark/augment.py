@@ -1,4 +1,4 @@
-"""Cells per second (two views each) of the augmentation, beside the same transforms as a chain of Kornia's own modules."""
+"""Cells per second (two views each) of the augmentation, compared with the same transforms as a chain of Kornia's own modules."""
 
 from __future__ import annotations
 

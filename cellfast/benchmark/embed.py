@@ -1,4 +1,4 @@
-"""Embedding: cells per second from fields and from the crop store beside the bare encoder, peak memory, two processes, resuming."""
+"""Embedding: cells per second from fields and from the crop store compared with the bare encoder, peak memory, two processes, resuming."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measure_embed(
     """Embed the same cells from uncompressed 16-bit TIFFs of BBBC021's size and from their crop store, turn by turn with the encoder
     alone on a constant minibatch.
 
-    ``fraction`` = rate of the whole job / rate of the bare encoder. The whole job includes the parquet files and the account, not
+    ``fraction`` = rate of the whole job / rate of the bare encoder. The whole job includes the parquet files and the ledger, not
     starting Python and loading the model. Before anything is timed both ways must give the same rows.
     """
     tune_malloc()
@@ -116,22 +116,24 @@ class _Job:
 
         self.root, self.model, self.device = root, model, device
         self.options: dict[str, Any] = {"batch_size": batch_size, "amp": amp, "force": True}
-        self.table, self.locations = open_screen(root)
+        self.opened = open_screen(root)
         ingest_fields(
-            self.table, self.locations, root / "screen", FieldIngestOptions(crop_size=model.crop_size), show_progress=False
+            self.opened.table,
+            self.opened.locations,
+            root / "screen",
+            FieldIngestOptions(crop_size=model.crop_size),
+            show_progress=False,
         )
         self.screen = Screen.open(root / "screen")
 
     def fields(self, out: str, **options: Any) -> Any:
-        from cellfast.embedding.embed_fields import embed_fields
+        from cellfast.embedding.embed import embed_fields
 
         asked = {**self.options, **options}
-        return embed_fields(
-            self.table, self.locations, self.model, self.root / out, device=self.device, show_progress=False, **asked
-        )
+        return embed_fields(self.opened, self.model, self.root / out, device=self.device, show_progress=False, **asked)
 
     def store(self, out: str) -> Any:
-        from cellfast.embedding.embed_store import embed_screen
+        from cellfast.embedding.embed import embed_screen
 
         return embed_screen(self.screen, self.model, self.root / out, device=self.device, show_progress=False, **self.options)
 
@@ -167,13 +169,11 @@ def make_screen(root: Path, fields: int, cells: int, size: tuple[int, int], crop
     pd.DataFrame(rows).to_csv(root / "load_data.csv", index=False)
 
 
-def open_screen(root: Path) -> tuple[Any, Any]:
-    """(image table, locations) of `make_screen`."""
-    from cellfast.screens.image_table import read_image_table
-    from cellfast.screens.locations import open_locations
+def open_screen(root: Path) -> Any:
+    """The fields of `make_screen`."""
+    from cellfast.screens.fields import open_fields
 
-    table = read_image_table(root / "load_data.csv", root / "images")
-    return table, open_locations(str(root / "locations"), table)
+    return open_fields(root / "load_data.csv", image_root=root / "images", locations=root / "locations")
 
 
 def _save(path: Path, encoder: str, stem: str, crop_size: int, output_size: int) -> None:
@@ -272,16 +272,14 @@ def _peak_kib() -> int:
 def _embed_rank(rank: int, world: int, port: int, root: str, model_path: str, batch_size: int, barrier: Any, told: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from cellfast.embedding.embed_fields import embed_fields
+    from cellfast.embedding.embed import embed_fields
 
-    table, locations = open_screen(Path(root))
+    opened = open_screen(Path(root))
     model = load_model(model_path)
     with torch.inference_mode():
         model.model.encode(torch.zeros(2, len(CHANNELS), model.output_size, model.output_size))
     before = _peak_kib()
     barrier.wait()
     began = time.perf_counter()
-    embed_fields(
-        table, locations, model, Path(root) / f"world-{world}", batch_size=batch_size, workers=1, show_progress=False, force=True
-    )
+    embed_fields(opened, model, Path(root) / f"world-{world}", batch_size=batch_size, workers=1, show_progress=False, force=True)
     told.put((time.perf_counter() - began, _peak_kib(), before))

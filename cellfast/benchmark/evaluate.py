@@ -8,55 +8,45 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-SUBJECTS = ("start", "aggregate", "neighbours", "large", "plain")
+PARTS = ("start", "aggregate", "neighbours", "large")
 
 
 def measure_evaluate(
-    subjects: Sequence[str] = SUBJECTS,
+    only: Sequence[str] = PARTS,
     *,
     num_cells: int = 1_000_000,
     num_wells: int = 2_000,
     num_features: int = 512,
     num_treatments: int = 30_000,
     num_large: int = 116_000,
-    num_plain_cells: int = 10_000,
     repeats: int = 3,
-    reference_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Measure the subjects named; agreement with the slower way is checked before its time is taken.
+    """Measure the parts named; agreement with the slower way is checked before its time is taken.
 
     Args:
-        subjects: ``start`` (first call with an empty cache, and in a later process), ``aggregate`` (means and medians of cells
-        by well, beside
-            ``torch.Tensor.index_add_`` and a plain read of the bytes), ``neighbours`` (NSC and NSCB in one call, beside
-            scikit-learn and one NumPy
-            product with a masked argmax), ``large`` (time and peak memory), ``plain`` (cells to scores, beside the reference
-            implementation's
-            steps written out in Python, and the reference itself from ``reference_dir``).
+        only: ``start`` (first call with an empty cache, and in a later process), ``aggregate`` (means and medians of cells by well,
+            compared with ``torch.Tensor.index_add_`` and one read of the bytes), ``neighbours`` (NSC and NSCB in one call, compared with scikit-learn
+            and one NumPy product with a masked argmax), ``large`` (time and peak memory of ``num_large`` profiles).
         repeats: timings of each; the best and the median are given.
 
     Returns:
-        ``{"subject": "evaluate", "threads", <subject>: {…}}``, times in seconds, memory in GiB.
+        ``{"threads", <part>: {…}}``, times in seconds, memory in GiB.
     """
     from cellfast.profiles.aggregate import num_threads
 
-    result: dict[str, Any] = {"subject": "evaluate", "threads": num_threads()}
-    if "start" in subjects:
+    result: dict[str, Any] = {"threads": num_threads()}
+    if "start" in only:
         result["start"] = _start()
-    if "aggregate" in subjects:
+    if "aggregate" in only:
         result["aggregate"] = _aggregate(num_cells, num_wells, num_features, repeats)
-    if "neighbours" in subjects:
+    if "neighbours" in only:
         result["neighbours"] = _neighbours(num_treatments, num_features, repeats)
-    if "large" in subjects:
+    if "large" in only:
         result["large"] = _large(num_large, num_features)
-    if "plain" in subjects:
-        result["plain"] = _plain(num_plain_cells, num_features, repeats, reference_dir)
     return result
 
 
@@ -210,138 +200,3 @@ def _large(n: int, num_features: int) -> dict[str, Any]:
     out = subprocess.run([sys.executable, "-c", _LARGE, str(n), str(num_features)], capture_output=True, text=True, check=True)
     seconds, peak = map(float, out.stdout.split())
     return {"treatments": n, "features": num_features, "seconds": seconds, "peak_gib": peak}
-
-
-def _cells(num_cells: int, num_features: int) -> tuple[np.ndarray, Any]:
-    """Cells of 103 treatments of 38 compounds and of DMSO, in 17 plates."""
-    import pandas as pd
-
-    rng = np.random.default_rng(0)
-    wells = 17 * 24
-    well = rng.integers(0, wells, num_cells)
-    treatment = np.where(np.arange(wells) % 4 == 0, -1, rng.integers(0, 103, wells))[well]
-    compound = treatment % 38
-    frame = pd.DataFrame(
-        {
-            "Metadata_Plate": [f"Week{w // 24 % 10 + 1}_{w // 24}" for w in well],
-            "Metadata_Well": [f"{'ABCD'[w % 24 // 6]}{w % 6 + 1:02d}" for w in well],
-            "compound": np.where(treatment < 0, "DMSO", np.char.add("c", compound.astype(str))),
-            "concentration": np.where(treatment < 0, 0.0, treatment // 38 + 1.0),
-            "moa": np.where(treatment < 0, "DMSO", np.char.add("m", (compound % 12).astype(str))),
-            "Replicate": 1,
-        }
-    )
-    return rng.standard_normal((num_cells, num_features), dtype=np.float32) + 0.1 * compound[:, None], frame
-
-
-def _plain(num_cells: int, num_features: int, repeats: int, reference_dir: str | None) -> dict[str, Any]:
-    """Means per well, medians per treatment, NSC and NSCB, all in memory."""
-    from cellfast.metadata.batches import fill_batches
-    from cellfast.metadata.canonical import canonical_metadata
-    from cellfast.metadata.columns import find_columns
-    from cellfast.profiles.build import ProfileTable, collapse, treatments
-    from cellfast.profiles.neighbours import AllowedPairs, batch_codes, nearest_neighbours
-
-    features, frame = _cells(num_cells, num_features)
-
-    def ours() -> tuple[int, int]:
-        metadata, _ = fill_batches(canonical_metadata(frame, find_columns(list(frame.columns))))
-        cells = ProfileTable(metadata, features, [f"h{i:03d}" for i in range(num_features)])
-        wells = collapse(cells, ["Metadata_Plate", "Metadata_Well"], "mean")
-        table = treatments(wells.rows((wells.metadata["Metadata_Compound"] != "DMSO").to_numpy()), "median")
-        names = {c: i for i, c in enumerate(sorted(set(table.metadata["Metadata_Compound"])))}
-        words, overlap = batch_codes([(b,) for b in table.metadata["Metadata_Batch"]], "joined")
-        every = np.ones(len(table), bool)
-        compound = np.array([names[c] for c in table.metadata["Metadata_Compound"]])
-        moa = table.metadata["Metadata_MoA"].to_numpy()
-        found = nearest_neighbours(table.features, AllowedPairs(compound, words, overlap, every, every))
-        return tuple(int(((f.index[:, 0] >= 0) & (moa[f.index[:, 0]] == moa)).sum()) for f in found)
-
-    scores = ours()
-    plain_scores, seconds = _plain_python(features, frame)
-    if plain_scores != scores:
-        raise AssertionError(f"cellfast finds {scores}, the plain steps {plain_scores}")
-    result: dict[str, Any] = {
-        "cells": num_cells,
-        "num_correct": list(scores),
-        "cellfast": _timed(ours, repeats),
-        "plain_steps": seconds,
-    }
-    result["times_faster"] = seconds / result["cellfast"]["best"]
-    if reference_dir is not None:
-        result["reference"] = _reference(Path(reference_dir), features, frame)
-        if "seconds" in result["reference"]:
-            for kind in ("seconds", "seconds_without_pictures"):
-                result[f"times_faster_than_reference{kind[7:]}"] = result["reference"][kind] / result["cellfast"]["best"]
-    return result
-
-
-def _plain_python(features: np.ndarray, frame: Any) -> tuple[tuple[int, int], float]:
-    """The same scores step by step: a query per well, a Python sum over its cells, a classifier fitted anew for every
-    treatment.
-    """
-    import pandas as pd
-    from sklearn.neighbors import KNeighborsClassifier
-
-    start = time.perf_counter()
-    rows, profiles = [], []
-    for (plate, well), _ in frame.groupby(["Metadata_Plate", "Metadata_Well"]):
-        cells = frame[(frame["Metadata_Plate"] == plate) & (frame["Metadata_Well"] == well)]
-        total = np.zeros(features.shape[1])
-        for i in cells.index:
-            total += features[i]
-        first = cells.iloc[0]
-        rows.append((first["compound"], first["concentration"], first["moa"], plate.split("_")[0]))
-        profiles.append(total / len(cells))
-    wells = pd.concat(
-        [pd.DataFrame(rows, columns=["compound", "concentration", "moa", "batch"]), pd.DataFrame(np.array(profiles))], axis=1
-    )
-    wells = wells[wells["compound"] != "DMSO"]
-    key = ["compound", "concentration", "moa"]
-    table = wells.drop(columns="batch").groupby(key).median().reset_index()
-    batches = wells.groupby(key)["batch"].agg(lambda b: ",".join(sorted(set(b)))).to_numpy()
-    x = table.drop(columns=key).to_numpy()
-    scores = []
-    for not_same_batch in (False, True):
-        correct = 0
-        for i in range(len(table)):
-            keep = (table["compound"] != table["compound"][i]).to_numpy().copy()
-            if not_same_batch:
-                keep &= batches != batches[i]
-            if keep.any():
-                classifier = KNeighborsClassifier(1, algorithm="brute", metric="cosine").fit(x[keep], table["moa"][keep])
-                correct += int(classifier.predict(x[i : i + 1])[0] == table["moa"][i])
-        scores.append(correct)
-    return (scores[0], scores[1]), time.perf_counter() - start
-
-
-def _reference(folder: Path, features: np.ndarray, frame: Any) -> dict[str, Any]:
-    """Time the reference's own function from a checkout, as it is (with its t-SNE and plots, into a temporary folder) and without those;
-    what it raises where it does not run is reported.
-    """
-    import importlib
-
-    found = sorted(folder.rglob("feature_eval/profile_metrics.py"))
-    if not found:
-        return {"error": f"{folder} holds no feature_eval/profile_metrics.py"}
-    place = str(found[-1].parent.parent)
-    sys.path.insert(0, place)
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        module = importlib.import_module("feature_eval.profile_metrics")
-        with tempfile.TemporaryDirectory(prefix="cellfast-bench-") as pictures:
-            start = time.perf_counter()
-            nsc, nscb = module.calculate_nsc_and_nscb(features, frame, f"{pictures}/{{}}")
-            result = {"seconds": time.perf_counter() - start, "nsc": float(nsc), "nscb": float(nscb)}
-            inert = SimpleNamespace(lmplot=lambda *a, **k: SimpleNamespace(savefig=lambda *a: None), figure=lambda *a, **k: None)
-            module.sb = module.plt = inert
-            module.TSNE = lambda *a, **k: SimpleNamespace(fit_transform=lambda c: c[:, :2])
-            start = time.perf_counter()
-            module.calculate_nsc_and_nscb(features, frame, f"{pictures}/{{}}")
-            return {**result, "seconds_without_pictures": time.perf_counter() - start}
-    except Exception as error:  # another project's code under other library versions: whatever it raises is the result
-        return {"error": f"{type(error).__name__}: {error}"}
-    finally:
-        sys.path.remove(place)

@@ -1,4 +1,4 @@
-"""Cells per second from fields of view to crop stores, beside merely reading the same images."""
+"""Cells per second from fields of view to crop stores, compared with only reading the same images."""
 
 from __future__ import annotations
 

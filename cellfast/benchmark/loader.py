@@ -1,4 +1,4 @@
-"""Cells per second of the loaders on a warm store, beside a plain copy of the same bytes."""
+"""Cells per second of the loaders on a warm store, compared with a plain copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cellfast.benchmark.timing import cell_rate
 
 
 def measure_loader(
-    screen: Any = None, *, num_cells: int = 20_000, num_plates: int = 4, num_channels: int = 3, crop_size: int = 112,
+    screen: str | None = None, *, num_cells: int = 20_000, num_plates: int = 4, num_channels: int = 3, crop_size: int = 112,
     batch_size: int = 256, repeats: int = 5, threads: int = 1, dali: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure one epoch of each way to read shuffled minibatches; agreement of the pixels is checked first.
 
     Args:
-        screen: an open ``cellfast.screens.Screen``; None makes random plates of the given size in a temporary folder.
+        screen: a screen's folder; None makes random plates of the given size in a temporary folder.
         repeats: epochs timed of each; the best and the median are given.
         threads: copying threads of the row marked with them.
 
@@ -31,7 +31,9 @@ def measure_loader(
         cells/s.
     """
     if screen is not None:
-        return _measure(screen, batch_size, repeats, threads, dali)
+        from cellfast.screens import Screen
+
+        return _measure(Screen.open(screen), batch_size, repeats, threads, dali)
     with tempfile.TemporaryDirectory(prefix="cellfast-bench-") as folder:
         made = random_screen(Path(folder), num_cells // num_plates, num_plates, num_channels, crop_size)
         return _measure(made, batch_size, repeats, threads, dali)
@@ -66,7 +68,7 @@ def _measure(screen: Any, batch_size: int, repeats: int, threads: int, dali: boo
     from cellfast.data import Loader
     from cellfast.data.gather import RowGather
 
-    batch_size = min(batch_size, screen.num_cells)
+    batch_size = min(batch_size, *(plate.num_cells for plate in screen.plates))
     gather, many = RowGather(screen), RowGather(screen, threads=max(2, threads))
     buffer = np.empty((batch_size, *gather.row_shape), dtype=gather.dtype)
     sources = [np.asarray(plate.crops()) for plate in screen.plates]

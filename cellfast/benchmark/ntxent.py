@@ -1,4 +1,4 @@
-"""NT-Xent: cellfast's operator beside its peers on the same projections, in the same run."""
+"""NT-Xent: cellfast's operator compared with its peers on the same projections, in the same run."""
 
 from __future__ import annotations
 
@@ -18,16 +18,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+# Rows M, columns D.
+CPU_SIZES = ((64, 128), (512, 128), (2048, 128), (8192, 128), (8192, 512), (65536, 128))
+CUDA_SIZES = ((512, 128), (8192, 128), (65536, 128), (65536, 512), (262144, 256), (1048576, 128))
+
+
 def measure_ntxent(
-    sizes: Sequence[tuple[int, int]] = ((64, 128), (512, 128), (2048, 128), (8192, 128), (65536, 128)),
+    sizes: Sequence[tuple[int, int]] | None = None,
     *,
     repeats: int = 5,
     temperature: float = 0.1,
     device: str = "cpu",
     dtype: str = "float32",
     peers: Sequence[str] | None = None,
+    picture: str | None = None,
 ) -> dict[str, Any]:
     """Time forward, and forward + backward, of each peer at each (rows M, columns D), after its loss and gradient agreed with plain PyTorch's.
+
+    ``sizes`` None: the published ones of the device. ``picture``: a file to draw time and memory into.
 
     Each entry of a peer: ``forward`` and ``forward_backward`` with median, min and max in ms; ``extra_bytes``, the memory that forward +
     backward needs beyond ``z`` at its peak; or ``left_out`` with the reason. For cellfast also ``of_mm``: its 2 G = 4·M²·D FLOP per second
@@ -37,7 +45,7 @@ def measure_ntxent(
         peer for peer in PEERS if (peers is None and (device != "cpu" or not peer.cuda_only)) or (peers and peer.name in peers)
     ]
     rows = []
-    for num_rows, dim in sizes:
+    for num_rows, dim in sizes or (CPU_SIZES if device == "cpu" else CUDA_SIZES):
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(num_rows, dim, generator=generator).to(device=device, dtype=DTYPES[dtype])
         rate = _mm_rate(device, DTYPES[dtype])
@@ -51,7 +59,7 @@ def measure_ntxent(
                     other["times_cellfast"] = other["forward_backward"]["median_ms"] / ours["forward_backward"]["median_ms"]
         rows.append(entry)
     kernels = torch.ops.cellfast.ntxent_cpu_kernels("") if device == "cpu" else torch.cuda.get_device_name()
-    return {
+    result = {
         "device": device,
         "dtype": dtype,
         "temperature": temperature,
@@ -60,6 +68,9 @@ def measure_ntxent(
         "repeats": repeats,
         "rows": rows,
     }
+    if picture is not None:
+        plot(result, picture)
+    return result
 
 
 def _measure_peer(peer: Peer, z: torch.Tensor, temperature: float, repeats: int) -> dict[str, Any]:
@@ -147,25 +158,6 @@ def _mm_rate(device: str, dtype: torch.dtype) -> float:
     size = 2048 if device == "cpu" else 8192
     a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / (_timed(lambda: a @ b, 5, a.device)["min_ms"] / 1e3)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table: forward + backward in ms (median), memory beyond z in MB, and times cellfast."""
-    names = list(result["rows"][0]["peers"])
-    lines = ["| M, D | " + " | ".join(names) + " | of torch.mm |", "|---|" + "---|" * (len(names) + 1)]
-    for row in result["rows"]:
-        cells = []
-        for name in names:
-            peer = row["peers"][name]
-            if "left_out" in peer:
-                cells.append("–")
-                continue
-            memory = "" if peer["extra_bytes"] is None else f", {peer['extra_bytes'] / 1e6:,.0f} MB"
-            ratio = f" ({peer['times_cellfast']:.1f}×)" if "times_cellfast" in peer else ""
-            cells.append(f"{peer['forward_backward']['median_ms']:,.2f} ms{ratio}{memory}")
-        share = row["peers"].get("cellfast", {}).get("of_mm")
-        lines.append(f"| {row['M']}, {row['D']} | " + " | ".join(cells) + f" | {share:.0%} |" if share else " | – |")
-    return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: str | Path) -> None:

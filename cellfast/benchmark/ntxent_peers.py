@@ -1,4 +1,4 @@
-"""The losses that NT-Xent is measured beside. Each takes projections z [2N, D] (row i's positive is row (i + N) mod 2N) and a temperature."""
+"""The losses that NT-Xent is compared with. Each takes projections z [2N, D] (row i's positive is row (i + N) mod 2N) and a temperature."""
 
 from __future__ import annotations
 

@@ -7,8 +7,11 @@ import os
 import re
 import sys
 import traceback
+from typing import Any
 
 import click
+
+from cellfast.errors import told_at_command_line
 
 # name → (module, attribute, one-line help). The help stands here so that `cellfast --help` imports nothing heavy.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -20,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "export": ("cellfast.cli.export", "export", "Write a model as TorchScript, pt2 or ONNX for other programs."),
     "profile": ("cellfast.cli.profile", "profile", "Aggregate and normalise embeddings or feature tables to profiles."),
     "evaluate": ("cellfast.cli.evaluate", "evaluate", "Score profiles by mechanism of action: NSC, NSCB, drop."),
+    "activity": ("cellfast.cli.activity", "activity", "Find active treatments: each against the controls of its plates."),
     "benchmark": ("cellfast.cli.benchmark", "benchmark", "Measure cellfast's parts on this machine."),
     "demo": ("cellfast.cli.demo", "demo", "Run the whole path on a small simulated screen."),
 }
@@ -41,6 +45,10 @@ class LazyGroup(click.Group):
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"No such command '{args[0]}'. The commands are: {', '.join(COMMANDS)}.")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with told_at_command_line():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

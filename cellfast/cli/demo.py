@@ -14,8 +14,8 @@ import click
 def demo(out: Path, seed: int, fresh: bool) -> None:
     """Run the whole path on a small simulated screen in OUT.
 
-    Simulate, ingest, train, embed, profile, evaluate; the same with a randomly initialised encoder for comparison. Steps already done
-    in OUT with the same command are not done again.
+    Simulate, ingest, train, embed, profile, evaluate; the same with a randomly initialised encoder for comparison. Steps already
+    done in OUT with the same command are not done again.
     """
     from cellfast.demo import run_demo
 

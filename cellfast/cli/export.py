@@ -58,7 +58,7 @@ def export(
     high, float32 [C]); intensity scaling and centre crop are inside. It gives features, float32 [B, F]. The file is compared
     with the Python model before it is written; a relative difference above 1e-4 is an error.
     """
-    from cellfast.embedding.export import check_target, export_model
+    from cellfast.export import check_target, export_model
     from cellfast.model_file import load_model
     from cellfast.screens import Screen
 

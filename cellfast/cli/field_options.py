@@ -19,8 +19,8 @@ column_option = click.option(
     "columns",
     multiple=True,
     metavar="NAME=COLUMN",
-    help="Which column is the plate, well, site, batch, compound, concentration or moa, where it is not recognised (also one of the "
-    "--metadata or --moa table), e.g. compound=Metadata_JCP2022; repeat for several.",
+    help="Which column is the plate, well, site, batch, compound, concentration or moa, where it is not recognised (also one of "
+    "the --metadata or --moa table), e.g. compound=Metadata_JCP2022; repeat for several.",
 )
 
 
@@ -42,12 +42,13 @@ def field_options(*, required: bool, crop_size: int | None) -> Callable[[Any], A
             "--locations",
             required=required,
             metavar="CSV|FOLDER|detect",
-            help="Where the cells are: a CellProfiler table with Location_Center_X/Y, a folder of DeepProfiler centroid CSVs or of label "
-            "masks (Cellpose, CellProfiler), or 'detect' to find nuclei.",
+            help="Where the cells are: a CellProfiler table with Location_Center_X/Y, a folder of DeepProfiler centroid CSVs or "
+            "of label masks (Cellpose, CellProfiler), or 'detect' to find nuclei.",
         ),
         click.option(
             "--pattern",
-            help="Instead of IMAGE_CSV: a regular expression with groups channel, well (or row and column), site, plate for file names.",
+            help="Instead of IMAGE_CSV: a regular expression with groups channel, well (or row and column), site, plate for file "
+            "names.",
         ),
         click.option("--plate", help="Plate name, where the table or the pattern has none."),
         click.option("--channels", help="Channels to take, in this order, e.g. DNA,Actin.  [default: all, as in the table]"),

@@ -24,15 +24,15 @@ def info(
 ) -> None:
     """Describe SCREEN: plates, wells, fields, cells, treatments, MoAs, controls, channels, size, integrity.
 
-    Or MODEL, a run folder, a model file or an exported file: what it takes, and where it comes from. Or a folder of embeddings: its
-    account, and with --verify whether its files are as they were written. --json also tells where each
-    plate's pixels lie in its file.
+    Or MODEL, a run folder, a model file or an exported file: what it takes, and where it comes from. Or a folder of embeddings:
+    its ledger, and with --verify whether its files are as they were written. --json also tells where each plate's pixels lie in
+    its file.
     """
     import json
 
-    if (screen is None) == (not system):
+    if (screen is None) != system:
         raise click.UsageError("give either SCREEN, MODEL or --system")
-    if system:
+    if screen is None:
         from cellfast.system import format_report, system_report
 
         report = system_report()
@@ -89,7 +89,7 @@ def info(
 def _describe_model(path: Path, as_json: bool) -> str:
     import json
 
-    from cellfast.embedding.export import is_exported, read_export_metadata
+    from cellfast.export import is_exported, read_export_metadata
     from cellfast.model_file import format_description, load_model
 
     if path.suffix in (".ts", ".torchscript", ".pt2", ".onnx") or is_exported(path):

@@ -57,18 +57,7 @@ def ingest_fields_command(
         check_not_there(keep_fields, force=force)
     options = FieldIngestOptions(crop_size, border, pixel_size_um, batch_regex, strict)
     opened = open_named_fields(image_csv, batch_regex=batch_regex, **fields)
-    ledger = ingest_fields(
-        opened.table,
-        opened.locations,
-        screen,
-        options,
-        illumination=opened.illumination,
-        source=opened.source,
-        unmatched=opened.unmatched,
-        unused=opened.unused,
-        workers=workers or default_workers(),
-        force=force,
-    )
+    ledger = ingest_fields(screen=screen, options=options, workers=workers or default_workers(), force=force, **vars(opened))
     click.echo(ledger.table())
     click.echo(f"screen {screen}, ledger {screen / 'ledger.json'}")
     if keep_fields is not None:
@@ -122,8 +111,8 @@ def ingest_crops_command(
 ) -> None:
     """Collect ready-made crops, one .npy, TIFF or PNG per cell, listed in INDEX_CSV.
 
-    Its columns are file,plate,well,site,cell,compound,concentration,moa, or the reference implementation's Image_Name,Class_Name,Target with
-    strips of channels side by side.
+    Its columns are file,plate,well,site,cell,compound,concentration,moa, or the reference implementation's
+    Image_Name,Class_Name,Target with strips of channels side by side.
     """
     from cellfast.metadata.columns import parse_column_overrides
     from cellfast.screens.crop_index import read_crop_index

@@ -22,17 +22,22 @@ import click
 )
 @click.option(
     "--normalize",
-    "steps",
     multiple=True,
     metavar="STEP",
-    help="none, standardize, mad_robustize, sphering, coral or tvn (sphering, then CORAL per batch); repeat for several steps, done in "
-    "the order given. A step may carry options of its own: standardize:by=all,controls=all. "
-    "Default: standardize:by=all,controls=all, then tvn.",
+    help="none, standardize, robustize, mad_robustize, center, rank, pca, sphering, coral, tvn (sphering, then CORAL per batch) or harmony; "
+    "repeat for several steps, done in the order given. A step may carry options of its own: standardize:by=all,controls=all, pca:n=64. "
+    "Default: those of --recipe.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(["default", "perakis2021"]),
+    help="Steps under a name. default: standardize:by=all,controls=all, center:towards=batch, tvn; perakis2021, the reference "
+    "implementation's: tvn:lambda=1.",
 )
 @click.option(
     "--by",
     type=click.Choice(["plate", "batch", "all"]),
-    help="Fit per plate, per batch, or once. Default: z-scores per plate, sphering once, CORAL per batch.",
+    help="Fit per plate, per batch, or once. Default: scaling and centring per plate, sphering once, CORAL per batch.",
 )
 @click.option(
     "--controls",
@@ -59,7 +64,11 @@ import click
     "--cell-aggregate", type=click.Choice(["mean", "median"]), default="mean", show_default=True, help="Cells to sites and wells."
 )
 @click.option(
-    "--aggregate", type=click.Choice(["mean", "median"]), default="median", show_default=True, help="Wells to treatments."
+    "--aggregate",
+    type=click.Choice(["mean", "median", "modz"]),
+    default="median",
+    show_default=True,
+    help="Wells to treatments; modz: mean weighted by the wells' correlation with each other.",
 )
 @click.option(
     "--normalize-at",
@@ -101,17 +110,14 @@ import click
 )
 @click.option(
     "--batch-regex",
-    "--batch-pattern",
-    "batch_regex",
     metavar="REGEX",
     help="Take the batch from the plate name: the first group of this regular expression.",
 )
 @click.option(
     "--select",
-    "rules",
     multiple=True,
-    type=click.Choice(["variance", "correlation", "nan"]),
-    help="Feature selection after normalisation; repeat for several.",
+    type=click.Choice(["variance", "frequency", "correlation", "nan"]),
+    help="Feature selection before pca, sphering, coral, tvn or harmony, whichever comes first; repeat for several.",
 )
 @click.option(
     "--missing-cutoff",
@@ -134,41 +140,12 @@ def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
     INPUT is a folder of embeddings (cellfast embed), or .parquet, .csv, .csv.gz or DeepProfiler .npz files of cells or wells.
     What was read, joined, left out and fitted is printed, and written as JSON beside the profiles.
     """
-    from cellfast.atomic import write_json
-    from cellfast.metadata.columns import parse_column_overrides
-    from cellfast.profiles.build import ProfileOptions, build_profiles
-    from cellfast.profiles.normalize import DEFAULT_STEPS, Step, parse_steps
+    from cellfast.api import profile as build
     from cellfast.profiles.report import profile_lines
-    from cellfast.profiles.table import check_output, write_profiles
 
-    check_output(output)
-    wells_output = options.pop("wells_output")
-    if wells_output is not None:
-        check_output(wells_output)
-        if options["level"] != "treatment":
-            raise click.UsageError("--wells-output goes with --level treatment: --level well writes the wells itself.")
-    texts = options.pop("steps")
-    if options["epsilon"] is not None and options["lam"] is not None:
-        raise click.UsageError("--epsilon and --lambda are two ways to regularise: give one.")
-    # The default chain z-scores over all wells; --by and --controls given alone are meant for the step on controls.
-    defaults = Step(
-        "none", options.pop("by"), options["controls"], options.pop("lam"), options.pop("rotation"), options.pop("epsilon")
-    )
-    built = build_profiles(
-        inputs,
-        outputs=[output, *([wells_output] if wells_output else [])],
-        options=ProfileOptions(
-            steps=parse_steps(texts or DEFAULT_STEPS, defaults),
-            columns=parse_column_overrides(options.pop("columns")),
-            select=options.pop("rules"),
-            **options,
-        ),
-    )
-    write_profiles(built.profiles, output)
-    if wells_output is not None and built.wells is not None:
-        write_profiles(built.wells, wells_output)
-    report = output.with_name(output.name.split(".")[0] + ".report.json")
-    write_json(report, built.report)
-    for line in profile_lines(built.report):
+    wells = options["wells_output"]
+    built = build(inputs, output, **options)
+    for line in profile_lines(built.built.report):
         click.echo(line)
-    click.echo(f"profiles {output}  report {report}" + (f"  wells {wells_output}" if wells_output else ""))
+    report = output.with_name(output.name.split(".")[0] + ".report.json")
+    click.echo(f"profiles {output}  report {report}" + (f"  wells {wells}" if wells else ""))

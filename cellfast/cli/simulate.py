@@ -48,6 +48,7 @@ def _parse_moas(text: str | None) -> tuple[str, ...] | None:
 @click.option("--field-size", type=int, nargs=2, metavar="HEIGHT WIDTH", help="Size of a field, px.")
 @click.option("--scale", type=float, help="Size of a cell; 1 is BBBC021's (nuclei 34 px across), 0.6 fits 48 px crops.")
 @click.option("--strength", type=float, help="Factor on all treatment effects; 0 is a screen of inactive compounds.")
+@click.option("--position", type=float, help="Factor on the effects of a well's place on its plate (edge, row, column); 0: none.")
 @click.option("--compression", type=click.Choice(["none", "lzw"]), help="Compression of the TIFFs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed and options: the same bytes.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")

@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-import typing
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cellfast.training.config import RECIPES, TrainConfig, field_default, field_types
+from cellfast.cli.declared_options import declared_options
+from cellfast.training.config import RECIPES, TrainConfig
 
 
-def _option(entry: Any, hint: Any) -> click.Option:
-    """The click option of one configuration value; None means "not given", so that recipe and file decide."""
-    name = "--" + entry.name.replace("_", "-")
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
-    default = field_default(entry.name)
-    shown = "" if default in (None, [], {}, "") or entry.name in ("augment", "amp", "compile") else f"  [default: {default}]"
-    text = entry.metadata["help"] + shown
-    if kinds[0] is bool:
-        return click.Option([f"{name}/--no-{name[2:]}"], default=None, help=text)
-    if entry.metadata["choices"]:
-        return click.Option([name], type=click.Choice(entry.metadata["choices"]), default=None, help=text)
-    kind = {int: int, float: float}.get(kinds[0], str)
-    return click.Option([name], type=kind, default=None, help=text)
-
-
-def _configuration_options(command: click.Command) -> click.Command:
-    types = field_types()
-    for entry in fields(TrainConfig):
-        if entry.name != "recipe":
-            command.params.append(_option(entry, types[entry.name]))
-    return command
-
-
-@_configuration_options
 @click.command()
 @click.argument("screen", type=click.Path(path_type=Path))
 @click.option("-o", "--out", "run", type=click.Path(path_type=Path), required=True, help="Run folder to write.")
@@ -51,6 +26,7 @@ def _configuration_options(command: click.Command) -> click.Command:
 @click.option(
     "--allow-unfinished", is_flag=True, help="Train on the plates that are there of a SCREEN whose ingest has not ended."
 )
+@declared_options(TrainConfig, leave=("recipe",))
 def train(
     screen: Path,
     run: Path,
@@ -64,26 +40,30 @@ def train(
 ) -> None:
     """Train an encoder on SCREEN's cells by contrastive learning (SimCLR) and write RUN.
 
-    Several processes: torchrun --standalone --nproc-per-node N -m cellfast train SCREEN -o RUN …; the loss is then over the global minibatch.
+    Several processes: torchrun --standalone --nproc-per-node N -m cellfast train SCREEN -o RUN …; the loss is then over the
+    global minibatch.
     """
-    from cellfast.errors import CellfastError
-    from cellfast.training.config import parse_assignment, resolve_config
+    from cellfast.api import train as run_training
+    from cellfast.errors import option
+    from cellfast.training.config import check_keys, parse_assignment
 
-    if screen.is_file():
-        raise CellfastError(
-            f"{screen} is a file; training takes a SCREEN folder of crops. From kept fields: cellfast ingest fields IMAGE_CSV --image-root "
-            f"{screen} --locations … -o SCREEN (docs/device.md tells why minibatches are not fed from fields)"
-        )
-    overrides = {key: value for key, value in options.items() if value is not None}
-    overrides.update(parse_assignment(text) for text in assignments)
-    if resume and config_file is None and (run / "config.yaml").exists():
-        config_file = run / "config.yaml"
-    config = resolve_config(recipe, config_file, overrides)
-    from cellfast.training.loop import train as run_training
-
+    options = {name: value for name, value in options.items() if value is not None}
+    assigned = dict(parse_assignment(text) for text in assignments)
+    check_keys((name.partition(".")[0] for name in assigned), option("set"))
+    options.update(assigned)
+    result = run_training(
+        screen,
+        run,
+        config=config_file,
+        recipe=options.pop("recipe", recipe),
+        resume=resume,
+        force=force,
+        allow_unfinished=allow_unfinished,
+        say=click.echo,
+        **options,
+    )
     # Of torchrun's processes one speaks.
     first = int(os.environ.get("RANK", "0")) == 0
-    result = run_training(screen, run, config, resume=resume, force=force, allow_unfinished=allow_unfinished, say=click.echo)
     if result.interrupted:
         if first:
             click.echo(f"stopped at step {result.steps}; go on with: cellfast train {screen} -o {run} --resume")

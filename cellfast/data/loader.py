@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from cellfast.data.batch import Batch
+from cellfast.data.buffers import Buffer
 from cellfast.data.gather import RowGather
 from cellfast.data.resident import ResidentCells, choose_feed
 from cellfast.data.sampler import RowSampler
@@ -19,13 +20,6 @@ from cellfast.errors import CellfastError
 from cellfast.progress import Progress
 
 BACKENDS = ("mmap", "dali")
-
-
-class Batch(NamedTuple):
-    """A minibatch: ``crops`` uint8 or uint16 [B, C, S, S] on the loader's device, ``rows`` int64 [B], global rows, on the CPU."""
-
-    crops: torch.Tensor
-    rows: torch.Tensor
 
 
 class Loader:
@@ -190,17 +184,6 @@ class Loader:
         self._gather.close()
 
 
-@dataclass
-class _Slot:
-    """One reused buffer; on a GPU, ``host`` is pinned and ``crops`` lies on the device."""
-
-    host: torch.Tensor
-    crops: torch.Tensor
-    array: np.ndarray
-    copied: Any = None  # CUDA event: the copy to the device has ended
-    used: Any = None  # CUDA event: the consumer's work on the batch has ended
-
-
 def _prefetched(
     gather: RowGather, sampler: RowSampler, epoch: int, indices: range, device: torch.device, prefetch: int
 ) -> Iterator[Batch]:
@@ -209,14 +192,10 @@ def _prefetched(
         return
     shape, dtype = (sampler.batch_size, *gather.row_shape), torch.from_numpy(np.empty(0, gather.dtype)).dtype
     cuda = device.type == "cuda"
-    free: queue.Queue[_Slot | None] = queue.Queue()
+    free: queue.Queue[Buffer | None] = queue.Queue()
     ready: queue.Queue[Any] = queue.Queue()
     for _ in range(min(prefetch, len(indices)) + 1):
-        host = torch.empty(shape, dtype=dtype, pin_memory=cuda)
-        crops = torch.empty(shape, dtype=dtype, device=device) if cuda else host
-        # The memory may be that of tensors which kernels in the consumer's stream still read: the first copy waits for those too.
-        used = torch.cuda.current_stream(device).record_event() if cuda else None
-        free.put(_Slot(host, crops, host.numpy(), used=used))
+        free.put(Buffer(shape, dtype, device))
     # The thread knows the queues but not the generator: an abandoned generator is collected and its `finally` ends the thread.
     stop = threading.Event()
     worker = threading.Thread(
@@ -228,13 +207,13 @@ def _prefetched(
             got = ready.get()
             if isinstance(got, BaseException):
                 raise got
-            slot, rows = got
+            buffer, rows = got
             if cuda:
-                torch.cuda.current_stream(device).wait_event(slot.copied)
-            yield Batch(slot.crops[: len(rows)], torch.from_numpy(rows))
+                torch.cuda.current_stream(device).wait_event(buffer.copied)
+            yield Batch(buffer.crops[: len(rows)], torch.from_numpy(rows))
             if cuda:
-                slot.used = torch.cuda.current_stream(device).record_event()
-            free.put(slot)
+                buffer.used = torch.cuda.current_stream(device).record_event()
+            free.put(buffer)
     finally:
         stop.set()
         free.put(None)
@@ -255,21 +234,21 @@ def _fill(
         cuda = device.type == "cuda"
         stream = torch.cuda.Stream(device) if cuda else None
         for index in indices:
-            slot = free.get()
-            if slot is None or stop.is_set():
+            buffer = free.get()
+            if buffer is None or stop.is_set():
                 if cuda:
                     stream.synchronize()  # the buffers are given back next: nothing may still write to them
                 return
             rows = sampler.batch(epoch, index)
-            if slot.copied is not None:
-                slot.copied.synchronize()  # the pinned buffer is still being read by the previous copy
-            gather.copy(rows, slot.array[: len(rows)])
+            if buffer.copied is not None:
+                buffer.copied.synchronize()  # the pinned buffer is still being read by the previous copy
+            gather.copy(rows, buffer.array[: len(rows)])
             if cuda:
                 with torch.cuda.stream(stream):
-                    if slot.used is not None:
-                        stream.wait_event(slot.used)  # the device buffer is still being read by the consumer's kernels
-                    slot.crops[: len(rows)].copy_(slot.host[: len(rows)], non_blocking=True)
-                    slot.copied = stream.record_event()
-            ready.put((slot, rows))
+                    if buffer.used is not None:
+                        stream.wait_event(buffer.used)  # the device buffer is still being read by the consumer's kernels
+                    buffer.crops[: len(rows)].copy_(buffer.host[: len(rows)], non_blocking=True)
+                    buffer.copied = stream.record_event()
+            ready.put((buffer, rows))
     except BaseException as error:
         ready.put(error)

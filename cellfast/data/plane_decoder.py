@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellfast.data.dali import dali_type, require_dali
+from cellfast.data.dali import dali_type, device_id, require_dali, stream_of
 from cellfast.errors import CellfastError
 
 HOW = ("cpu", "mixed")
@@ -60,8 +60,7 @@ class PlaneDecoder:
     def _run(self, fields: Sequence[Sequence[np.ndarray]]) -> list[Tensor | None]:
         pipe = self._pipe = self._pipe or self._build()
         pipe.feed_input("encoded", [content for field in fields for content in field])
-        # Bound to torch's stream, a result on a GPU needs no wait here and goes back to DALI in that stream's order.
-        (output,) = pipe.run(*(() if self.device.type == "cpu" else (torch.cuda.current_stream(self.device),)))
+        (output,) = pipe.run(*stream_of(self.device))
         height, width = self.shape
         if {tuple(shape) for shape in output.shape()} != {(height, width, 1)}:
             raise ValueError("a plane of another shape than its header tells")
@@ -70,8 +69,9 @@ class PlaneDecoder:
 
     def _build(self) -> Any:
         dali, cuda = self._dali, self.device.type == "cuda"
-        device_id = (torch.cuda.current_device() if self.device.index is None else self.device.index) if cuda else None
-        pipe = dali.Pipeline(batch_size=self.planes, num_threads=self.threads, device_id=device_id, prefetch_queue_depth=1)
+        pipe = dali.Pipeline(
+            batch_size=self.planes, num_threads=self.threads, device_id=device_id(self.device), prefetch_queue_depth=1
+        )
         with pipe:
             content = dali.fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1, batch=True, no_copy=False)
             # Both types are needed: without dtype the result is silently 8-bit.

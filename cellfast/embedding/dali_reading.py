@@ -1,4 +1,4 @@
-"""Fields read ahead, decoded by DALI in groups, and checked: the same chunks in the same order as the readers make alone."""
+"""Fields read ahead, decoded by DALI in groups, and checked: the same cells in the same order as the readers make alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from cellfast.data.plane_decoder import PlaneDecoder
+from cellfast.embedding.cells import Cells, EncodedField
 from cellfast.embedding.decoding import Decoding, fields_per_group, plane_decoder
 from cellfast.embedding.field_source import FieldSource
-from cellfast.embedding.pipeline import ReaderPool
-from cellfast.embedding.sources import Chunk, EncodedField
+from cellfast.embedding.reading import ReaderPool
 from cellfast.screens.field_cells import PlaneFacts
 
-# Groups decoded or being checked, beside the one whose chunks are taken.
+# Groups decoded or being checked, beside the one whose cells are taken.
 GROUPS_AHEAD = 2
 
 
@@ -43,20 +43,20 @@ class DaliReader:
         self._decode = ThreadPoolExecutor(1, "cellfast-decode")
         self._check = ThreadPoolExecutor(workers, "cellfast-check")
 
-    def chunks(self, units: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Chunk]]:
-        """(key, chunk) for each (key, unit), in order."""
-        read = self._files.chunks(units)
-        waiting: deque[tuple[list[Any], Future[list[Future[Chunk]]]]] = deque()
+    def cells(self, units: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Cells]]:
+        """(key, cells) for each (key, unit), in order."""
+        read = self._files.cells(units)
+        waiting: deque[tuple[list[Any], Future[list[Future[Cells]]]]] = deque()
         while True:
             while len(waiting) < GROUPS_AHEAD and (group := list(islice(read, self.group))):
                 waiting.append(([key for key, _ in group], self._decode.submit(self._decoded, [unit for _, unit in group])))
             if not waiting:
                 return
             keys, done = waiting.popleft()
-            for key, chunk in zip(keys, done.result()):
-                yield key, chunk.result()
+            for key, cells in zip(keys, done.result()):
+                yield key, cells.result()
 
-    def _decoded(self, group: list[EncodedField | Chunk]) -> list[Future[Chunk]]:
+    def _decoded(self, group: list[EncodedField | Cells]) -> list[Future[Cells]]:
         """Decode what is encoded, and start checking it."""
         began = time.perf_counter()
         encoded = [one for one in group if isinstance(one, EncodedField)]
@@ -71,9 +71,9 @@ class DaliReader:
         self.decoding.failure = self.decoder.failure
         seconds = (time.perf_counter() - began) * self.decoding.threads / max(1, len(encoded))
         ready = iter(zip(planes, facts))
-        futures: list[Future[Chunk]] = []
+        futures: list[Future[Cells]] = []
         for one in group:
-            if isinstance(one, Chunk):
+            if isinstance(one, Cells):
                 self.decoding.fields_host += 1
                 futures.append(Future())
                 futures[-1].set_result(one)
@@ -81,16 +81,16 @@ class DaliReader:
             tensor, found = next(ready)
             self.decoding.fields_host += tensor is None
             self.decoding.fields_dali += tensor is not None
-            futures.append(self._check.submit(self._chunk, one, tensor, found, seconds))
+            futures.append(self._check.submit(self._cells, one, tensor, found, seconds))
         return futures
 
-    def _chunk(self, encoded: EncodedField, planes: Tensor | None, facts: PlaneFacts | None, seconds: float) -> Chunk:
+    def _cells(self, encoded: EncodedField, planes: Tensor | None, facts: PlaneFacts | None, seconds: float) -> Cells:
         decoded = None
         if planes is not None:
             decoded = dict(enumerate(planes if facts is not None else planes.numpy()))
-        chunk = self.source.read(encoded.field, decoded, facts)
-        chunk.seconds += encoded.seconds + seconds
-        return chunk
+        cells = self.source.read(encoded.field, decoded, facts)
+        cells.seconds += encoded.seconds + seconds
+        return cells
 
     def close(self) -> None:
         """End the threads; what they have under way is dropped."""

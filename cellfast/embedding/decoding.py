@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from cellfast.data.plane_decoder import PlaneDecoder
+from cellfast.embedding.cells import EncodedField
 from cellfast.embedding.field_source import FieldSource
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.sources import EncodedField
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.screens.images import ImageError, image_info, read_plane
 
 # Fewer fields than this are done before the choice has paid for itself.
@@ -36,7 +36,8 @@ class Decoding:
         used: ``host`` or ``dali``; how: DALI's ``cpu`` (threads of the host) or ``mixed`` (the GPU's decoders too), else empty.
         reason: in words.
         threads: decoding threads.
-        fields_dali, fields_host: with ``dali``, fields of this run that DALI decoded, and those that it did not and the host took.
+        fields_dali, fields_host: with ``dali``, fields of this run that DALI decoded, and those that it did not and the host
+            took.
         failure: DALI's first complaint about a file that it was given.
     """
 
@@ -84,10 +85,10 @@ def plane_decoder(source: FieldSource, device: torch.device, how: str, threads: 
 def choose_decoding(
     source: FieldSource, units: Iterable[Any], count: int, options: EmbedOptions, device: torch.device, threads: int
 ) -> Decoding:
-    """Decide ``--decode`` for ``count`` fields ``units``.
+    """Decide ``decode`` for ``count`` fields ``units``.
 
-    ``auto`` times both on the first fields with as many threads and takes the faster; the host where there are too few fields for that
-    to pay, where the readers are processes or Ray's, or where DALI is not installed.
+    ``auto`` times both on the first fields with as many threads and takes the faster; the host where there are too few fields for
+    that to pay, where the readers are processes or Ray's, or where DALI is not installed.
 
     Raises:
         CellfastError: ``dali`` is asked for and is not installed, or decodes none of the first fields.
@@ -113,8 +114,9 @@ def choose_decoding(
     if not sample:
         if asked == "dali" and others:
             raise CellfastError(
-                f"--decode dali: none of the first {others} fields that can be read is a plain TIFF of a compression DALI decodes "
-                f"(the first: {next(f.files[0] for f in _readable(source, units))}); use --decode host"
+                f"{option('decode', 'dali')}: none of the first {others} fields that can be read is a plain TIFF of a "
+                f"compression DALI decodes (the first: {next(f.files[0] for f in _readable(source, units))}); use "
+                f"{option('decode', 'host')}"
             )
         return Decoding(asked, asked if asked == "dali" else "host", "", "no field to try could be read", threads)
     ways = ("cpu", "mixed") if device.type == "cuda" else ("cpu",)
@@ -128,7 +130,9 @@ def choose_decoding(
         ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items()) + f" fields/s on {len(sample)} fields, {threads} threads"
     )
     if not rates:
-        raise CellfastError("--decode dali: DALI could not decode the first fields on this GPU; use --decode host")
+        raise CellfastError(
+            f"{option('decode', 'dali')}: DALI could not decode the first fields on this GPU; use {option('decode', 'host')}"
+        )
     used, _, how = max(rates, key=rates.__getitem__).partition(" ")
     return Decoding(asked, used, how, f"{'as asked' if asked == 'dali' else 'the fastest'} ({measured})", threads)
 

@@ -1,20 +1,22 @@
-"""Crops to features: the model's own scaling and window, test-time rotations, and minibatches that shrink when memory runs out."""
+"""Crops to features: a plate's scaling, the model's window, test-time rotations, and minibatches that shrink when memory runs
+out."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch.fx.experimental.optimization import fuse
 
 from cellfast.augment import center_crop
+from cellfast.embedding.cells import CellSource
 from cellfast.embedding.options import FEATURES, ROTATIONS
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 from cellfast.models import SimCLR
 from cellfast.ops.small_maps import use_small_maps
-from cellfast.screens import PlateStore
 
 
 class CropEncoder:
@@ -44,7 +46,7 @@ class CropEncoder:
         if features not in FEATURES:
             raise CellfastError(f"features must be h or z, got {features!r}")
         if tta not in ROTATIONS:
-            raise CellfastError(f"--tta must be one of {', '.join(map(str, ROTATIONS))}, got {tta!r}")
+            raise CellfastError(f"{option('tta')} must be one of {', '.join(map(str, ROTATIONS))}, got {tta!r}")
         self.loaded, self.features, self.device, self.amp, self.tta = model, features, device, amp, tta
         self.network: SimCLR = model.model.to(device=device, memory_format=torch.channels_last).eval()
         self.num_features = self.network.num_features if features == "h" else self.network.config.projection_dim
@@ -60,19 +62,14 @@ class CropEncoder:
         self.on_shrink: Callable[[int, int], None] = lambda old, new: None
         self.most = 0
 
-    def scaling_of(self, store: PlateStore) -> tuple[torch.Tensor, torch.Tensor]:
-        """(low, high), float32 [C], that the plate's pixels are scaled by."""
-        if self.loaded.scaling == "plate":
-            return torch.tensor(store.scale_low, dtype=torch.float32), torch.tensor(store.scale_high, dtype=torch.float32)
-        return self.loaded.low, self.loaded.high
-
     def __call__(self, crops: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """Features float32 [B, F] on the CPU; otherwise as `launch`."""
         return self.launch(crops, low, high).cpu()
 
     @torch.inference_mode()
     def launch(self, crops: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Features float32 [B, F] on the device, which may still be at work on them, of crops uint8 or uint16 [B, C, S, S]; low, high: [C] or [B, C].
+        """Features float32 [B, F] on the device, which may still be at work on them, of crops uint8 or uint16 [B, C, S, S]; low,
+        high: [C] or [B, C].
 
         A minibatch that does not fit in memory is halved, and later ones are cut to the size that went through.
 
@@ -88,13 +85,14 @@ class CropEncoder:
             size = min(self.most or len(crops), len(crops) - start)
             cells = slice(start, start + size)
             try:
-                part = self._encode(crops[cells], low if low.ndim == 1 else low[cells], high if high.ndim == 1 else high[cells])
+                features = self._encode(crops[cells], *(bound if bound.ndim == 1 else bound[cells] for bound in (low, high)))
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if size == 1:
                     raise CellfastError(
-                        f"out of memory on {self.device} with one cell at a time: free memory there, or use --device cpu"
+                        f"out of memory on {self.device} with one cell at a time: free memory there, or use "
+                        f"{option('device', 'cpu')}"
                     ) from error
                 self.most = (size + 1) // 2
                 self.on_shrink(size, self.most)
@@ -103,7 +101,7 @@ class CropEncoder:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
-            done.append(part)
+            done.append(features)
             start += size
         return done[0] if len(done) == 1 else torch.cat(done)
 
@@ -131,6 +129,17 @@ class CropEncoder:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
             h = self.folded(self.network.input_transform(x))
             return h if self.features == "h" else self.network.projection(h)
+
+
+def plate_scaling(model: LoadedModel, source: CellSource) -> Callable[[str], tuple[torch.Tensor, torch.Tensor]]:
+    """Plate → (low, high), float32 [C], that the model has its pixels scaled by."""
+
+    @cache
+    def of_plate(plate: str) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = (torch.tensor(bound, dtype=torch.float32) for bound in source.plate_scaling(plate))
+        return low, high
+
+    return of_plate if model.scaling == "plate" else lambda plate: (model.low, model.high)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

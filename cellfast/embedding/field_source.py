@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellfast.embedding.sources import Chunk, EncodedField, Part, PlatePlan, cut_into_parts
+from cellfast.embedding.cells import Block, Cells, EncodedField, PlatePlan, cut_into_blocks
 from cellfast.errors import CellfastError
 from cellfast.metadata.batches import batches_as_said
 from cellfast.metadata.names import file_name
@@ -23,7 +23,7 @@ from cellfast.screens.ingest_fields import field_table_digest
 from cellfast.screens.inputs import FileTimes, field_inputs
 from cellfast.screens.ledger import PlateLedger
 
-MOST_FIELDS_PER_PART = 16
+MOST_FIELDS_PER_BLOCK = 16
 # Reasons that another try can cure: a file server that stumbled, a file still being copied.
 PASSING = ("file missing", "not a readable image", "mask not readable", "no locations", "locations not usable")
 FIRST_PAUSE_S = 0.2
@@ -48,6 +48,9 @@ class FieldSource:
     """
 
     kind = "fields"
+    notes: Sequence[str] = ()
+    unmatched: Sequence[str] = ()
+    unused: Sequence[str] = ()
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class FieldSource:
         self.num_fields = len(table.fields)
         self._batch = batches_as_said(((field.plate, field.batch) for field in table.fields), batch_regex)
         self._hopeless = 0
-        most = int(np.clip(self.num_fields // 64, 1, MOST_FIELDS_PER_PART))
+        most = int(np.clip(self.num_fields // 64, 1, MOST_FIELDS_PER_BLOCK))
         self.plans, times = [], FileTimes()
         for plate, fields in self._fields.items():
             file_name("plate", plate)
@@ -89,16 +92,16 @@ class FieldSource:
                     self._batch[plate],
                     len(fields),
                     tuple(dict.fromkeys(wells)),
-                    cut_into_parts(plate, wells, most),
+                    cut_into_blocks(plate, wells, most),
                     origin,
                     inputs=field_inputs(fields, reader.locations, times),
                 )
             )
 
-    def units(self, part: Part) -> list[Field]:
-        return self._fields[part.plate][part.start : part.stop]
+    def units(self, block: Block) -> list[Field]:
+        return self._fields[block.plate][block.start : block.stop]
 
-    def encoded(self, unit: Field) -> EncodedField | Chunk:
+    def encoded(self, unit: Field) -> EncodedField | Cells:
         """The bytes of the field's files, or its cells where one of them is not for every decoder."""
         began = time.perf_counter()
         contents = self.contents(unit)
@@ -120,7 +123,7 @@ class FieldSource:
         """True where the host works on the planes: illumination is corrected, or cells are detected."""
         return self.reader.illumination is not None or self.reader.locations.reads_images
 
-    def read(self, unit: Field, decoded: dict[int, Any] | None = None, facts: PlaneFacts | None = None) -> Chunk:
+    def read(self, unit: Field, decoded: dict[int, Any] | None = None, facts: PlaneFacts | None = None) -> Cells:
         """The cells of a field; ``decoded``: its planes by channel, where they are there already."""
         began = time.perf_counter()
         for attempt in range(self.retries + 1):
@@ -137,7 +140,7 @@ class FieldSource:
                     continue
                 self._hopeless += error.reason in PASSING
                 count_refused(ledger, unit, error, found, strict=self.strict)
-                return Chunk(
+                return Cells(
                     unit.plate,
                     0,
                     self.window,
@@ -162,7 +165,7 @@ class FieldSource:
             "Metadata_Concentration": np.full(n, unit.concentration, np.float64),
             "Metadata_MoA": unit.moa,
         }
-        return Chunk(
+        return Cells(
             unit.plate,
             n,
             self.window,

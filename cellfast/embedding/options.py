@@ -1,93 +1,74 @@
-"""What an embedding run is asked for."""
+"""What an embedding run may be told; every value is an option of ``cellfast embed``. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from cellfast.errors import CellfastError
+from cellfast.declared import check, value
+from cellfast.errors import CellfastError, option
 
 FEATURES = ("h", "z")
 FORMATS = ("parquet", "anndata", "cpg")
-DTYPES = ("float32", "float16")
 ROTATIONS = (1, 4, 8)
-READERS = ("threads", "processes")
-ENGINES = ("local", "ray")
-DECODES = ("auto", "host", "dali")
 
 
 @dataclass(frozen=True)
 class EmbedOptions:
     """How cells become rows, and where the work is done.
 
-    Attributes:
-        features: ``h`` (encoder output, what is profiled) or ``z`` (projection).
-        batch_size: cells per minibatch; changes results by rounding only.
-        amp: bfloat16 autocast.
-        tta: test-time augmentation, the mean of the features over 1 view, 4 right-angle rotations, or 8 (with mirror images).
-        dtype: type of the stored features.
-        formats: what is written: ``parquet``, ``anndata``, ``cpg``.
-        aggregate_wells: write the mean of each well's cells and no cells.
-        compile: ``torch.compile`` the encoder.
-        workers: readers of fields at the same time; None: chosen from the cores.
-        readers: ``threads`` or ``processes``.
-        retries: how often a field that cannot be read is tried again before it is quarantined.
-        strict: stop at the first field that cannot be used.
-        retry_quarantined: make plates again that an earlier run finished with quarantined fields.
-        force: make everything again.
-        decode: who decodes fields: ``host`` (tifffile, on the readers), ``dali``, or ``auto``: the faster on the first fields, see
-            `cellfast.embedding.decoding.choose_decoding`; the pixels are the same.
-        engine: ``local`` (this process, or those of torchrun) or ``ray``.
+    Raises:
+        CellfastError: a value outside its limits, or values that do not go together.
     """
 
-    features: str = "h"
-    batch_size: int = 256
-    amp: bool = False
-    tta: int = 1
-    dtype: str = "float32"
-    formats: tuple[str, ...] = ("parquet",)
-    aggregate_wells: bool = False
-    compile: bool = False
-    workers: int | None = None
-    readers: str = "threads"
-    retries: int = 2
-    strict: bool = False
-    retry_quarantined: bool = False
-    force: bool = False
-    engine: str = "local"
-    decode: str = "auto"
+    features: str = value("h", "Encoder output h, or projection z.", choices=FEATURES)
+    formats: tuple[str, ...] = value(
+        ("parquet",),
+        "What is written; repeat for several. cpg: the Cell Painting Gallery's workspace_dl folders.",
+        choices=FORMATS,
+    )
+    dtype: str = value("float32", "Type of the features.", choices=("float32", "float16"))
+    aggregate: str | None = value(None, "Write the mean of each well's cells, and no cells.", choices=("well",))
+    tta: int = value(1, "Mean over this many views of a cell: 4 rotations, or 8 with mirror images.", choices=ROTATIONS)
+    batch_size: int = value(256, "Cells per minibatch; changes results by rounding only.", minimum=1)
+    amp: bool = value(False, "bfloat16 autocast.")
+    compile: bool = value(False, "torch.compile the encoder.")
+    workers: int | None = value(None, "Readers at the same time.  [default: by device and cores]", minimum=1)
+    readers: str = value(
+        "threads",
+        "What the readers are; processes help where one interpreter cannot feed a GPU.",
+        choices=("threads", "processes"),
+    )
+    decode: str = value(
+        "auto",
+        "Who decodes fields: host (tifffile), dali (NVIDIA DALI, on a GPU with its decoders), auto: what is faster on the first "
+        "fields of 256 or more. The pixels are the same.",
+        choices=("auto", "host", "dali"),
+    )
+    retries: int = value(2, "More tries for a field that cannot be read, before it is quarantined.", minimum=0)
+    strict: bool = value(False, "Stop at the first field that cannot be used.")
+    retry_quarantined: bool = value(False, "Make plates again that were finished with quarantined fields.")
+    engine: str = value(
+        "local",
+        "ray: Ray Data over a cluster (needs cellfast[ray]); several processes on one or more machines: torchrun -m cellfast "
+        "embed …",
+        choices=("local", "ray"),
+    )
+    force: bool = value(False, "Replace files of another model or other cells.")
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise CellfastError(f"--batch-size must be at least 1, got {self.batch_size}")
-        if self.retries < 0:
-            raise CellfastError(f"--retries must be 0 or more, got {self.retries}")
-        if self.workers is not None and self.workers < 1:
-            raise CellfastError(f"--workers must be at least 1, got {self.workers}")
-        if not self.formats:
-            raise CellfastError(f"nothing to write: choose one of {', '.join(FORMATS)}")
-        for name, value, known in (
-            ("features", self.features, FEATURES),
-            ("--tta", self.tta, ROTATIONS),
-            ("--dtype", self.dtype, DTYPES),
-            ("--readers", self.readers, READERS),
-            ("--engine", self.engine, ENGINES),
-            ("--decode", self.decode, DECODES),
-            *(("--to", name, FORMATS) for name in self.formats),
-        ):
-            if value not in known:
-                raise CellfastError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
-
+        check(self)
         if self.decode == "dali" and (self.readers == "processes" or self.engine == "ray"):
-            other = "--engine ray" if self.engine == "ray" else "--readers processes"
-            raise CellfastError(f"--decode dali does not go with {other}: DALI decodes in this process, on threads of its own")
+            other = option("engine", "ray") if self.engine == "ray" else option("readers", "processes")
+            raise CellfastError(
+                f"{option('decode', 'dali')} does not go with {other}: DALI decodes in this process, on threads of its own"
+            )
+
+    def for_encoder(self) -> dict[str, Any]:
+        """What of this `CropEncoder` is told."""
+        return {name: getattr(self, name) for name in ("features", "amp", "tta", "compile", "batch_size")}
 
     def origin(self) -> dict[str, Any]:
         """What of this decides the values that are written, JSON-able."""
-        return {
-            "features": self.features,
-            "amp": self.amp,
-            "tta": self.tta,
-            "dtype": self.dtype,
-            "aggregate": "well" if self.aggregate_wells else "none",
-        }
+        kept = {name: getattr(self, name) for name in ("features", "amp", "tta", "dtype")}
+        return {**kept, "aggregate": self.aggregate or "none"}

@@ -2,183 +2,89 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from cellfast.embedding.device_cutting import cut_on_device
-from cellfast.embedding.encoder import CropEncoder
-from cellfast.embedding.parts import PartWork
-from cellfast.embedding.sources import CellSource, Chunk, Part
-from cellfast.embedding.stages import EmbedProgress, StageClock
-from cellfast.errors import CellfastError
+from cellfast.data.buffers import Buffer
+from cellfast.data.device_cutting import cut_on_device
+from cellfast.embedding.blocks import BlockWork
+from cellfast.embedding.cells import Block, Cells, CellSource
+from cellfast.embedding.encoder import CropEncoder, plate_scaling
+from cellfast.embedding.progress import EmbedProgress
 
 # Minibatches between the stages: one being filled, one waiting, one being encoded.
-SLOTS = 3
-# Parts whose rows wait to be written.
-WAITING_PARTS = 2
-
-_source: CellSource | None = None
-
-
-def _begin_reader(source: CellSource) -> None:
-    global _source
-    _source = source
-
-
-def _read_in_process(unit: Any) -> Chunk:
-    assert _source is not None
-    return _source.read(unit)
-
-
-class ReaderPool:
-    """Reads units ahead, ``workers`` at a time, and hands the chunks out in the order of the units.
-
-    Args:
-        source: what is read.
-        workers: threads or processes.
-        readers: ``threads`` or ``processes``.
-    """
-
-    def __init__(self, source: CellSource, workers: int, readers: str) -> None:
-        self.source, self.workers, self.readers = source, workers, readers
-        self._pool: Executor = self._make()
-
-    def _make(self) -> Executor:
-        if self.readers == "threads":
-            return ThreadPoolExecutor(self.workers, "cellfast-read")
-        # spawn: a fork would copy locks in the state another thread left them in.
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin_reader, initargs=(self.source,))
-
-    def _submit(self, unit: Any) -> Future[Chunk]:
-        return self._pool.submit(self.source.read if self.readers == "threads" else _read_in_process, unit)
-
-    def chunks(self, units: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Chunk]]:
-        """(key, chunk) for each (key, unit), in order; 2 × workers + 1 units at most are read or waiting to be taken."""
-        waiting: list[tuple[Any, Any, Future[Chunk]]] = []
-        feed = iter(units)
-        broken = 0
-        while True:
-            while len(waiting) < 2 * self.workers + 1 and (following := next(feed, None)) is not None:
-                key, unit = following
-                waiting.append((key, unit, self._submit(unit)))
-            if not waiting:
-                return
-            key, unit, future = waiting.pop(0)
-            try:
-                chunk = future.result()
-            except BrokenProcessPool as error:
-                # A reader was killed (most often: out of memory). What was under way is read again by new ones.
-                broken += 1
-                if broken > 3:
-                    raise CellfastError(
-                        "the processes that read fields died repeatedly; use fewer with --workers, or --readers threads"
-                    ) from error
-                self._pool.shutdown(wait=False, cancel_futures=True)
-                self._pool = self._make()
-                again = [(key, unit), *((k, u) for k, u, _ in waiting)]
-                waiting = [(k, u, self._submit(u)) for k, u in again]
-                continue
-            except MemoryError as error:
-                raise CellfastError("out of memory while reading fields; use fewer readers with --workers") from error
-            yield key, chunk
-
-    def close(self) -> None:
-        """End the readers; what they have under way is dropped."""
-        self._pool.shutdown(wait=self.readers == "threads", cancel_futures=True)
+BUFFERS = 3
+# Blocks whose rows wait to be written.
+WAITING_BLOCKS = 2
 
 
 @dataclass
 class _Minibatch:
-    """Cells of one part on their way to the encoder: a row must not depend on which parts an earlier run had finished."""
+    """Cells of one block on their way to the encoder: a row must not depend on which blocks an earlier run had finished."""
 
-    slot: _Slot
-    work: PartWork
+    buffer: Buffer
+    work: BlockWork
     count: int = 0
     is_last: bool = False
-    low: Any = None
-    high: Any = None
+    scaling: tuple[torch.Tensor, ...] = ()
     fields: int = 0
     done: Any = None  # CUDA event: the results have arrived in host memory
 
 
-class _Slot:
-    """One reused buffer; on a GPU, ``host`` is pinned and ``crops`` lies on the device."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.crops = torch.empty(shape, dtype=dtype, device=device)
-        self.host = torch.empty(shape, dtype=dtype, pin_memory=True) if cuda else self.crops
-        self.array = self.host.numpy()
-        self.copied: Any = None
-        # The memory may be that of tensors which kernels in this stream still read: the first copy waits for those too.
-        self.used: Any = torch.cuda.current_stream(device).record_event() if cuda else None
-
-
 class Pipeline:
-    """Embeds parts: each is read, cut, encoded and handed to ``write`` in order, all stages at work at once.
+    """Embeds blocks: each is read, cut, encoded and handed to ``write`` in order, all stages at work at once.
 
     Args:
         source: what is read.
         encoder: crops → features.
-        batch_size: cells per minibatch; minibatches run across the fields of a part.
-        scaling: plate → (low, high), float32 [C].
-        write: called with each finished part, on a thread of its own.
-        workers, readers: as of `ReaderPool`.
-        clock, progress: told what is done.
-        open_reader: makes another reader than a `ReaderPool`, given the stream its planes are to be ready on.
+        open_reader: makes the reader, e.g. a `ReaderPool`, given the stream its planes are to be ready on.
+        batch_size: cells per minibatch; minibatches run across the units of a block.
+        write: called with each finished block, on a thread of its own.
+        progress: told what is done.
     """
 
     def __init__(
         self,
         source: CellSource,
         encoder: CropEncoder,
+        open_reader: Callable[[Any], Any],
         *,
         batch_size: int,
-        scaling: Callable[[str], tuple[torch.Tensor, torch.Tensor]],
-        write: Callable[[PartWork], None],
-        workers: int,
-        readers: str,
-        clock: StageClock,
+        write: Callable[[BlockWork], None],
         progress: EmbedProgress,
-        open_reader: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.open_reader = open_reader
-        self.source, self.encoder, self.batch_size, self.scaling = source, encoder, batch_size, scaling
-        self.write, self.workers, self.readers = write, workers, readers
-        self.clock, self.progress = clock, progress
+        self.source, self.encoder, self.open_reader, self.batch_size = source, encoder, open_reader, batch_size
+        self.write, self.progress, self.clock = write, progress, progress.clock
+        self.scaling = plate_scaling(encoder.loaded, source)
         self.defer = encoder.device.type == "cuda"
         self._launched: list[tuple[_Minibatch, torch.Tensor | None]] = []
         self.stop = threading.Event()
-        self._free: queue.Queue[_Slot | None] = queue.Queue()
-        self._ready: queue.Queue[Any] = queue.Queue()
-        self._written: queue.Queue[PartWork | None] = queue.Queue(WAITING_PARTS)
+        self.free: queue.Queue[Buffer | None] = queue.Queue()
+        self.ready: queue.Queue[Any] = queue.Queue()
+        self._written: queue.Queue[BlockWork | None] = queue.Queue(WAITING_BLOCKS)
         self._write_error: BaseException | None = None
 
-    def run(self, parts: Iterable[Part]) -> None:
-        """Embed ``parts``; the first error of any stage ends all of them and is raised here."""
+    def run(self, blocks: Iterable[Block]) -> None:
+        """Embed ``blocks``; the first error of any stage ends all of them and is raised here."""
         encoder = self.encoder
         size = encoder.loaded.output_size
         shape = (self.batch_size, len(self.source.channel_names), size, size)
         dtype = torch.uint8 if self.source.dtype == "uint8" else torch.uint16
-        for _ in range(SLOTS):
-            self._free.put(_Slot(shape, dtype, encoder.device))
-        cutter = threading.Thread(target=self._cut_all, args=(parts,), name="cellfast-cut", daemon=True)
+        for _ in range(BUFFERS):
+            self.free.put(Buffer(shape, dtype, encoder.device))
+        cutter = threading.Thread(target=self._cut_all, args=(blocks,), name="cellfast-cut", daemon=True)
         writer = threading.Thread(target=self._write_all, name="cellfast-write", daemon=True)
         cutter.start()
         writer.start()
         try:
-            while (got := self._ready.get()) is not None:
+            while (got := self.ready.get()) is not None:
                 if isinstance(got, BaseException):
                     raise got
                 self._encode(got)
@@ -188,30 +94,30 @@ class Pipeline:
                 self._collect()
         finally:
             self.stop.set()
-            self._free.put(None)
+            self.free.put(None)
             cutter.join()
-            # After an error of the writer nothing takes parts off its queue but its own thread, which drains it.
+            # After an error of the writer nothing takes blocks off its queue but its own thread, which drains it.
             self._written.put(None)
             writer.join()
         if self._write_error is not None:
             raise self._write_error
 
     def _encode(self, batch: _Minibatch) -> None:
-        slot, encoder = batch.slot, self.encoder
+        buffer, encoder = batch.buffer, self.encoder
         cuda = encoder.device.type == "cuda"
         began = time.perf_counter()
         values = None
         if batch.count:
             if cuda:
-                torch.cuda.current_stream(encoder.device).wait_event(slot.copied)
-            values = encoder.launch(slot.crops[: batch.count], batch.low, batch.high)
+                torch.cuda.current_stream(encoder.device).wait_event(buffer.copied)
+            values = encoder.launch(buffer.crops[: batch.count], *batch.scaling)
             if cuda:
                 stream = torch.cuda.current_stream(encoder.device)
-                slot.used = stream.record_event()
+                buffer.used = stream.record_event()
                 # Sent off at once: a copy asked for when the results are wanted would wait for the next minibatch too.
                 host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
                 values, batch.done = host, stream.record_event()
-        self._free.put(slot)
+        self.free.put(buffer)
         # A device at work on its own gets the next minibatch before the results of this one are waited for.
         self._launched.append((batch, values))
         if len(self._launched) > (1 if self.defer else 0):
@@ -219,12 +125,12 @@ class Pipeline:
         self.clock.add("encode", time.perf_counter() - began)
 
     def _collect(self) -> None:
-        """Take the results of the oldest minibatch under way to the parts its cells belong to."""
+        """Take the results of the oldest minibatch under way to the blocks its cells belong to."""
         batch, values = self._launched.pop(0)
         if values is not None:
             if batch.done is not None:
                 batch.done.synchronize()
-                values = values.clone()  # pinned memory is not kept for the length of a part
+                values = values.clone()  # pinned memory is not kept for the length of a block
             batch.work.values.append(values.numpy())
         self.progress.advance(batch.count, batch.fields)
         if batch.is_last:
@@ -241,40 +147,36 @@ class Pipeline:
                 self._write_error = error
             self.clock.add("write", time.perf_counter() - began)
 
-    def _cut_all(self, parts: Iterable[Part]) -> None:
-        pool = None
+    def _cut_all(self, blocks: Iterable[Block]) -> None:
+        reader = None
         try:
             stager = _Stager(self)
-            pool = self.open_reader(stager.stream) if self.open_reader else ReaderPool(self.source, self.workers, self.readers)
-            self._cut_parts(stager, pool, parts)
-            self._ready.put(None)
+            reader = self.open_reader(stager.stream)
+            for (work, is_last), cells in reader.cells(self._units(blocks)):
+                self.clock.add("read", cells.seconds)
+                work.add(cells)
+                if not stager.take(work, cells):
+                    break
+                if is_last:
+                    stager.end(work)
+            self.ready.put(None)
         except BaseException as error:
-            self._ready.put(error)
+            self.ready.put(error)
         finally:
-            if pool is not None:
-                pool.close()
+            if reader is not None:
+                reader.close()
 
-    def _units(self, parts: Iterable[Part]) -> Iterator[tuple[tuple[PartWork, bool], Any]]:
-        for part in parts:
+    def _units(self, blocks: Iterable[Block]) -> Iterator[tuple[tuple[BlockWork, bool], Any]]:
+        for block in blocks:
             if self.stop.is_set():
                 return
-            work, units = PartWork(part), self.source.units(part)
+            work, units = BlockWork(block), self.source.units(block)
             for position, unit in enumerate(units):
                 yield (work, position == len(units) - 1), unit
 
-    def _cut_parts(self, stager: _Stager, pool: Any, parts: Iterable[Part]) -> None:
-        for (work, is_last), chunk in pool.chunks(self._units(parts)):
-            self.clock.add("read", chunk.seconds)
-            work.add(chunk)
-            low, high = self.scaling(chunk.plate) if chunk.count else (None, None)
-            if not stager.take(work, chunk, low, high):
-                return
-            if is_last:
-                stager.end(work)
-
 
 class _Stager:
-    """Fills minibatches from chunks: on a CPU it cuts into the buffer; for a GPU planes go to the device and are cut there."""
+    """Fills minibatches from the cells of units: on a CPU it cuts into the buffer; for a GPU planes go to the device and are cut there."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
@@ -283,42 +185,41 @@ class _Stager:
         self.stream = torch.cuda.Stream(self.device) if self.cuda else None
         self.batch: _Minibatch | None = None
 
-    def _open(self, work: PartWork) -> bool:
+    def _open(self, work: BlockWork) -> bool:
         if self.batch is None:
-            slot = self.pipeline._free.get()
-            if slot is None or self.pipeline.stop.is_set():
-                self.pipeline._free.put(None)  # whoever asks next is told too
+            buffer = self.pipeline.free.get()
+            if buffer is None or self.pipeline.stop.is_set():
+                self.pipeline.free.put(None)  # whoever asks next is told too
                 return False
-            if slot.copied is not None:
-                slot.copied.synchronize()  # the pinned buffer is still being read by its last copy
-            if slot.used is not None:
+            if buffer.copied is not None:
+                buffer.copied.synchronize()  # the pinned buffer is still being read by its last copy
+            if buffer.used is not None:
                 assert self.stream is not None
-                self.stream.wait_event(slot.used)  # the encoder still reads the device buffer
-            self.batch = _Minibatch(slot, work)
+                self.stream.wait_event(buffer.used)  # the encoder still reads the device buffer
+            self.batch = _Minibatch(buffer, work)
         return True
 
-    def take(self, work: PartWork, chunk: Chunk, low: Any, high: Any) -> bool:
-        """Put a chunk's cells into minibatches; False when the pipeline is stopping."""
+    def take(self, work: BlockWork, cells: Cells) -> bool:
+        """Put the cells of a unit into minibatches; False when the pipeline is stopping."""
         if not self._open(work):
             return False
         assert self.batch is not None
-        self.batch.fields += chunk.fields
+        self.batch.fields += cells.fields
         planes, start = None, 0
-        while start < chunk.count:
+        while start < cells.count:
             if not self._open(work):
                 return False
             batch = self.batch
             began = time.perf_counter()
-            stop = min(chunk.count, start + self.pipeline.batch_size - batch.count)
+            stop = min(cells.count, start + self.pipeline.batch_size - batch.count)
             place = slice(batch.count, batch.count + stop - start)
-            if self.cuda and chunk.planes is not None:
-                planes = self._cut_there(chunk, planes, start, stop, batch.slot.crops[place])
+            if self.cuda and cells.planes is not None:
+                planes = self._cut_there(cells, planes, start, stop, batch.buffer.crops[place])
             else:
-                chunk.fill(batch.slot.array[place], start, stop)
+                cells.fill(batch.buffer.array[place], start, stop)
                 if self.cuda:
                     with torch.cuda.stream(self.stream):
-                        batch.slot.crops[place].copy_(batch.slot.host[place], non_blocking=True)
-            batch.low, batch.high = low, high
+                        batch.buffer.crops[place].copy_(batch.buffer.host[place], non_blocking=True)
             batch.count += stop - start
             start = stop
             self.pipeline.clock.add("cut", time.perf_counter() - began)
@@ -326,24 +227,24 @@ class _Stager:
                 self._send()
         return True
 
-    def _cut_there(self, chunk: Chunk, planes: Any, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
-        assert chunk.planes is not None
-        assert chunk.origins is not None
+    def _cut_there(self, cells: Cells, planes: Any, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        assert cells.planes is not None
+        assert cells.origins is not None
         with torch.cuda.stream(self.stream):
             if planes is None:
-                if isinstance(chunk.planes[0], torch.Tensor):
+                if isinstance(cells.planes[0], torch.Tensor):
                     # Decoded there, on this stream; few operations know uint16.
-                    stored = chunk.planes[0].dtype
+                    stored = cells.planes[0].dtype
                     bits = torch.int16 if stored == torch.uint16 else stored
-                    planes = torch.stack([plane.view(bits) for plane in chunk.planes]).view(stored)
+                    planes = torch.stack([plane.view(bits) for plane in cells.planes]).view(stored)
                 else:
-                    planes = torch.from_numpy(np.stack(chunk.planes)).pin_memory().to(self.device, non_blocking=True)
-            origins = torch.from_numpy(np.ascontiguousarray(chunk.origins[start:stop])).to(self.device)
-            out.copy_(cut_on_device(planes, origins, chunk.size, chunk.border))
+                    planes = torch.from_numpy(np.stack(cells.planes)).pin_memory().to(self.device, non_blocking=True)
+            origins = torch.from_numpy(np.ascontiguousarray(cells.origins[start:stop])).to(self.device)
+            out.copy_(cut_on_device(planes, origins, cells.size, cells.border))
         return planes
 
-    def end(self, work: PartWork) -> None:
-        """Send what is left of the part."""
+    def end(self, work: BlockWork) -> None:
+        """Send what is left of the block."""
         if self._open(work):
             assert self.batch is not None
             self.batch.is_last = True
@@ -351,8 +252,10 @@ class _Stager:
 
     def _send(self) -> None:
         assert self.batch is not None
+        if self.batch.count:
+            self.batch.scaling = self.pipeline.scaling(self.batch.work.block.plate)
         if self.cuda:
             assert self.stream is not None
-            self.batch.slot.copied = self.stream.record_event()
-        self.pipeline._ready.put(self.batch)
+            self.batch.buffer.copied = self.stream.record_event()
+        self.pipeline.ready.put(self.batch)
         self.batch = None

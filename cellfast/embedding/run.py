@@ -1,12 +1,11 @@
-"""One embedding run: what is left to do, the doing of it, and the account at the end."""
+"""One embedding run: what is left to do, the doing of it, and the ledger at the end."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,31 +16,32 @@ import numpy as np
 import torch
 
 from cellfast.data.malloc import tune_malloc
-from cellfast.embedding.account import Account, write_account
+from cellfast.embedding.blocks import BlockFiles, BlockWork
+from cellfast.embedding.cells import Block, CellSource, PlatePlan
 from cellfast.embedding.encoder import CropEncoder, feature_names
 from cellfast.embedding.field_source import FieldSource
-from cellfast.embedding.lock import OutputLock
+from cellfast.embedding.ledger import EmbedLedger, make_ledger, write_ledger
 from cellfast.embedding.options import EmbedOptions
-from cellfast.embedding.outputs import Finished, PlateOutput, Seal, open_output, plate_note
-from cellfast.embedding.parts import PartFiles, PartWork
 from cellfast.embedding.pipeline import Pipeline
-from cellfast.embedding.place import Place
-from cellfast.embedding.sources import CellSource, Part, PlatePlan
-from cellfast.embedding.stages import STAGES, EmbedProgress, StageClock
-from cellfast.embedding.work import LocalWork, SharedWork, Watch, join_processes
+from cellfast.embedding.plate_files import Finished, Record, seal_content
+from cellfast.embedding.plate_formats import PLATE_FORMATS
+from cellfast.embedding.processes import BlockQueue, Watch, join_processes
+from cellfast.embedding.progress import STAGES, EmbedProgress, StageClock
+from cellfast.embedding.reading import ReaderPool
 from cellfast.embeddings_folder import (
-    ACCOUNT_FILE,
+    EMBEDDINGS_FILE,
     GALLERY,
-    PARTS,
-    RECORDS,
     RUN_FILE,
-    account_checksums,
-    is_account,
+    WORK_FOLDER,
+    is_ledger,
+    ledger_checksums,
 )
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.model_file import LoadedModel
 from cellfast.screens.ingest import default_workers
 from cellfast.screens.unfinished import command_line
+from cellfast.storage.folder import Folder, folder_at
+from cellfast.storage.locks import LOCK_NAME, OutputLock
 
 if TYPE_CHECKING:
     from cellfast.embedding.decoding import Decoding
@@ -55,13 +55,13 @@ class EmbedSummary:
     """What an embedding run wrote.
 
     Attributes:
-        cells: cells embedded, by this run and those before it; rows: rows written for them (wells with ``aggregate_wells``).
+        cells: cells embedded, by this run and those before it; rows: rows written for them (wells with ``aggregate``).
         plates, plates_kept: all plates, and those an earlier run had finished.
         num_features: feature columns.
         fields_quarantined: fields that could not be used, listed in ``quarantine.csv``.
         batch_size: cells per minibatch at the end; smaller than asked for where memory ran out.
         seconds, stages: time this process took, and the seconds its stages were busy.
-        account: the whole account, as in ``embeddings.json``; None on processes other than the first.
+        ledger: the whole ledger, as in ``embeddings.json``; None on processes other than the first.
     """
 
     cells: int
@@ -73,7 +73,7 @@ class EmbedSummary:
     batch_size: int = 0
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
-    account: Account | None = None
+    ledger: EmbedLedger | None = None
 
 
 def embed_source(
@@ -84,79 +84,58 @@ def embed_source(
     *,
     device: torch.device | str = "cpu",
     show_progress: bool = True,
-    notes: Sequence[str] = (),
-    unmatched: Sequence[str] = (),
-    unused: Sequence[str] = (),
 ) -> EmbedSummary:
     """Embed every cell of ``source`` and write the files of its plates, ``embeddings.json`` and ``quarantine.csv``.
 
-    Finished plates are kept; of the others the parts that an earlier run finished are. Under torchrun every process calls this with the
-    same arguments.
+    Finished plates are kept; of the others the blocks that an earlier run finished are. Under torchrun every process calls this
+    with the same arguments.
 
     Args:
         out: folder or fsspec URL.
-        notes, unmatched, unused: for the account.
 
     Raises:
-        CellfastError: source and model do not fit, another run holds the output, files of something else are in the way, no space left,
-            or no cell at all.
+        CellfastError: source and model do not fit, another run holds the output, files of something else are in the way, no space
+            left, or no cell at all.
     """
     bits = 8 * np.dtype(source.dtype).itemsize
     model.check_screen(source.name, source.channel_names, source.crop_size, bits)
     device = torch.device(device)
-    place = Place(out)
+    folder = folder_at(out)
     tune_malloc()
-    encoder = CropEncoder(
-        model,
-        features=options.features,
-        device=device,
-        amp=options.amp,
-        tta=options.tta,
-        compile=options.compile,
-        batch_size=options.batch_size,
-    )
+    encoder = CropEncoder(model, device=device, **options.for_encoder())
     store, rank, world_size = join_processes(device)
-    if store is not None and options.engine == "ray":
-        raise CellfastError("--engine ray spreads the work itself: start it without torchrun")
-    run = _Run(source, encoder, place, options, show_progress and rank == 0)
+    if world_size > 1 and options.engine == "ray":
+        raise CellfastError(f"{option('engine', 'ray')} spreads the work itself: start it without torchrun")
+    run = EmbedRun(source, encoder, folder, options, show_progress and rank == 0)
     with ExitStack() as stack:
-        watch = Watch(store, rank, world_size).start() if store is not None else None
+        watch = Watch(store, rank, world_size).start() if world_size > 1 else None
         if watch is not None:
             stack.callback(watch.close)
         if rank == 0:
-            run.lock = stack.enter_context(OutputLock(place, tell=run.tell))
-        todo, kept = run.look_around() if rank == 0 else ([], {})
-        if store is None:
-            run.work = LocalWork([(plan, parts) for plan, parts in todo if parts])
-        else:
-            left = [(p, parts) for p, parts in todo if parts] if rank == 0 else None
-            run.work = SharedWork(store, rank, world_size, left, watch)
-        run.go(todo)
-        run.work.wait_for_all()
-        account = None
-        if rank == 0:
-            account = run.close_account(kept, notes, unmatched, unused)
-        run.work.leave()
-        return run.summary(account, kept)
+            run.lock = stack.enter_context(OutputLock(folder, tell=run.tell))
+        todo, kept = run.plan() if rank == 0 else ([], {})
+        run.queue = BlockQueue(store, rank, world_size, todo, watch)
+        run.embed_blocks(todo)
+        run.queue.wait_for_all()
+        ledger = run.close_ledger(kept) if rank == 0 else None
+        run.queue.leave()
+        return run.summary(ledger, kept)
 
 
-class _Run:
-    """The parts of `embed_source`."""
+class EmbedRun:
+    """The steps of `embed_source`."""
 
-    work: LocalWork | SharedWork
+    queue: BlockQueue
 
-    def __init__(self, source: CellSource, encoder: CropEncoder, place: Place, options: EmbedOptions, show: bool) -> None:
-        self.source, self.encoder, self.place, self.options, self.show = source, encoder, place, options, show
+    def __init__(self, source: CellSource, encoder: CropEncoder, out: Folder, options: EmbedOptions, show: bool) -> None:
+        self.source, self.encoder, self.out, self.options, self.show = source, encoder, out, options, show
         self.lock: OutputLock | None = None  # of the first process
         self.decoding: Decoding | None = None
         self._counted: dict[str, int] = {}
         model = encoder.loaded
-        self.names = feature_names(options.features, encoder.num_features)
-        self.parts = PartFiles(place, options, model.digest, encoder.num_features)
-        gallery_name = f"cellfast_{model.model.config.encoder}_{model.digest[:7]}"
-        self.outputs: list[PlateOutput] = [
-            open_output(name, place, self.parts, self.names, gallery_name) for name in dict.fromkeys(options.formats)
-        ]
+        self.blocks = BlockFiles(out, options, model.digest, feature_names(options.features, encoder.num_features))
+        model_name = f"cellfast_{model.model.config.encoder}_{model.digest[:7]}"
+        self.formats = [PLATE_FORMATS[name](self.blocks, model_name) for name in dict.fromkeys(options.formats)]
         self.plan_of = {plan.plate: plan for plan in source.plans}
         cores = default_workers()
         # On a CPU the encoder has the cores; a GPU waits for whoever reads.
@@ -164,47 +143,46 @@ class _Run:
         self.clock = StageClock({"read": self.workers})
         self.cells = 0
         self.notes: list[str] = []
-        self._scaling: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._scaling_lock = threading.Lock()
 
-    def look_around(self) -> tuple[list[tuple[PlatePlan, list[Part]]], dict[str, list[Finished]]]:
+    def plan(self) -> tuple[list[tuple[PlatePlan, list[Block]]], dict[str, list[Finished]]]:
         """What is left to do, plate by plate, and what is finished."""
         todo, kept = [], {}
         stems = {"embeddings", "quarantine", *(plan.file_stem for plan in self.source.plans)}
-        self.place.remove_partial_files("", deep=False, stems=stems)
-        for folder in (".embed", f"{GALLERY}/profiles", f"{GALLERY}/collated"):
-            self.place.remove_partial_files(folder, deep=True)
-        self._take_over_seals()
+        self.out.remove_partial_files("", deep=False, stems=stems)
+        for folder in (WORK_FOLDER, f"{GALLERY}/profiles", f"{GALLERY}/collated"):
+            self.out.remove_partial_files(folder, deep=True)
+        self._take_over_records()
         for plan in self.source.plans:
-            finished = [] if self.options.force else [output.finished(plan) for output in self.outputs]
+            finished = [] if self.options.force else [one.finished(plan) for one in self.formats]
             if finished and all(self._is_enough(one) for one in finished):
                 kept[plan.plate] = finished
                 continue
-            for output in self.outputs:
-                output.clear(plan)
+            for one in self.formats:
+                one.clear(plan)
             there = set()
             if self.options.force:
-                self.parts.discard(plan)
+                self.blocks.discard(plan)
             else:
-                there = self.parts.finished(plan)
-                if not there and self.parts.others(plan):
+                there = self.blocks.finished(plan)
+                if not there and self.blocks.others(plan):
                     self.notes.append(f"plate {plan.plate} was begun with other files or options and is begun anew")
-            todo.append((plan, [part for part in plan.parts if part.name not in there]))
-        remade = {plate: why for output in self.outputs for plate, why in output.remade.items()}
+            todo.append((plan, [block for block in plan.blocks if block.name not in there]))
+        remade = {plate: why for one in self.formats for plate, why in one.remade.items()}
         self.notes += [f"plate {plate} is embedded again: {why}" for plate, why in remade.items()]
-        if unrecorded := set().union(*(output.unrecorded for output in self.outputs)) & set(kept):
+        if unrecorded := set().union(*(one.unrecorded for one in self.formats)) & set(kept):
             self.notes.append(
-                f"{len(unrecorded)} plates were embedded before the sizes and times of files were recorded; they are kept, whatever became "
-                "of their files: --force embeds them again"
+                f"{len(unrecorded)} plates were embedded before the sizes and times of files were recorded; they are kept, "
+                f"whatever became of their files: {option('force', True)} embeds them again"
             )
-        if changed := [name for output in self.outputs for name in output.damaged]:
+        if changed := [name for one in self.formats for name in one.damaged]:
             self.tell(
-                f"{len(changed)} files of finished plates were changed or damaged since ({changed[0]}); their plates are made again"
+                f"{len(changed)} files of finished plates were changed or damaged since ({changed[0]}); their plates are made "
+                "again"
             )
-        if self.parts.damaged:
-            self.tell(f"{self.parts.damaged} part files were damaged; those parts are computed again")
+        if self.blocks.damaged:
+            self.tell(f"{self.blocks.damaged} block files were damaged; those blocks are computed again")
         if todo:
-            self.place.write_bytes(RUN_FILE, self._describe_run())
+            self.out.write_bytes(RUN_FILE, self._describe_run())
         return todo, kept
 
     def tell(self, text: str) -> None:
@@ -212,99 +190,96 @@ class _Run:
         if self.show:
             print(f"embed: {text}", file=sys.stderr)
 
-    def _take_over_seals(self) -> None:
-        """Tell the outputs what the account of an earlier run knows of its files."""
+    def _take_over_records(self) -> None:
+        """Tell the formats what the ledger of an earlier run knows of its files."""
         try:
-            account = json.loads(self.place.read_bytes(ACCOUNT_FILE))
+            ledger = json.loads(self.out.read_bytes(EMBEDDINGS_FILE))
         except FileNotFoundError:
             return
         except (ValueError, RecursionError):
-            account = None
-        if not is_account(account):
-            self.tell(f"{ACCOUNT_FILE} was damaged and is written again; finished plates are looked at for their structure only")
+            ledger = None
+        if not is_ledger(ledger):
+            self.tell(
+                f"{EMBEDDINGS_FILE} was damaged and is written again; finished plates are looked at for their structure only"
+            )
             return
-        origins = {name: plate.get("origin") for plate in account["plates"] for name in plate["files"] if isinstance(name, str)}
-        for name, one in account_checksums(account).items():
+        origins = {name: plate.get("origin") for plate in ledger["plates"] for name in plate["files"] if isinstance(name, str)}
+        for name, one in ledger_checksums(ledger).items():
             if isinstance(origins.get(name), dict):
-                for output in self.outputs:
-                    output.seals[name] = Seal(one, origins[name])
+                for plate_format in self.formats:
+                    plate_format.records[name] = Record(one, origins[name])
 
     def _describe_run(self) -> bytes:
         """What is under way, and the command that finishes it: for those who find it unfinished."""
-        plates = [
-            {"plate": plan.plate, "files": [output.sealing_file(plan) for output in self.outputs]} for plan in self.source.plans
-        ]
+        plates = [{"plate": plan.plate, "files": [one.last_file(plan) for one in self.formats]} for plan in self.source.plans]
         return json.dumps({"command": command_line(), "folder": os.getcwd(), "plates": plates}).encode()
 
     def _is_enough(self, one: Finished | None) -> bool:
-        if one is None:
-            return False
         # A plate without a cell was a mistake that may be mended by now.
-        return one.ledger.cells_written > 0 and not (one.quarantined and self.options.retry_quarantined)
+        return one is not None and one.ledger.cells_written > 0 and not (one.quarantined and self.options.retry_quarantined)
 
-    def go(self, todo: list[tuple[PlatePlan, list[Part]]]) -> None:
+    def embed_blocks(self, todo: list[tuple[PlatePlan, list[Block]]]) -> None:
         """Do what is left."""
-        options = self.options
-        parts = [part for _, left in todo for part in left]
-        whole = sum(len(left) == len(plan.parts) for plan, left in todo)
+        blocks = [block for _, left in todo for block in left]
+        rows = sum(block.stop - block.start for block in blocks)
         known = all(plan.num_cells is not None for plan in self.source.plans)
-        total_cells = sum(part.stop - part.start for part in parts) if known else 0
-        total_fields = sum(part.stop - part.start for part in parts) if not known else self.source.num_fields
+        total_fields, total_cells = (self.source.num_fields, rows) if known else (rows, 0)
         self._assembly = ThreadPoolExecutor(1, "cellfast-assemble")
         self._assembled: list[Future[None]] = []
-        shown = self.show and bool(parts)
-        self.decoding = self._choose_decoding(parts)
-        with EmbedProgress(total_fields, total_cells, self.clock, enabled=shown, share=self.work.share) as progress:
-            for note in self.notes[:12]:
-                progress.message(f"embed: {note}")
-            kept = len(self.source.plans) - len(todo)
-            if self.work.rank == 0 and kept:
-                progress.message(f"embed: {kept} of {len(self.source.plans)} plates were embedded before and are kept")
-            if self.work.rank == 0 and len(todo) > whole:
-                progress.message(f"embed: {len(todo) - whole} plates were begun before and are gone on with")
+        self.decoding = self._choose_decoding(blocks)
+        shown = self.show and bool(blocks)
+        with EmbedProgress(total_fields, total_cells, self.clock, enabled=shown, count=self.queue.count) as progress:
+            if self.queue.rank == 0:
+                for line in self._opening_lines(todo):
+                    progress.message(f"embed: {line}")
             self.encoder.on_shrink = lambda old, new: progress.message(
                 f"embed: out of memory with {old} cells at a time; going on with {new}"
             )
-            if self.decoding is not None and self.work.rank == 0:
-                progress.message(f"embed: {self.decoding.note}")
             for plan, left in todo:
                 if not left:
                     self._assembled.append(self._assembly.submit(self.assemble, plan))
             try:
-                if options.engine == "ray":
+                if self.options.engine == "ray":
                     from cellfast.embedding.ray_engine import embed_with_ray
 
-                    embed_with_ray(self.source, self.encoder, self.parts, parts, self.plan_of, options, self._written, progress)
+                    embed_with_ray(self.source, self.encoder, self.blocks, blocks, self.plan_of, self._written, progress)
                 else:
-                    Pipeline(
+                    pipeline = Pipeline(
                         self.source,
                         self.encoder,
-                        batch_size=options.batch_size,
-                        scaling=self.scaling,
+                        self._open_reader,
+                        batch_size=self.options.batch_size,
                         write=self._write,
-                        workers=self.workers,
-                        readers=options.readers,
-                        clock=self.clock,
                         progress=progress,
-                        open_reader=self._dali_reader if self.decoding and self.decoding.used == "dali" else None,
-                    ).run(self.work.claims())
+                    )
+                    pipeline.run(self.queue.claims())
             finally:
                 self._assembly.shutdown(wait=True)
             for future in self._assembled:
                 future.result()
             self.cells = progress.cells
 
-    def _choose_decoding(self, parts: list[Part]) -> Decoding | None:
+    def _opening_lines(self, todo: list[tuple[PlatePlan, list[Block]]]) -> Iterator[str]:
+        yield from self.notes[:12]
+        plates = len(self.source.plans)
+        if kept := plates - len(todo):
+            yield f"{kept} of {plates} plates were embedded before and are kept"
+        if begun := sum(len(left) < len(plan.blocks) for plan, left in todo):
+            yield f"{begun} plates were begun before and are gone on with"
+        if self.decoding is not None:
+            yield self.decoding.note
+
+    def _choose_decoding(self, blocks: list[Block]) -> Decoding | None:
         """How fields are decoded; None where there are none to decode."""
         if not isinstance(self.source, FieldSource):
             return None
-        if self.work.rank > 0:  # the first process alone knows what is left
-            parts = [part for plan in self.source.plans for part in plan.parts]
-        if not parts:
+        if self.queue.rank > 0:  # the first process alone knows what is left
+            blocks = [block for plan in self.source.plans for block in plan.blocks]
+        if not blocks:
             return None
         from cellfast.embedding.decoding import choose_decoding
 
-        units = [unit for part in parts for unit in self.source.units(part)]
+        units = [unit for block in blocks for unit in self.source.units(block)]
         return choose_decoding(self.source, units, len(units), self.options, self.encoder.device, self.workers)
 
     def _count_decoded(self) -> dict[str, int]:
@@ -312,101 +287,94 @@ class _Run:
         totals = {}
         for name in ("fields_dali", "fields_host"):
             now = getattr(self.decoding, name, 0)
-            totals[name] = self.work.count(name, now - self._counted.get(name, 0))
+            totals[name] = self.queue.count(name, now - self._counted.get(name, 0))
             self._counted[name] = now
         return totals
 
-    def _dali_reader(self, stream: Any) -> Any:
+    def _open_reader(self, stream: Any) -> Any:
+        if self.decoding is None or self.decoding.used == "host":
+            return ReaderPool(self.source, self.workers, self.options.readers)
         from cellfast.embedding.dali_reading import DaliReader
 
         return DaliReader(self.source, self.workers, self.decoding, self.encoder.device, stream)
-
-    def scaling(self, plate: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(low, high), float32 [C], that the plate's pixels are scaled by."""
-        if self.encoder.loaded.scaling != "plate":
-            plate = ""
-        with self._scaling_lock:
-            if plate not in self._scaling:
-                if plate:
-                    bounds = [torch.tensor(v, dtype=torch.float32) for v in self.source.plate_scaling(plate)]
-                else:
-                    bounds = [self.encoder.loaded.low, self.encoder.loaded.high]
-                self._scaling[plate] = (bounds[0], bounds[1])
-            return self._scaling[plate]
 
     def _check_held(self) -> None:
         """Before anything is written: this run must still have the output, and the other processes must be there."""
         if self.lock is not None:
             self.lock.check()
-        self.work.check()
+        self.queue.check()
 
-    def _write(self, work: PartWork) -> None:
+    def _write(self, work: BlockWork) -> None:
         self._check_held()
-        self.parts.write(self.plan_of[work.part.plate], work)
-        self._written(work.part)
+        self.blocks.write(self.plan_of[work.block.plate], work)
+        self._written(work.block)
 
-    def _written(self, part: Part) -> None:
+    def _written(self, block: Block) -> None:
         for future in self._assembled:
             if future.done():
                 future.result()  # no space left, most often: stop now
         self._count_decoded()
-        if self.work.is_last(part.plate):
-            self._assembled.append(self._assembly.submit(self.assemble, self.plan_of[part.plate], by_work=True))
+        if self.queue.is_last(block.plate):
+            self._assembled.append(self._assembly.submit(self.assemble, self.plan_of[block.plate], by_work=True))
 
     def assemble(self, plan: PlatePlan, *, by_work: bool = False) -> None:
-        """Make a plate's files from its parts and remove the parts."""
-        wait_s = SHOW_UP_S if self.work.world_size > 1 or self.options.engine == "ray" else 0.0
-        ledger, quarantined = self.parts.notes(plan, wait_s=wait_s)
-        note = plate_note(self.source.finish(plan, ledger), quarantined, plan.inputs)
-        for output in self.outputs:
+        """Make a plate's files from its blocks and remove the blocks."""
+        wait_s = SHOW_UP_S if self.queue.world_size > 1 or self.options.engine == "ray" else 0.0
+        ledger, quarantined = self.blocks.notes(plan, wait_s=wait_s)
+        content = seal_content(self.source.finish(plan, ledger), quarantined, plan.inputs)
+        for one in self.formats:
             self._check_held()
-            output.write(plan, note)
+            one.write(plan, content)
         self._check_held()
-        self.parts.discard(plan)
+        self.blocks.discard(plan)
         if by_work:
-            self.work.plate_done()
+            self.queue.plate_done()
 
-    def close_account(
-        self, kept: dict[str, list[Finished]], notes: Sequence[str], unmatched: Sequence[str], unused: Sequence[str]
-    ) -> Account:
-        """Check every plate's files, write the account, and remove what was only needed on the way."""
+    def close_ledger(self, kept: dict[str, list[Finished]]) -> EmbedLedger:
+        """Check every plate's files, write the ledger, and remove what was only needed on the way."""
         plates = []
         for plan in self.source.plans:
-            finished = kept.get(plan.plate) or [output.finished(plan, just_made=True) for output in self.outputs]
-            missing = [output.sealing_file(plan) for output, one in zip(self.outputs, finished) if one is None]
+            finished = kept.get(plan.plate) or [one.finished(plan, just_made=True) for one in self.formats]
+            missing = [one.last_file(plan) for one, found in zip(self.formats, finished) if found is None]
             if missing:
-                raise CellfastError(f"{self.place.path(missing[0])} is not there or lacks rows; run the same command again")
-            plates.append((plan, [one for one in finished if one is not None]))
+                raise CellfastError(f"{self.out.path(missing[0])} is not there or lacks rows; run the same command again")
+            plates.append((plan, finished))
         decoding = replace(self.decoding, **self._count_decoded()) if self.decoding else None
-        account = write_account(
-            self.place,
-            self.source,
-            self.encoder,
-            self.options,
-            self.names,
-            plates,
-            self.outputs,
-            [*notes, *self.notes, *(decoding.closing_notes() if decoding else [])],
-            unmatched,
-            unused,
-            decoding.record() if decoding else None,
-        )
-        for name in (PARTS, RECORDS, RUN_FILE):
-            self.place.remove(name)
-        return account
+        model = self.encoder.loaded
+        about = {
+            "screen": self.source.name,
+            "source": self.source.kind,
+            "model": str(model.path),
+            "model_digest": model.digest,
+            **self.options.origin(),
+            "num_features": len(self.blocks.names),
+            "formats": list(self.options.formats),
+            "checksums": {name: one for each in self.formats for name, one in each.collate(self.source.plans).items()},
+            # What this run did: the pixels, and so the rows, are the same either way.
+            "decode": decoding.record() if decoding else None,
+            "notes": [*self.source.notes, *self.notes, *(decoding.closing_notes() if decoding else [])],
+            "unmatched_metadata": list(self.source.unmatched),
+            "unused_metadata": list(self.source.unused),
+        }
+        ledger = make_ledger(plates, about)
+        write_ledger(self.out, ledger)
+        for name in self.out.names(WORK_FOLDER):
+            if name != LOCK_NAME.rsplit("/", 1)[-1]:
+                self.out.remove(f"{WORK_FOLDER}/{name}")
+        return ledger
 
-    def summary(self, account: Account | None, kept: dict[str, Any]) -> EmbedSummary:
+    def summary(self, ledger: EmbedLedger | None, kept: dict[str, Any]) -> EmbedSummary:
         """What the caller is told."""
-        totals = account.totals if account else {}
+        totals = ledger.totals if ledger else {}
         return EmbedSummary(
             cells=totals.get("cells", self.cells),
             plates=len(self.source.plans),
             plates_kept=len(kept),
-            num_features=len(self.names),
+            num_features=len(self.blocks.names),
             rows=totals.get("rows", 0),
             fields_quarantined=totals.get("fields_quarantined", 0),
             batch_size=self.encoder.most or self.options.batch_size,
             seconds=self.clock.elapsed(),
             stages={stage: self.clock.seconds()[stage] for stage in STAGES},
-            account=account,
+            ledger=ledger,
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import BATCH, PLATE, SITE, WELL
 from cellfast.metadata.names import check_batch
 
@@ -26,7 +26,7 @@ def batch_of_plate(plate: str, pattern: str | None = None) -> str | None:
     try:
         found = re.search(pattern or DEFAULT_BATCH_REGEX, plate)
     except re.error as error:
-        raise CellfastError(f"--batch-regex '{pattern}' is not a regular expression: {error}.") from None
+        raise CellfastError(f"{option('batch_regex', pattern)} is not a regular expression: {error}.") from None
     if found is None:
         return None
     return check_batch(found.group(1) if found.re.groups else found.group(0)) or None
@@ -35,7 +35,8 @@ def batch_of_plate(plate: str, pattern: str | None = None) -> str | None:
 def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[dict[str, str], str]:
     """Plate → batch from the plates' names, and in words where it came from.
 
-    With ``pattern`` every plate must match. Without one ``^(Week\\d+)_`` is tried, and a plate that does not match is its own batch.
+    With ``pattern`` every plate must match. Without one ``^(Week\\d+)_`` is tried, and a plate that does not match is its own
+    batch.
 
     Raises:
         CellfastError: ``pattern`` matches none, or not all, of the plates; not a regular expression.
@@ -47,7 +48,8 @@ def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[di
     if pattern and missed:
         share = "none" if len(missed) == len(found) else f"not all, {len(missed)} of {len(found)} missed,"
         raise CellfastError(
-            f"--batch-regex '{pattern}' matches {share} of the plates, such as '{missed[0]}': give one that matches every plate's name."
+            f"{option('batch_regex', pattern)} matches {share} of the plates, such as '{missed[0]}': give one that matches every "
+            "plate's name."
         )
     if len(missed) == len(found):
         source = "plate name (no batch column, and no Week prefix in the plate names)"
@@ -58,7 +60,8 @@ def batches_of_plates(plates: list[str], pattern: str | None = None) -> tuple[di
 
 
 def batches_as_said(said: Iterable[tuple[str, str]], pattern: str | None = None) -> dict[str, str]:
-    """Plate → batch of (plate, batch or ``""``) as tables say them: ``pattern`` in the plate's name, else as said, else `batches_of_plates`.
+    """Plate → batch of (plate, batch or ``""``) as tables say them: ``pattern`` in the plate's name, else as said, else
+    `batches_of_plates`.
 
     Raises:
         CellfastError: a plate of two batches, a name that cannot name a folder, or a pattern that does not match.
@@ -69,7 +72,7 @@ def batches_as_said(said: Iterable[tuple[str, str]], pattern: str | None = None)
         plates[plate] = None
         if batch and known.setdefault(plate, batch) != batch:
             raise CellfastError(
-                f"plate {plate} is of two batches, {known[plate]} and {batch}: correct the table, or use --batch-regex"
+                f"plate {plate} is of two batches, {known[plate]} and {batch}: correct the table, or use {option('batch_regex')}"
             )
     found, _ = batches_of_plates([plate for plate in plates if pattern or plate not in known], pattern)
     return {plate: check_batch(found.get(plate) or known[plate]) for plate in plates}
@@ -86,7 +89,9 @@ def fill_batches(metadata: pd.DataFrame, pattern: str | None = None) -> tuple[pd
     has = BATCH in metadata and (metadata[BATCH] != "").any()
     if PLATE not in metadata:
         if pattern:
-            raise CellfastError(f"--batch-regex '{pattern}' takes the batch from the plate's name, and the input has no plates.")
+            raise CellfastError(
+                f"{option('batch_regex', pattern)} takes the batch from the plate's name, and the input has no plates."
+            )
         return metadata, "column" if BATCH in metadata else "none"
     if pattern is None and has and (metadata[BATCH] != "").all():
         return metadata, f"column {BATCH}"

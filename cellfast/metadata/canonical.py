@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import (
     BATCH,
     CANONICAL,
@@ -46,8 +46,9 @@ def canonical_metadata(
 ) -> pd.DataFrame:
     """Metadata under canonical names and types, with a plain index.
 
-    Names are text as written, missing ``""``; wells ``A01``; sites whole numbers as text where they are some; concentrations float64 µM,
-    missing NaN. The other columns of ``frame`` are kept under ``Metadata_…``; text whose every value is a number becomes numbers.
+    Names are text as written, missing ``""``; wells ``A01``; sites whole numbers as text where they are some; concentrations
+    float64 µM, missing NaN. The other columns of ``frame`` are kept under ``Metadata_…``; text whose every value is a number
+    becomes numbers.
 
     Args:
         frame: columns of a table.
@@ -104,7 +105,9 @@ def _wells(text: pd.Series, columns: pd.Series | None, where: str) -> pd.Series:
             names.append(well_name(row, column if columns is not None else None))
         except CellfastError as error:
             first = int((codes == code).argmax())
-            raise CellfastError(f"{where}, row {first + 2}: {error}. Name another column with --column well=COLUMN.") from None
+            raise CellfastError(
+                f"{where}, row {first + 2}: {error}. Name another column with {option('columns', {'well': 'COLUMN'})}."
+            ) from None
     return pd.Series(np.array([*names, ""], dtype=object)[codes], index=text.index, dtype="str")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 PLATE, WELL, SITE = "Metadata_Plate", "Metadata_Well", "Metadata_Site"
 IMAGE_NUMBER, OBJECT_NUMBER = "Metadata_ImageNumber", "Metadata_ObjectNumber"
@@ -36,7 +37,7 @@ TREATMENT = (BATCH, COMPOUND, CONCENTRATION, MOA)
 #: Columns whose values are names: text as written.
 NAMES = (PLATE, WELL, SITE, BATCH, COMPOUND, MOA)
 
-#: Short names accepted by ``--column NAME=COLUMN``.
+#: Short names of the canonical columns, by which a table's columns may be named.
 SHORT_NAMES = {
     "plate": PLATE,
     "well": WELL,
@@ -154,16 +155,19 @@ def parse_column_overrides(overrides: Iterable[str]) -> dict[str, str]:
     """``["compound=Metadata_JCP2022"]`` → ``{"Metadata_Compound": "Metadata_JCP2022"}``.
 
     Raises:
-        CellfastError: not ``NAME=COLUMN`` or NAME is none of plate, well, site, batch, compound, concentration, moa; a name twice.
+        CellfastError: not ``NAME=COLUMN`` or NAME is none of plate, well, site, batch, compound, concentration, moa; a name
+            twice.
     """
     chosen: dict[str, str] = {}
     for text in overrides:
         name, _, column = text.partition("=")
         canonical = SHORT_NAMES.get(name.strip().lower())
         if canonical is None or not column.strip():
-            raise CellfastError(f"--column must be NAME=COLUMN with NAME one of {', '.join(SHORT_NAMES)}; got '{text}'.")
+            raise CellfastError(
+                f"{option('columns')} must be NAME=COLUMN with NAME one of {', '.join(SHORT_NAMES)}; got '{text}'."
+            )
         if canonical in chosen:
-            raise CellfastError(f"--column names {name.strip()} twice: {chosen[canonical]} and {column.strip()}.")
+            raise CellfastError(f"{option('columns')} names {name.strip()} twice: {chosen[canonical]} and {column.strip()}.")
         chosen[canonical] = column.strip()
     return chosen
 
@@ -174,8 +178,8 @@ def check_doubled(columns: Sequence[str], where: str) -> None:
     Raises:
         CellfastError: names the columns.
     """
-    seen: set[str] = set()
-    doubled = sorted({c for c in columns if c in seen or seen.add(c)})
+    seen = set(columns)
+    doubled = sorted(c for c, times in Counter(columns).items() if times > 1)
     if doubled:
         raise CellfastError(
             f"{where}: two columns are named '{doubled[0]}'"
@@ -191,7 +195,7 @@ def check_doubled(columns: Sequence[str], where: str) -> None:
             )
 
 
-def require_column(name: str, columns: Sequence[str], where: str, option: str = "--column") -> str:
+def require_column(name: str, columns: Sequence[str], where: str, parameter: str = "columns") -> str:
     """The column called ``name``, letter case aside where only one fits.
 
     Raises:
@@ -205,7 +209,8 @@ def require_column(name: str, columns: Sequence[str], where: str, option: str = 
     near = difflib.get_close_matches(name, list(columns), n=3, cutoff=0.5)
     listed = ", ".join(list(columns)[:30])
     raise CellfastError(
-        f"{option}: {where} has no column '{name}'{'; near it: ' + ', '.join(near) if near else ''}; its columns begin with: {listed}."
+        f"{option(parameter)}: {where} has no column '{name}'{'; near it: ' + ', '.join(near) if near else ''}; its columns "
+        f"begin with: {listed}."
     )
 
 
@@ -213,8 +218,8 @@ def find_columns(columns: Sequence[str], overrides: Mapping[str, str] | None = N
     """Canonical name → the column of a table that holds it; what is not there is left out.
 
     Order of preference: an override, the canonical name itself, then `ALIASES` in their order, with or without
-    ``Image_``/``Metadata_``, then the same with a channel suffix (``Image_Metadata_Plate_DAPI``). ``ROW`` and ``COLUMN`` are given where
-    the table has both and no well.
+    ``Image_``/``Metadata_``, then the same with a channel suffix (``Image_Metadata_Plate_DAPI``). ``ROW`` and ``COLUMN`` are
+    given where the table has both and no well.
 
     Raises:
         CellfastError: an override names a column that the table does not have.
@@ -285,10 +290,10 @@ def infer_features(
 ) -> list[str]:
     """The feature columns of a table, in its order.
 
-    ``patterns`` are prefixes or regular expressions matched at the start of the name; a column is a feature when any of them matches.
-    Without patterns: the embedding columns ``h000…`` if there are any; else the CellProfiler measurements (``Cells_``, ``Cytoplasm_``,
-    ``Nuclei_``, or any ``<object>_<measurement>_…`` such as ``Image_Texture_…``); else every numeric column that is neither metadata nor
-    bookkeeping.
+    ``patterns`` are prefixes or regular expressions matched at the start of the name; a column is a feature when any of them
+    matches. Without patterns: the embedding columns ``h000…`` if there are any; else the CellProfiler measurements (``Cells_``,
+    ``Cytoplasm_``, ``Nuclei_``, or any ``<object>_<measurement>_…`` such as ``Image_Texture_…``); else every numeric column that
+    is neither metadata nor bookkeeping.
 
     Raises:
         CellfastError: no column is left, or a pattern is not a regular expression.
@@ -300,12 +305,12 @@ def infer_features(
         try:
             compiled = [re.compile(pattern) for pattern in patterns]
         except re.error as error:
-            raise CellfastError(f"--features: not a prefix or regular expression: {error}.") from None
+            raise CellfastError(f"{option('features')}: not a prefix or regular expression: {error}.") from None
         # What was asked for is taken, whatever its name says.
         chosen = [c for c in candidates if any(p.match(c) for p in compiled)]
         if not chosen:
             raise CellfastError(
-                f"--features {' '.join(patterns)} matches no numeric column of {where}; its numeric columns begin with: "
+                f"{option('features', ' '.join(patterns))} matches no numeric column of {where}; its numeric columns begin with: "
                 f"{', '.join(candidates[:20]) or 'none'}."
             )
         return chosen
@@ -319,7 +324,8 @@ def infer_features(
     rest = [c for c in rest if not c.lower().startswith("image_")]
     if not rest:
         raise CellfastError(
-            f"No feature columns found in {where}: expected h000…, Cells_/Cytoplasm_/Nuclei_… or other numeric columns besides the "
-            f"metadata; found {', '.join(list(numeric_columns)[:20]) or 'no numeric column'}. Name them with --features."
+            f"No feature columns found in {where}: expected h000…, Cells_/Cytoplasm_/Nuclei_… or other numeric columns besides "
+            f"the metadata; found {', '.join(list(numeric_columns)[:20]) or 'no numeric column'}. Name them with "
+            f"{option('features')}."
         )
     return rest

@@ -1,4 +1,5 @@
-"""The language of ``--controls``: conditions on metadata columns, read by a parser of its own; nothing in a query is ever executed.
+"""The language of queries for controls: conditions on metadata columns, read by a parser of its own; nothing in a query is ever
+executed.
 
 ::
 
@@ -9,8 +10,8 @@
                | column of True and False
     value      = column | `column with blanks` | 'text' | number | True | False | None
 
-``&``, ``|`` and ``~`` are ``and``, ``or`` and (before a bracket, a test or a column) ``not``, as in pandas. A comparison with a missing
-value is false. Regular expressions are RE2's, whose cost grows with the text and not with the pattern.
+``&``, ``|`` and ``~`` are ``and``, ``or`` and (before a bracket, a test or a column) ``not``, as in pandas. A comparison with a
+missing value is false. Regular expressions are RE2's, whose cost grows with the text and not with the pattern.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from typing import Any, NoReturn
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 MOST_CHARACTERS, MOST_DEPTH, MOST_PATTERN = 4000, 50, 300
 
 LANGUAGE = (
-    "The language has columns (`in back quotes` where they have blanks), 'text', numbers, True, False, None, == != < <= > >=, in [...], "
-    "and, or, not, .str.match, .str.contains, .str.startswith, .str.endswith, .isna() and .notna(); "
-    "example: \"Metadata_Compound == 'DMSO'\""
+    "The language has columns (`in back quotes` where they have blanks), 'text', numbers, True, False, None, == != < <= > >=, "
+    "in [...], and, or, not, .str.match, .str.contains, .str.startswith, .str.endswith, .isna() and .notna(); example: "
+    "\"Metadata_Compound == 'DMSO'\""
 )
 
 _TOKEN = re.compile(
@@ -107,7 +108,7 @@ class _Parser:
         self.depth = self.at = 0
         if len(query) > MOST_CHARACTERS:
             raise CellfastError(
-                f"--controls is not a query over the metadata: {len(query)} characters, at most {MOST_CHARACTERS}"
+                f"{option('controls')} is not a query over the metadata: {len(query)} characters, at most {MOST_CHARACTERS}"
             )
         self.tokens: list[tuple[str, str]] = []
         place = 0
@@ -120,7 +121,7 @@ class _Parser:
         self.tokens.append(("end", ""))
 
     def refuse(self, why: str) -> NoReturn:
-        raise CellfastError(f'--controls "{self.query}" is not a query over the metadata: {why}. {LANGUAGE}')
+        raise CellfastError(f"{option('controls', self.query)} is not a query over the metadata: {why}. {LANGUAGE}")
 
     def next_is(self, *texts: str) -> bool:
         kind, text = self.tokens[self.at]
@@ -357,7 +358,8 @@ class _Parser:
             found = pc.match_substring_regex(texts, pattern).to_pylist()
         except pa.ArrowInvalid as error:
             self.refuse(
-                f"'{given}' is not a regular expression of bounded cost ({error}); (?=…), (?!…) and \\1 are none, (?i) ignores case"
+                f"'{given}' is not a regular expression of bounded cost ({error}); (?=…), (?!…) and \\1 are none, (?i) ignores "
+                "case"
             )
         passed = np.array([*(hit and isinstance(v, str) for hit, v in zip(found, column.values)), False], dtype=bool)
         return passed[column.codes]

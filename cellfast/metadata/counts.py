@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Cells in a well, site or treatment, as pycytominer names it; written by ``embed --aggregate well`` and by ``profile``.
+#: Cells in a well, site or treatment, as pycytominer names it; written by embeddings of wells and by profiles.
 CELL_COUNT = "Metadata_Cell_Count"
 
 #: Names of the same, in the order in which they are looked for, in lower case and without ``Metadata_`` and ``Image_``.
@@ -29,15 +29,16 @@ def _plain(column: str) -> str:
 def take_counts(metadata: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray | None, str]:
     """Take the number of cells of each row out of a table's metadata.
 
-    A column of that name can also be the count of a whole image or well, repeated in the rows of its cells; adding that up would count
-    every cell many times. It is not believed where rows have object numbers, or where most rows share place and count with others.
+    A column of that name can also be the count of a whole image or well, repeated in the rows of its cells; adding that up would
+    count every cell many times. It is not believed where rows have object numbers, or where most rows share place and count with
+    others.
 
     Args:
         metadata: columns ``Metadata_*`` [rows].
 
     Returns:
-        (the other columns; int64 [rows], or None where the rows are cells or nothing is known; what is wrong with a column that is not
-        believed, or empty).
+        (the other columns; int64 [rows], or None where the rows are cells or nothing is known; what is wrong with a column that
+        is not believed, or empty).
     """
     plain = {_plain(c): c for c in reversed(list(metadata.columns))}
     column = CELL_COUNT if CELL_COUNT in metadata else next((plain[a] for a in ALIASES if a in plain), None)

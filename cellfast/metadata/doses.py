@@ -39,7 +39,8 @@ def same_dose(a: float, b: float) -> bool:
 
 
 def unify_doses(values: np.ndarray) -> np.ndarray:
-    """float64 [N]: the same concentrations with one value for those within `RELATIVE_TOLERANCE` (0.3, 0.30000001, 0.2999); NaN stays.
+    """float64 [N]: the same concentrations with one value for those within `RELATIVE_TOLERANCE` (0.3, 0.30000001, 0.2999); NaN
+    stays.
 
     Of the values that are one dose the commonest is taken, of equally common ones the shortest.
     """
@@ -57,12 +58,12 @@ def unify_doses(values: np.ndarray) -> np.ndarray:
 def concentrations_um(values: Iterable[object], where: str, unit: str | None = None) -> np.ndarray:
     """float64 [N] µM of a column of concentrations; NaN for an empty cell, ``NA`` or ``nan``.
 
-    A value may carry its unit (``100 nM``, ``0.1 uM``); then every value but 0 must. ``unit`` is that of values without one (default µM),
-    as the column's name gives it. A comma is the decimal sign where the whole column has commas and no point.
+    A value may carry its unit (``100 nM``, ``0.1 uM``); then every value but 0 must. ``unit`` is that of values without one
+    (default µM), as the column's name gives it. A comma is the decimal sign where the whole column has commas and no point.
 
     Raises:
-        CellfastError: no number, a negative or infinite one, an unknown unit, values with and without units, a comma that may be either
-            a decimal sign or one of thousands; ``where`` names the table and the column, the first three values are named.
+        CellfastError: no number, a negative or infinite one, an unknown unit, values with and without units, a comma that may be
+            either a decimal sign or one of thousands; ``where`` names the table and the column, the first three values are named.
     """
     texts = [str(v).strip() for v in values]
     unique = dict.fromkeys(texts)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.canonical import canonical_metadata, ordered
 from cellfast.metadata.columns import (
     ALIASES,
@@ -39,7 +39,7 @@ _KEYS = ((PLATE, WELL), (PLATE, IMAGE_NUMBER), (WELL,), (IMAGE_NUMBER,), (COMPOU
 
 
 def split_overrides(overrides: Mapping[str, str], columns: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The ``--column`` choices that name a column of this table, and those meant for a table that is joined to it."""
+    """The columns chosen by the user that name a column of this table, and those meant for a table that is joined to it."""
     plain = {plain_name(c) for c in columns}
     here = {name: column for name, column in overrides.items() if column in columns or plain_name(column) in plain}
     return here, {name: column for name, column in overrides.items() if name not in here}
@@ -71,25 +71,26 @@ def join_plate_map(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Add what a table says of wells (compound, concentration, batch, MoA and its other columns) by the columns both sides have.
 
-    The key is plate and well; without a plate column in the file the well alone (every plate has that layout); or the image number, the
-    compound, or the plate, where the file has no wells. The file may have many rows per key (one per field) if they agree. What the file
-    says replaces what the table said; rows it does not name, and its empty cells, change nothing. Columns of the file that differ within
-    a key are left out.
+    The key is plate and well; without a plate column in the file the well alone (every plate has that layout); or the image
+    number, the compound, or the plate, where the file has no wells. The file may have many rows per key (one per field) if they
+    agree. What the file says replaces what the table said; rows it does not name, and its empty cells, change nothing. Columns of
+    the file that differ within a key are left out.
 
     Returns:
         (metadata, report: rows joined, keys not joined, and keys of the file that no row has, with the first names).
 
     Raises:
-        CellfastError: no common key, a key with two compounds, concentrations, batches or MoAs, an image number of several plates,
-            nothing joins.
+        CellfastError: no common key, a key with two compounds, concentrations, batches or MoAs, an image number of several
+            plates, nothing joins.
     """
     notes: list[str] = []
-    table, placed = _read(path, "--metadata", overrides or {}, notes)
+    table, placed = _read(path, option("metadata"), overrides or {}, notes)
     key = next((k for k in _KEYS if all(c in table and c in metadata and (table[c].astype(str) != "").any() for c in k)), None)
     if key is None or not set(table.columns) - set(key):
         raise CellfastError(
-            f"--metadata {path}: expected a column for the well (and plate), or the image number, compound or plate, that the input has "
-            f"too, and what to add; found {', '.join(map(str, table.columns[:20]))}. Name columns with --column NAME=COLUMN."
+            f"{option('metadata', path)}: expected a column for the well (and plate), or the image number, compound or plate, "
+            f"that the input has too, and what to add; found {', '.join(map(str, table.columns[:20]))}. Name columns with "
+            f"{option('columns', {'NAME': 'COLUMN'})}."
         )
     if key == (WELL,) and PLATE in table:
         notes.append("the input has no plates: the file's rows are joined by well alone")
@@ -106,9 +107,9 @@ def join_plate_map(
             keys = len({theirs[i] for i in np.flatnonzero(differs)})
             advice = "" if PLATE in key or key[0] == COMPOUND else " Add a column with the plate, or correct the file."
             raise CellfastError(
-                f"--metadata {path}: {keys} of its {_called(key)} have more than one {column.removeprefix('Metadata_')}; first: "
-                f"{' '.join(str(table[c].iloc[a]) for c in key)}: {_shown(table[column].iloc[a])!r} and {_shown(table[column].iloc[b])!r}."
-                + advice
+                f"{option('metadata', path)}: {keys} of its {_called(key)} have more than one "
+                f"{column.removeprefix('Metadata_')}; first: {' '.join(str(table[c].iloc[a]) for c in key)}: "
+                f"{_shown(table[column].iloc[a])!r} and {_shown(table[column].iloc[b])!r}." + advice
             )
     others = [c for c in table.columns if c not in (*key, *TREATMENT, PLATE, WELL, SITE, IMAGE_NUMBER) and not is_bookkeeping(c)]
     extra = [c for c in others if c not in metadata and not _different(table[c], group).any()]
@@ -117,8 +118,8 @@ def join_plate_map(
     have = row >= 0
     if not have.any():
         raise CellfastError(
-            f"--metadata {path}: nothing of the input is in it. The input has for example '{' '.join(_example(metadata, key))}', the file "
-            f"'{' '.join(_example(table, key))}' ({' and '.join(key)})."
+            f"{option('metadata', path)}: nothing of the input is in it. The input has for example "
+            f"'{' '.join(_example(metadata, key))}', the file '{' '.join(_example(table, key))}' ({' and '.join(key)})."
         )
     result = metadata.copy()
     replaced = _take_over(result, table, row, have, said)
@@ -173,7 +174,8 @@ def _take_over(result: pd.DataFrame, table: pd.DataFrame, row: np.ndarray, have:
 
 
 def _different(column: pd.Series, group: np.ndarray) -> np.ndarray:
-    """bool [N]: rows whose value is not that of their group's first row; case and blanks aside for names, the tolerance for doses."""
+    """bool [N]: rows whose value is not that of their group's first row; case and blanks aside for names, the tolerance for
+    doses."""
     if pd.api.types.is_float_dtype(column.dtype):
         values = column.to_numpy(float)
         with np.errstate(invalid="ignore"):
@@ -190,7 +192,8 @@ def _one_plate_per_image(metadata: pd.DataFrame, path: object) -> None:
         number = twice[IMAGE_NUMBER].iloc[0]
         plates = ", ".join(twice.loc[twice[IMAGE_NUMBER] == number, PLATE].iloc[:3])
         raise CellfastError(
-            f"--metadata {path}: it goes by ImageNumber, and image {number} is on plates {plates}: add a column with the plate, or the well"
+            f"{option('metadata', path)}: it goes by ImageNumber, and image {number} is on plates {plates}: add a column with "
+            "the plate, or the well"
         )
 
 
@@ -225,8 +228,8 @@ class MoaTable:
             same = next((n for n in before if same_dose(rows[n][1], concentration)), None)
             if same is not None and folded(rows[same][2]) != folded(moa):
                 raise CellfastError(
-                    f"--moa {path}: {treatment_name(compound, concentration)} has two MoAs: '{rows[same][2]}' and '{moa}'. Keep one of "
-                    "the rows, or both names in one cell as 'a|b'."
+                    f"{option('moa', path)}: {treatment_name(compound, concentration)} has two MoAs: '{rows[same][2]}' and "
+                    f"'{moa}'. Keep one of the rows, or both names in one cell as 'a|b'."
                 )
             before.append(number)
 
@@ -243,8 +246,8 @@ class MoaTable:
         """Read a table of compound, MoA (and concentration).
 
         Args:
-            compounds: the input's compounds; where the file names compounds in several columns (``broad_sample`` and ``pert_iname``),
-                the one that has most of them is taken.
+            compounds: the input's compounds; where the file names compounds in several columns (``broad_sample`` and
+                ``pert_iname``), the one that has most of them is taken.
             with_doses: whether the input has concentrations; without, rows of one compound must agree.
 
         Raises:
@@ -253,7 +256,7 @@ class MoaTable:
         notes = [] if notes is None else notes
         frame = read_table(path, "a table of compound, concentration, moa", notes)
         here, _ = split_overrides(overrides or {}, list(frame.columns))
-        found = find_columns(list(frame.columns), here, f"--moa {path}")
+        found = find_columns(list(frame.columns), here, option("moa", path))
         if COMPOUND not in here:
             aliases = [c for c in frame.columns if plain_name(c) in ALIASES[COMPOUND]]
             wanted = {folded(c) for c in compounds}
@@ -264,9 +267,10 @@ class MoaTable:
                 found[COMPOUND] = best
         if COMPOUND not in found or MOA not in found:
             raise CellfastError(
-                f"--moa {path}: expected columns compound, moa (and concentration); found {', '.join(map(str, frame.columns[:20]))}."
+                f"{option('moa', path)}: expected columns compound, moa (and concentration); found "
+                f"{', '.join(map(str, frame.columns[:20]))}."
             )
-        table = canonical_metadata(frame[list(dict.fromkeys(found.values()))], found, f"--moa {path}", notes)
+        table = canonical_metadata(frame[list(dict.fromkeys(found.values()))], found, option("moa", path), notes)
         doses = table[CONCENTRATION] if CONCENTRATION in table and with_doses else np.full(len(table), math.nan)
         rows = list(zip(table[COMPOUND], map(float, doses), table[MOA]))
         return cls(path, [row for row in rows if row[0]], tuple(here))
@@ -299,7 +303,8 @@ def join_moa(
     """
     if COMPOUND not in metadata or not (metadata[COMPOUND] != "").any():
         raise CellfastError(
-            "--moa joins by compound, and the input has none: give --metadata TABLE, or name the column with --column compound=COLUMN."
+            f"{option('moa')} joins by compound, and the input has none: give {option('metadata', 'TABLE')}, or name the column "
+            f"with {option('columns', {'compound': 'COLUMN'})}."
         )
     notes: list[str] = []
     doses = metadata[CONCENTRATION].to_numpy(float) if CONCENTRATION in metadata else np.full(len(metadata), math.nan)
@@ -325,7 +330,8 @@ def join_moa(
         example = treatment_name(treatments[0][0], math.nan if treatments[0][1] < 0 else treatments[0][1])
         listed = treatment_name(*known.rows[0][:2]) if known.rows else "nothing"
         raise CellfastError(
-            f"--moa {path}: no treatment of the input is in it. The input has for example '{example}', the file '{listed}'."
+            f"{option('moa', path)}: no treatment of the input is in it. The input has for example '{example}', the file "
+            f"'{listed}'."
         )
     result = metadata.copy()
     result[MOA] = pd.Series(moas, index=result.index, dtype="str")
@@ -345,8 +351,8 @@ def join_moa(
 
 
 def unplaced_overrides(overrides: Mapping[str, str], placed: set[str], where: str) -> None:
-    """Raise `CellfastError` where ``--column`` named a column that no table has; ``where`` says which were looked at."""
+    """Raise `CellfastError` where the user named a column that no table has; ``where`` says which were looked at."""
     short = {canonical: name for name, canonical in SHORT_NAMES.items()}
     for canonical, column in overrides.items():
         if canonical not in placed:
-            raise CellfastError(f"--column {short[canonical]}={column}: {where} has a column '{column}'.")
+            raise CellfastError(f"{option('columns', {short[canonical]: column})}: {where} has a column '{column}'.")

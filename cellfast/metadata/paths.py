@@ -1,4 +1,5 @@
-"""What the path of a file says of plate, well and site, in the layouts of DeepProfiler, CellProfiler and the Cell Painting Gallery."""
+"""What the path of a file says of plate, well and site, in the layouts of DeepProfiler, CellProfiler and the Cell Painting
+Gallery."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ _NAMED = re.compile(r"(?:(?P<place>.+)[_-])?(?P<objects>nuclei|cells)", re.IGNOR
 def deep_profiler_place(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> Place:
     """(plate, well as ``A01``, site) of a file of features.
 
-    ``<plate>/<well>/<site>``, ``<plate>/<well>_<site>``, ``<plate>_<well>_<site>`` and ``<plate>/<well>_<site>/<any>``; ``-`` serves as
-    ``_`` does, sites are ``1``, ``01`` or ``s1``. The plate of ``<well>_<site>`` is the name of the file's folder, ``root`` itself too.
+    ``<plate>/<well>/<site>``, ``<plate>/<well>_<site>``, ``<plate>_<well>_<site>`` and ``<plate>/<well>_<site>/<any>``; ``-``
+    serves as ``_`` does, sites are ``1``, ``01`` or ``s1``. The plate of ``<well>_<site>`` is the name of the file's folder,
+    ``root`` itself too.
 
     Args:
         path: the file.
@@ -37,7 +39,8 @@ def deep_profiler_place(path: str | os.PathLike[str], root: str | os.PathLike[st
     if found is None:
         shown = os.path.relpath(path, root) if root is not None else path
         raise CellfastError(
-            f"{shown}: its path tells no plate, well and site; expected <plate>/<well>/<site>, <plate>/<well>_<site> or <plate>_<well>_<site>"
+            f"{shown}: its path tells no plate, well and site; expected <plate>/<well>/<site>, <plate>/<well>_<site> or "
+            "<plate>_<well>_<site>"
         )
     return found
 
@@ -71,7 +74,8 @@ def _well(text: str) -> str | None:
 
 
 def centroid_place(path: str, plates: Collection[str]) -> tuple[Place, int] | None:
-    """(place, rank) of a file of centroids: of several files of one place the one of the lowest rank is meant; None: no such file.
+    """(place, rank) of a file of centroids: of several files of one place the one of the lowest rank is meant; None: no such
+    file.
 
     As `deep_profiler_place`, with ``-Nuclei`` or ``-Cells`` after the site or nothing; and CellProfiler's
     ``<plate>-<well>-<site>/Nuclei.csv``.

@@ -18,6 +18,7 @@ from cellfast.metadata.columns import check_doubled, is_measured
 from cellfast.metadata.text_tables import ROWS_PER_BLOCK, TextTable, not_a_number, read_text
 from cellfast.metadata.values import text_column
 from cellfast.parquet_footer import check_footer
+from cellfast.storage.urls import exists, is_url, read_bytes
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather", ".ipc")
@@ -55,8 +56,8 @@ class Table(Protocol):
         ...
 
     def blocks(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
-        """The named columns as floats [≤ ROWS_PER_BLOCK, len(columns)], in row order, missing as NaN; a block is valid until the next is
-        asked for.
+        """The named columns as floats [≤ ROWS_PER_BLOCK, len(columns)], in row order, missing as NaN; a block is valid until the
+        next is asked for.
 
         Raises:
             CellfastError: a value is no number (names column, row and value).
@@ -136,7 +137,7 @@ class ArrowTable:
         return np.float32 if single else np.float64
 
     def blocks(self, columns: Sequence[str]) -> Iterator[np.ndarray]:
-        buffer = np.empty((ROWS_PER_BLOCK, len(columns)), self.dtype(columns))
+        buffer: np.ndarray = np.empty((ROWS_PER_BLOCK, len(columns)), self.dtype(columns))
         start = 0
         with told(self.path, "table"):
             if self._parquet is not None:
@@ -220,7 +221,8 @@ def open_table(file: str | os.PathLike[str], *, shown: str | None = None, consta
 
 
 def partition_values(file: Path, folder: Path) -> dict[str, str]:
-    """The columns that the folders between ``folder`` and ``file`` name: ``{"plate": "000123"}`` of ``plate=000123/part-0.parquet``."""
+    """The columns that the folders between ``folder`` and ``file`` name: ``{"plate": "000123"}`` of
+    ``plate=000123/part-0.parquet``."""
     parts = [part.split("=", 1) for part in file.relative_to(folder).parts[:-1] if "=" in part]
     return {key: "" if value == _NULL_PARTITION else unquote(value) for key, value in parts}
 
@@ -237,8 +239,6 @@ def read_table(path: str | os.PathLike[str], what: str, notes: list[str] | None 
     Raises:
         CellfastError: missing, damaged, doubled columns, a row with more values than the header has names.
     """
-    from cellfast.screens.remote import exists, is_url, read_bytes
-
     local = Path(path)
     if not is_url(path) and local.is_dir():
         files = sorted(p for p in local.rglob("*.parquet") if not p.name.startswith((".", "_")))

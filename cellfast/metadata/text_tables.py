@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast import bounded
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import check_doubled, find_columns, is_measured, is_metadata
 
 ROWS_PER_BLOCK = 16384
@@ -103,7 +103,8 @@ def _encoding(file: Path, shown: str) -> tuple[str, list[str]]:
 
 
 def read_text(file: Path, shown: str, form: TextFormat | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """The whole table as text, blanks around values stripped, a cell that a short row lacks ``""``, rows without any value left out.
+    """The whole table as text, blanks around values stripped, a cell that a short row lacks ``""``, rows without any value left
+    out.
 
     Raises:
         CellfastError: damaged, or a row with more values than the header has names (names the line).
@@ -153,8 +154,8 @@ def _read_by_line(file: Path, shown: str, form: TextFormat) -> pd.DataFrame:
                     continue
                 if any(value.strip() for value in row[width:]):
                     raise CellfastError(
-                        f"{shown}, line {reader.line_num}: the row has {len(row)} values, the header {width} names. Quote values that "
-                        "hold the separator, or name the columns"
+                        f"{shown}, line {reader.line_num}: the row has {len(row)} values, the header {width} names. Quote values "
+                        "that hold the separator, or name the columns"
                     )
                 rows.append([*row[:width], *[""] * (width - len(row))])
     except CellfastError:
@@ -167,7 +168,8 @@ def _read_by_line(file: Path, shown: str, form: TextFormat) -> pd.DataFrame:
 
 
 class TextTable:
-    """A text table of features: parsed once, names as text, numbers as float64 in memory or, where they are many, in a temporary file."""
+    """A text table of features: parsed once, names as text, numbers as float64 in memory or, where they are many, in a temporary
+    file."""
 
     def __init__(self, file: Path, shown: str) -> None:
         self.path = Path(shown)
@@ -187,7 +189,7 @@ class TextTable:
         self._broken: dict[str, tuple[int, str]] = {}
         self._parse()
         assert self._texts is not None
-        self.num_rows = len(self._texts)
+        self.num_rows: int = len(self._texts)
 
     def _chunks(self, nrows: int | None = None, **options: Any) -> Iterator[pd.DataFrame]:
         """Blocks of rows as pandas reads them; all text unless ``options`` say otherwise."""
@@ -217,7 +219,7 @@ class TextTable:
 
     def _parse(self) -> None:
         numeric = [c for c in self.numeric_columns if c not in self._broken]
-        options = {
+        options: dict[str, Any] = {
             "dtype": {c: np.float64 if c in set(numeric) else str for c in self.all_columns},
             "na_values": {c: _MISSING for c in numeric},
             "decimal": self._decimal,
@@ -311,8 +313,8 @@ class TextTable:
 def not_a_number(path: object, column: str, row: int, value: str) -> CellfastError:
     """The error for text in a feature column."""
     return CellfastError(
-        f"{path}, row {row}: column '{column}' is a feature and holds '{value[:60]}', which is not a number. Correct it, leave the cell "
-        "empty where the value is missing, or choose the features with --features."
+        f"{path}, row {row}: column '{column}' is a feature and holds '{value[:60]}', which is not a number. Correct it, "
+        f"leave the cell empty where the value is missing, or choose the features with {option('features')}."
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.columns import COMPOUND, CONCENTRATION, MOA, SHORT_NAMES, plain_name, require_column
 from cellfast.metadata.controls import select_rows
 from cellfast.metadata.values import folded
@@ -18,10 +18,10 @@ CONTROL_COMPOUND = "DMSO"
 # What cells are or were given besides the compound: profiles of different ones are not replicates of a treatment.
 _BIOLOGY = {
     "cell_line", "cellline", "cell_type", "celltype", "cell_model", "strain", "species", "donor", "patient", "tissue", "clone",
-    "time", "timepoint", "time_point", "time_h", "time_hours", "hours", "day", "days", "treatment_time", "incubation_time", "exposure_time",
-    "pert_time", "genotype", "genetic_background", "mutation", "gene", "gene_symbol", "symbol", "guide", "guide_id", "sgrna", "grna", "sirna", "orf",
-    "crispr", "stimulus", "stimulation", "medium", "media", "stain", "staining", "dye", "cell_density", "seeding_density", "density",
-    "passage",
+    "time", "timepoint", "time_point", "time_h", "time_hours", "hours", "day", "days", "treatment_time", "incubation_time",
+    "exposure_time", "pert_time", "genotype", "genetic_background", "mutation", "gene", "gene_symbol", "symbol", "guide",
+    "guide_id", "sgrna", "grna", "sirna", "orf", "crispr", "stimulus", "stimulation", "medium", "media", "stain", "staining",
+    "dye", "cell_density", "seeding_density", "density", "passage",
 }  # fmt: skip
 
 
@@ -44,14 +44,14 @@ def treatment_key(metadata: pd.DataFrame, group_by: Sequence[str] = (), pool: Se
     """The columns that tell treatments apart: compound, concentration, and those of ``group_by``.
 
     Raises:
-        CellfastError: a column of ``group_by`` or ``pool`` is not there, or the cells of one treatment differ in a column of biology that
-            neither names (says how to tell them apart or to pool them).
+        CellfastError: a column of ``group_by`` or ``pool`` is not there, or the cells of one treatment differ in a column of
+            biology that neither names (says how to tell them apart or to pool them).
     """
     columns = list(metadata.columns)
-    groups = [require_column(SHORT_NAMES.get(c.lower(), c), columns, "the metadata", "--group-by") for c in group_by]
-    pooled = {require_column(c, columns, "the metadata", "--pool") for c in pool}
+    groups = [require_column(SHORT_NAMES.get(c.lower(), c), columns, "the metadata", "group_by") for c in group_by]
+    pooled = {require_column(c, columns, "the metadata", "pool") for c in pool}
     if both := sorted(set(groups) & pooled):
-        raise CellfastError(f"--group-by and --pool both name {both[0]}: give it to one of them")
+        raise CellfastError(f"{option('group_by')} and {option('pool')} both name {both[0]}: give it to one of them")
     key = [c for c in (COMPOUND, CONCENTRATION) if c in metadata]
     key += [c for c in groups if c not in key]
     codes = metadata.groupby(key, sort=False, dropna=False).ngroup().to_numpy()
@@ -68,7 +68,8 @@ def treatment_key(metadata: pd.DataFrame, group_by: Sequence[str] = (), pool: Se
             found = ", ".join(sorted(map(str, row[column].unique()))[:4])
             raise CellfastError(
                 f"{several['treatment'].nunique()} treatments have wells of different {column.removeprefix('Metadata_')} "
-                f"({compound}: {found}). Tell them apart with --group-by {column}, or take them as one with --pool {column}."
+                f"({compound}: {found}). Tell them apart with {option('group_by', column)}, or take them as one with "
+                f"{option('pool', column)}."
             )
     return key
 
@@ -78,7 +79,8 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
 
     Args:
         metadata: canonical metadata [N, …].
-        query: a condition on the metadata in the language of `cellfast.metadata.controls` (short names such as ``compound`` work too);
+        query: a condition on the metadata in the language of `cellfast.metadata.controls` (short names such as ``compound`` work
+            too);
             ``all``: every row; None: the compound is DMSO, else a control type column (``Metadata_pert_type``,
             ``Metadata_control_type``) says negcon, else the MoA is DMSO.
 
@@ -94,7 +96,7 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
         mask = select_rows(query, metadata, SHORT_NAMES)
         if not mask.any():
             raise CellfastError(
-                f'--controls "{query}" matches none of the {len(metadata)} rows. Compounds: {_some(metadata, COMPOUND)}.'
+                f"{option('controls', query)} matches none of the {len(metadata)} rows. Compounds: {_some(metadata, COMPOUND)}."
             )
         return mask, query
     types = [c for c in metadata.columns if plain_name(c) in ("pert_type", "control_type")]
@@ -104,10 +106,10 @@ def find_controls(metadata: pd.DataFrame, query: str | None = None) -> tuple[np.
             mask = names.map({n: folded(n) == folded(value) for n in names.unique()}).to_numpy(dtype=bool)
             if mask.any():
                 return mask, f"{column} is {value}"
+    named = option("controls", "Metadata_Compound == 'NAME'")
     raise CellfastError(
-        f"No control wells found: no compound is DMSO and no control type is negcon. Compounds: {_some(metadata, COMPOUND)}. "
-        "Say which they are with --controls \"Metadata_Compound == 'NAME'\", take every well with --controls all, "
-        "or use --normalize none."
+        f"No control wells found: no compound is DMSO and no control type is negcon. Compounds: {_some(metadata, COMPOUND)}. Say "
+        f"which they are with {named}, take every well with {option('controls', 'all')}, or use {option('normalize', 'none')}."
     )
 
 

@@ -26,6 +26,9 @@ def text_column(column: pd.Series) -> pd.Series:
         categories = text_column(pd.Series(column.cat.categories)).to_numpy(dtype=object)
         codes = column.cat.codes.to_numpy()
         return pd.Series(np.append(categories, "")[codes], index=column.index, dtype="str")
+    if column.dtype == object:
+        # Lists cannot be counted as values.
+        column = column.map(lambda v: _text(v, False) if isinstance(v, list | tuple | np.ndarray) else v)
     # Equal values are turned into text once: a column of a million cells has a few hundred names.
     codes, unique = pd.factorize(column)
     whole = pd.api.types.is_float_dtype(column.dtype) and all(float(v).is_integer() for v in unique if np.isfinite(v))
@@ -43,7 +46,7 @@ def _text(value: Any, whole: bool) -> str:
     if isinstance(value, Decimal):
         return str(int(value)) if value == value.to_integral_value() else str(value.normalize())
     if isinstance(value, list | tuple | np.ndarray):
-        return "|".join(_text(v, False) for v in value)
+        return "|".join(_text(v, False) for v in value if v is not None)
     return str(value).strip()
 
 

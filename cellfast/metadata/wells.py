@@ -14,7 +14,8 @@ _ROW_COLUMN = re.compile(r"\s*[rR]0*(\d{1,2})\s*[-_]?\s*[cC]0*(\d{1,2})\s*$")
 def well_name(text: object, column: object = None) -> str:
     """The well's name as ``A01`` (``AF48`` at most), from its name or from its row and column.
 
-    ``well_name("a-1")``, ``well_name("A", 1)``, ``well_name(1, 1)`` and ``well_name("1.0", "1.0")`` are ``A01``; row 27 is ``AA``.
+    ``well_name("a-1")``, ``well_name("A", 1)``, ``well_name(1, 1)`` and ``well_name("1.0", "1.0")`` are ``A01``; row 27 is
+    ``AA``.
 
     Raises:
         CellfastError: not a row A–Z or AA–AF (1–32) followed by a column 1–48.

@@ -1,4 +1,5 @@
-"""The operator behind the views: ``torch.ops.cellfast.augment_views``; imports torch only. The contract is in csrc/augment/augment.h."""
+"""The operator behind the views: ``torch.ops.cellfast.augment_views``; imports torch only. The contract is in
+csrc/augment/augment.h."""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ def require_cpu_backend() -> None:
     """Raise ImportError with the likely causes when the compiled operators cannot be used."""
     if not _CPU.loaded:
         raise ImportError(
-            f"cellfast's compiled operators are missing: {_CPU.reason}. Build them with 'make build' or 'python setup.py build_ext --inplace'. "
-            f"Likely causes: the package was not built, torch is older than 2.10 (found {torch.__version__}), or it was built for another platform."
+            f"cellfast's compiled operators are missing: {_CPU.reason}. Build them with 'make build' or 'python setup.py "
+            "build_ext --inplace'. Likely causes: the package was not built, torch is older than 2.10 (found "
+            f"{torch.__version__}), or it was built for another platform."
         )

@@ -1,4 +1,5 @@
-"""The public NT-Xent operator: shapes for the compiler (fakes), gradients, and ``ntxent_loss``. The contract is in csrc/ntxent/ntxent.h."""
+"""The public NT-Xent operator: shapes for the compiler (fakes), gradients, and ``ntxent_loss``. The contract is in
+csrc/ntxent/ntxent.h."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from cellfast.ops.extension import backends, require_cpu_backend
 
 require_cpu_backend()
 
-NO_DOUBLE_BACKWARD = "cellfast.ops.ntxent_loss has first-order gradients only; for a gradient of its gradient use cellfast.ops.ntxent_loss_reference"
+NO_DOUBLE_BACKWARD = (
+    "cellfast.ops.ntxent_loss has first-order gradients only; for a gradient of its gradient use "
+    "cellfast.ops.ntxent_loss_reference"
+)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -82,7 +86,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
     _, zhat, inv_norm, lse = output
     ctx.dtype = z.dtype
     ctx.save_for_backward(zhat, inv_norm, lse, temperature)
-    # zhat stays differentiable, so that a gradient taken with create_graph depends on z and its own gradient is refused, not dropped.
+    # zhat stays differentiable, so that a gradient taken with create_graph depends on z and its own gradient is refused, not
+    # dropped.
     ctx.mark_non_differentiable(inv_norm, lse)
     ctx.set_materialize_grads(False)
 
@@ -110,8 +115,8 @@ def _register_missing_cuda(reason: str) -> None:
     # Without this the dispatcher would answer a CUDA tensor with a page about dispatch keys.
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(
-            f"z is on a CUDA device, but cellfast's CUDA operators are not available: {reason}. "
-            "Rebuild with CELLFAST_CUDA=1 on a machine with the CUDA toolkit, or move z to the CPU."
+            f"z is on a CUDA device, but cellfast's CUDA operators are not available: {reason}. Rebuild with CELLFAST_CUDA=1 on "
+            "a machine with the CUDA toolkit, or move z to the CPU."
         )
 
     for name in ("ntxent_normalize", "ntxent_forward", "ntxent_backward", "ntxent_shard_forward", "ntxent_shard_backward"):
@@ -144,12 +149,13 @@ def _keyword_only(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
 def ntxent_loss(z: torch.Tensor, temperature: Union[float, torch.Tensor] = 0.1, normalize: bool = True) -> torch.Tensor:  # noqa: UP007
     """NT-Xent (SimCLR) loss of projections, exact, in O(M·D) memory: the M × M similarities are never stored.
 
-    Equals ``ntxent_loss_reference``: rows normalised, ``s = ẑ ẑᵀ / temperature``, the diagonal masked, and the mean over the M = 2N rows of
-    the cross entropy against row (i + N) mod 2N.
+    Equals ``ntxent_loss_reference``: rows normalised, ``s = ẑ ẑᵀ / temperature``, the diagonal masked, and the mean over the M =
+    2N rows of the cross entropy against row (i + N) mod 2N.
 
     Args:
-        z: projections [2N, D], rows 0:N the first views, N:2N the second views of the same cells; float64, float32, bfloat16 or float16; any
-            strides. Accumulation is float32 at least. A row shorter than 1e-12 counts as having no direction: its gradient is 0.
+        z: projections [2N, D], rows 0:N the first views, N:2N the second views of the same cells; float64, float32, bfloat16 or
+            float16; any strides. Accumulation is float32 at least. A row shorter than 1e-12 counts as having no direction: its
+            gradient is 0.
         temperature: a positive number, or a tensor of one element, through which the loss is then differentiable.
         normalize: False takes the rows as they are (similarities are then not bounded by 1).
 
@@ -181,8 +187,9 @@ def ntxent_cuda_kernel(name: str | None = None) -> str:
     """Choose the CUDA kernels of ``ntxent_loss`` for this process, or (without ``name``) say which are chosen.
 
     Args:
-        name: "portable" (any GPU, dtype and D); "sm90a" (compute capability 9.0, bfloat16 or float16, D ≤ 512; any other input is then
-            refused); "auto" (the default: "sm90a" on GPUs where its tests have passed and its speed was measured, else "portable").
+        name: "portable" (any GPU, dtype and D); "sm90a" (compute capability 9.0, bfloat16 or float16, D ≤ 512; any other input is
+            then refused); "auto" (the default: "sm90a" on GPUs where its tests have passed and its speed was measured, else
+            "portable").
 
     Returns:
         The name that is chosen from now on. It is "auto", or ``$CELLFAST_NTXENT_CUDA``, until this function is called.

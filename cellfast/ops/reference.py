@@ -1,4 +1,5 @@
-"""NT-Xent in plain PyTorch: what the operator equals, in a form anyone can read. It stores the M × M logits; use it for checking only."""
+"""NT-Xent in plain PyTorch: what the operator equals, in a form anyone can read. It stores the M × M logits; use it for checking
+only."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 
 
 def ntxent_loss_reference(z: torch.Tensor, temperature: float | torch.Tensor = 0.1, *, normalize: bool = True) -> torch.Tensor:
-    """NT-Xent of ``z`` [2N, D], row i's positive being row (i + N) mod 2N, as one cross entropy over the masked similarity matrix.
+    """NT-Xent of ``z`` [2N, D], row i's positive being row (i + N) mod 2N, as one cross entropy over the masked similarity
+    matrix.
 
     Source: Chen et al., SimCLR (2020), equation 1.
     """

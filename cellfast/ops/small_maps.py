@@ -1,13 +1,14 @@
 """Convolution of maps of a few pixels on a CPU, as matrix products that leave out the padding; imports torch only.
 
-The last maps of a ResNet that sees crops of 96 px are 3 × 3: of the nine taps of a 3 × 3 filter, four, six or nine lie on the map. A
-general convolution multiplies the zeros around it too (81 products of [B, C] and [C, O] instead of 49). Here every output position is
-the sum over the filter's rows of one product, whose inner side is the run of pixels that the row covers: ``torch.mm`` does the work.
+The last maps of a ResNet that sees crops of 96 px are 3 × 3: of the nine taps of a 3 × 3 filter, four, six or nine lie on the
+map. A general convolution multiplies the zeros around it too (81 products of [B, C] and [C, O] instead of 49). Here every output
+position is the sum over the filter's rows of one product, whose inner side is the run of pixels that the row covers: ``torch.mm``
+does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def _runs(size: int, out: int, taps: int, stride: int, padding: int) -> list[tup
 
 
 def _products(
-    size: tuple[int, int], out: tuple[int, int], taps: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+    size: Sequence[int], out: Sequence[int], taps: Sequence[int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, slice], tuple[int, slice]]]:
     """(output position), (row, run of columns) of the map, (row, run of columns) of the filter, for every product there is."""
     rows, columns = (_runs(*axis) for axis in zip(size, out, taps, stride, padding))
@@ -118,7 +119,8 @@ def conv2d_small_maps(
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """``nn.Conv2d`` that takes `conv2d_small_maps` where that is faster: on a CPU, in float32, for small maps and large minibatches."""
+    """``nn.Conv2d`` that takes `conv2d_small_maps` where that is faster: on a CPU, in float32, for small maps and large
+    minibatches."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x [B, C, H, W]."""
@@ -149,7 +151,8 @@ def _suits(module: nn.Module) -> bool:
 
 
 def use_small_maps(module: nn.Module, enabled: bool = True) -> nn.Module:
-    """Let every convolution in ``module`` that can be one be a `SmallMapConv2d` (or, not ``enabled``, an ``nn.Conv2d`` again), in place.
+    """Let every convolution in ``module`` that can be one be a `SmallMapConv2d` (or, not ``enabled``, an ``nn.Conv2d`` again), in
+    place.
 
     Parameters and their names stay the same, so files, optimisers and wrappers made before or after see no difference.
     """
@@ -157,5 +160,5 @@ def use_small_maps(module: nn.Module, enabled: bool = True) -> nn.Module:
         if enabled and _suits(child):
             child.__class__ = SmallMapConv2d
         elif not enabled and type(child) is SmallMapConv2d:
-            child.__class__ = nn.Conv2d
+            child.__class__ = nn.Conv2d  # type: ignore[assignment]
     return module

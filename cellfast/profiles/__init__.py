@@ -16,10 +16,12 @@ _PUBLIC = {
     "group_means": "aggregate",
     "group_medians": "aggregate",
     "normalize_profiles": "normalize",
-    "parse_steps": "normalize",
+    "parse_steps": "steps",
     "nearest_neighbours": "neighbours",
     "EvaluationOptions": "evaluate",
     "evaluate_profiles": "evaluate",
+    "ActivityOptions": "activity",
+    "score_activity": "activity",
     "average_precision": "mean_average_precision",
     "compare_results": "compare",
 }

@@ -19,10 +19,12 @@ from cellfast.metadata.doses import unify_doses
 from cellfast.metadata.joins import join_moa, join_plate_map, unplaced_overrides
 from cellfast.metadata.treatments import find_controls, treatment_key
 from cellfast.metadata.values import unify_spellings
-from cellfast.profiles.aggregate import METHODS, aggregate
+from cellfast.profiles.aggregate import CONSENSUS, METHODS, aggregate
+from cellfast.profiles.batch_metrics import batch_metrics
 from cellfast.profiles.feature_files import open_source
-from cellfast.profiles.normalize import DEFAULT_STEPS, Step, natural_key, normalize_profiles, parse_steps
+from cellfast.profiles.normalize import natural_key, normalize_profiles
 from cellfast.profiles.select import drop_missing, select_features
+from cellfast.profiles.steps import MIXING, RECIPES, Step, parse_steps
 from cellfast.profiles.streaming import read_cells, read_units
 from cellfast.profiles.table import ProfileTable
 
@@ -39,8 +41,8 @@ class ProfileOptions:
         level: what is returned: cell, site, well or treatment profiles.
         normalize_at: the level normalised: cell, site or well.
         cell_aggregate: mean or median, cells → sites and wells.
-        aggregate: mean or median, wells → treatments.
-        steps: normalisation steps (``normalize.parse_steps``); None is ``normalize.DEFAULT_STEPS``.
+        aggregate: mean, median or modz, wells → treatments.
+        steps: normalisation steps (``steps.parse_steps``); None is the recipe ``default`` of ``steps.RECIPES``.
         controls: query for the controls, the default of steps that name none.
         metadata: plate map to join (``joins.join_plate_map``).
         moa: MoA table to join (``joins.join_moa``).
@@ -49,7 +51,7 @@ class ProfileOptions:
         group_by: columns that tell treatments apart beside compound and concentration.
         pool: columns of biology whose different values are taken as one treatment.
         batch_regex: regular expression that takes the batch from the plate name.
-        select: feature selection rules, applied after normalisation.
+        select: feature selection rules, applied before the first step that mixes features (``steps.MIXING``), else after the last.
         missing_cutoff: features missing in more than this share of the wells are dropped.
         allow_unfinished: take what is there of an embedding that is not finished.
     """
@@ -104,9 +106,7 @@ def build_profiles(
     """
     options = options or ProfileOptions()
     _check_options(options)
-    steps = (
-        list(options.steps) if options.steps is not None else parse_steps(DEFAULT_STEPS, Step("none", controls=options.controls))
-    )
+    steps = list(options.steps) if options.steps is not None else parse_steps(RECIPES["default"], {"controls": options.controls})
     source = open_source(
         inputs,
         features=options.features,
@@ -136,7 +136,7 @@ def build_profiles(
         controls, rule = find_controls(table.metadata, options.controls)
     except CellfastError:
         # Without controls nothing can be fitted on them, but plain aggregation needs none.
-        if options.controls is not None or any(s.method != "none" and s.controls is None for s in steps):
+        if options.controls is not None or any(step.needs_controls for step in steps):
             raise
         controls, rule = np.zeros(len(table), bool), "none found"
     if rule == "all rows":
@@ -146,10 +146,16 @@ def build_profiles(
         except CellfastError:
             controls = np.zeros(len(table), bool)
     report["controls"] = {"rule": rule, "num": int(controls.sum()), "level": at}
-    table, report["normalization"] = normalize_profiles(table, steps)
-    table = ProfileTable(table.metadata.assign(**{CONTROL: controls}), table.features, table.feature_names)
+    before = batch_metrics(table, controls)
+    # A mixture of features holds a part of each: what is to be left out is left out before.
+    mixing = next((i for i, step in enumerate(steps) if step.method in MIXING), len(steps))
+    table, report["normalization"] = normalize_profiles(table, steps[:mixing])
     if options.select:
         table, report["selection"] = select_features(table, options.select)
+    table, mixed = normalize_profiles(table, steps[mixing:])
+    report["normalization"] += mixed
+    report["batch_metrics"] = {"before": before, "after": batch_metrics(table, controls)}
+    table = ProfileTable(table.metadata.assign(**{CONTROL: controls}), table.features, table.feature_names)
     wells: ProfileTable | None = table
     if at in ("cell", "site"):
         wells = None
@@ -170,6 +176,7 @@ def build_profiles(
         "cell_aggregate": options.cell_aggregate,
         "group_by": list(options.group_by),
         "pool": list(options.pool),
+        "batch_metrics": report["batch_metrics"],
     }
     if wells is not None and wells is not table:
         wells.provenance = {**table.provenance, "level": "well"}
@@ -215,7 +222,7 @@ def _check_options(options: ProfileOptions) -> None:
         ("--level", options.level, LEVELS),
         ("--normalize-at", options.normalize_at, ("cell", "site", "well")),
         ("--cell-aggregate", options.cell_aggregate, METHODS),
-        ("--aggregate", options.aggregate, METHODS),
+        ("--aggregate", options.aggregate, CONSENSUS),
     ):
         if value not in allowed:
             raise CellfastError(f"{name} must be one of {', '.join(allowed)}; got '{value}'.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +11,23 @@ import pandas as pd
 
 from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
-from cellfast.metadata.batches import SEPARATOR, fill_batches
 from cellfast.metadata.counts import CELL_COUNT
-from cellfast.metadata.treatments import find_controls, treatment_key
-from cellfast.profiles.build import CONTROL, treatments
+from cellfast.metadata.treatments import treatment_key
+from cellfast.profiles.build import treatments
+from cellfast.profiles.count_baseline import count_baseline
+from cellfast.profiles.evaluated_rows import UNKNOWN_BATCH, batch_sets, choose_rows
 from cellfast.profiles.identical import refuse_identical
-from cellfast.profiles.intervals import (
-    bootstrap_accuracies,
-    bootstrap_weights,
-    percentile_interval,
-    permutation_p_value,
-)
+from cellfast.profiles.intervals import difference_interval, ratio_interval
 from cellfast.profiles.mean_average_precision import moa_precision, replicate_precision
+from cellfast.profiles.moas import MoaLabels, moa_labels
 from cellfast.profiles.neighbours import BATCH_RULES, METRICS, AllowedPairs, Neighbours, batch_codes, nearest_neighbours
+from cellfast.profiles.permutations import Answers, count_answers, permutation_test
 from cellfast.profiles.replicates import replicate_reproducibility
 from cellfast.profiles.table import ProfileTable
 from cellfast.profiles.votes import correct_shares, majority_vote, number, vote_shares
 
-UNKNOWN_BATCH = "(unknown)"
-
 ONE_BATCH_RULES = ("exclude", "queries", "keep")
+UNANSWERABLE = ("exclude", "count")
 
 
 @dataclass
@@ -42,30 +39,30 @@ class EvaluationOptions:
         aggregate: mean or median.
         metric: cosine, correlation or euclidean.
         k: neighbours that vote.
-        batch_rule: ``joined``, ``overlap`` or ``plates`` (``neighbours.batch_codes``).
+        batch_rule: ``overlap``, ``joined`` or ``plates`` (``neighbours.batch_codes``).
         batch_regex: regular expression that takes the batch from the plate name.
         group_by: columns that tell treatments apart beside compound and concentration; empty: as the profiles were made.
         pool: columns of biology whose different values are taken as one treatment; empty: as the profiles were made.
         one_batch_moas: MoAs that occur in one batch only under NSCB: ``exclude`` as queries and candidates, as ``queries``
         only, or ``keep``.
+        unanswerable: profiles without any candidate of their MoA: ``exclude`` as queries, or ``count`` as wrong, the published convention.
         controls: query for the rows left out as controls.
-        num_resamples: bootstrap resamples.
         num_permutations: random assignments of MoAs.
         average_precision: compute mean average precision.
-        seed: of the bootstrap and the permutations.
+        seed: of the permutations and the replicates' null.
     """
 
     level: str = "treatment"
     aggregate: str = "median"
     metric: str = "cosine"
     k: int = 1
-    batch_rule: str = "joined"
+    batch_rule: str = "overlap"
     batch_regex: str | None = None
     group_by: Sequence[str] = ()
     pool: Sequence[str] = ()
     one_batch_moas: str = "exclude"
+    unanswerable: str = "exclude"
     controls: str | None = None
-    num_resamples: int = 10_000
     num_permutations: int = 1_000
     average_precision: bool = True
     seed: int = 0
@@ -92,11 +89,11 @@ def evaluate_profiles(
     """Score profiles by the MoA of their nearest allowed neighbours.
 
     NSC: candidates of the same compound are left out. NSCB: those of the same batch as well. Drop = NSC − NSCB. A profile
-    without candidates is not evaluated under that rule, and counted. Where several neighbours are equally near, the score counts
-    the expectation over a random choice among them, and says for how many profiles.
+    without candidates, or without a candidate of its MoA, is not evaluated under that rule, and counted. Where several neighbours are
+    equally near, the score counts the expectation over a random choice among them, and says for how many profiles.
 
     Args:
-        profiles: treatments or wells with compound and MoA.
+        profiles: treatments or wells with compound and MoA (``a|b``: either is right).
         options: see ``EvaluationOptions``.
         wells: the wells of these treatments, for replicate reproducibility and precision; taken from ``profiles`` where it
         holds wells.
@@ -109,7 +106,7 @@ def evaluate_profiles(
     """
     options = options or EvaluationOptions()
     _check_options(options)
-    profiles, counts = _choose_rows(profiles, options)
+    profiles, counts = choose_rows(profiles, options.controls, options.batch_regex)
     if options.level == "treatment":
         # Profiles know by what their treatments were told apart when they were made.
         group_by = options.group_by or profiles.provenance.get("group_by", ())
@@ -123,157 +120,160 @@ def evaluate_profiles(
         wells = profiles
     metadata = profiles.metadata
     compound, compounds = pd.factorize(metadata[names.COMPOUND], sort=True)
-    moa, moas = pd.factorize(metadata[names.MOA], sort=True)
-    moa_names = [str(name) for name in moas]
+    compound = compound.astype(np.int64)
+    moas = moa_labels(metadata[names.MOA])
     if len(compounds) < 2:
         raise CellfastError(
             f"NSC needs profiles of at least two compounds with a MoA; found {len(compounds)} ({', '.join(compounds)})."
         )
     refuse_identical(profiles)
     batches = batch_sets(metadata, options.batch_rule)
+    one_batch = np.zeros(0, np.int64) if batches[0] == (UNKNOWN_BATCH,) else _one_batch_moas(moas, batches)
+    # A profile of several MoAs is left out where all of them are of one batch.
+    excluded = ~np.delete(moas.members, one_batch, axis=1).any(axis=1)[moas.code]
+    excluded &= options.one_batch_moas != "keep"
+    everyone = np.ones(len(compound), bool)
+    candidate_b = ~excluded if options.one_batch_moas == "exclude" else everyone
     words, overlap = batch_codes(batches, options.batch_rule)
-    one_batch = [] if batches[0] == (UNKNOWN_BATCH,) else _one_batch_moas(moa, len(moas), batches)
-    excluded = np.isin(moa, one_batch) if options.one_batch_moas != "keep" else np.zeros(len(moa), bool)
-    candidate_b = ~excluded if options.one_batch_moas == "exclude" else np.ones(len(moa), bool)
-    pairs = AllowedPairs(compound.astype(np.int64), words, overlap, np.ones(len(moa), bool), candidate_b)
-    found = nearest_neighbours(profiles.features, pairs, options.metric, options.k)
-    weights = bootstrap_weights(compound, options.num_resamples, options.seed)
+    pairs = AllowedPairs(compound, words, overlap, everyone, candidate_b)
     result: dict[str, Any] = {"nsc": {}, "nscb": {}, "drop": None}
     labels = _labels(metadata)
     columns: dict[str, Any] = {}
-    resampled = []
-    for rule, neighbours in zip(("nsc", "nscb"), found):
-        evaluated = neighbours.index[:, 0] >= 0
+    cluster = moas.clusters()
+    strata = np.unique(words, axis=0, return_inverse=True)[1].reshape(-1)
+    counted: list[tuple[np.ndarray, np.ndarray]] = []
+    for rule, neighbours in zip(("nsc", "nscb"), nearest_neighbours(profiles.features, pairs, options.metric, options.k)):
+        base = neighbours.index[:, 0] >= 0
         if rule == "nscb":
-            evaluated &= ~excluded
-        called = majority_vote(moa, neighbours.index)
-        correct = evaluated * correct_shares(moa, neighbours.index, neighbours.ties)
-        score = _score(correct, evaluated, compound, moa, moa_names, _called(moa, called, evaluated, neighbours, len(moas)))
-        score["ties"], num_tied = _ties(neighbours, correct, evaluated)
-        resampled.append(bootstrap_accuracies(correct, evaluated, compound, weights))
-        score["interval_95"] = percentile_interval(resampled[-1])
-        score["p_value"] = permutation_p_value(
-            moa, compound, neighbours.index, evaluated, float(correct.sum()), options.num_permutations, options.seed,
-            neighbours.ties,
-        )  # fmt: skip
-        no_candidates = neighbours.index[:, 0] < 0
+            base &= ~excluded
+        answers = count_answers(moas, pairs, rule == "nscb")
+        evaluated = _evaluated(answers, base, options.unanswerable)
+        members = None if moas.single else moas.members
+
+        def right(code: np.ndarray, found: Neighbours = neighbours, members: np.ndarray | None = members) -> np.ndarray:
+            return correct_shares(code, found.index, found.ties, members)
+
+        counts_now = evaluated(moas.code)
+        correct = counts_now * right(moas.code)
+        counted.append((correct, counts_now.astype(np.float64)))
+        score = _score(correct, counts_now, compound, moas, neighbours)
+        score["ties"], num_tied = _ties(neighbours, correct, counts_now)
+        score["interval_95"] = ratio_interval(*counted[-1], cluster)
+        score |= permutation_test(right, moas, compound, strata, evaluated, options.num_permutations, options.seed)
+        left_out = excluded if rule == "nscb" else ~everyone
         score["excluded"] = {
-            "no_candidates": _named(labels, no_candidates & ~(excluded if rule == "nscb" else False)),
-            "one_batch_moa": _named(labels, excluded if rule == "nscb" else np.zeros(len(moa), bool)),
+            "no_candidates": _named(labels, (neighbours.index[:, 0] < 0) & ~left_out),
+            "no_candidate_of_its_moa": _named(labels, base & ~counts_now),
+            "one_batch_moa": _named(labels, left_out),
         }
         pool = neighbours.pool_size
         score["candidate_pool_size"] = {"min": int(pool.min()), "median": float(np.median(pool)), "max": int(pool.max())}
         result[rule] = score
-        nearest = neighbours.index[:, 0].tolist()
-        columns |= {
-            f"{rule}_evaluated": evaluated,
-            f"{rule}_correct": correct if (correct % 1).any() else correct.astype(bool),
-            f"{rule}_called_moa": [moa_names[c] if e else "" for c, e in zip(called.tolist(), evaluated.tolist())],
-            f"{rule}_neighbour": [labels[i] if i >= 0 else "" for i in nearest],
-            f"{rule}_neighbour_moa": [moa_names[moa[i]] if i >= 0 else "" for i in nearest],
-            f"{rule}_distance": neighbours.distance[:, 0],
-            f"{rule}_pool_size": pool,
-            f"{rule}_equally_near": num_tied,
-        }
+        columns |= _columns(rule, neighbours, correct, counts_now, moas, labels, num_tied)
     table = pd.concat([_identity(metadata), pd.DataFrame(columns)], axis=1)
-    if result["nsc"]["accuracy"] is not None and result["nscb"]["accuracy"] is not None:
-        result["drop"] = result["nsc"]["accuracy"] - result["nscb"]["accuracy"]
-    result["drop_interval_95"] = percentile_interval(resampled[0] - resampled[1])
-    per_moa = [np.unique(compound[moa == m]).size for m in range(len(moas))]
-    result["one_batch_moas"] = [moa_names[m] for m in one_batch]
-    result["one_compound_moas"] = [moa_names[m] for m in range(len(moas)) if per_moa[m] == 1]
-    result["counts"] = {**counts, "profiles": len(profiles), "compounds": len(compounds), "moas": len(moas),
+    result["nscb"]["num_pairs_sharing_a_batch"] = _sharing(metadata, pairs, counted[1][1] > 0)
+    result |= _drops(counted, cluster)
+    result["one_batch_moas"] = [moas.moas[m] for m in one_batch]
+    result["one_compound_moas"] = [moas.moas[m] for m in np.flatnonzero(moas.num_compounds(compound) == 1)]
+    result["counts"] = {**counts, "profiles": len(profiles), "compounds": len(compounds), "moas": len(moas.moas),
                         "batches": len({b for s in batches for b in s}), "features": len(profiles.feature_names),
+                        "moa_clusters": int(cluster.max()) + 1,
                         "cells": int(metadata[CELL_COUNT].sum()) if CELL_COUNT in metadata else None}  # fmt: skip
+    result["cell_count_baseline"] = count_baseline(profiles, pairs, moas, [total > 0 for _, total in counted])
     result["replicate_reproducibility"] = None
     result["mean_average_precision"] = None
     if options.average_precision:
         result["mean_average_precision"] = {"moa": moa_precision(profiles, options.metric)}
     if wells is not None and options.average_precision:
-        chosen, _ = _choose_rows(wells, options)
+        chosen, _ = choose_rows(wells, options.controls, options.batch_regex)
         refuse_identical(chosen)
         result["replicate_reproducibility"] = replicate_reproducibility(chosen, options.metric, options.seed)
         result["mean_average_precision"]["treatment"] = replicate_precision(chosen, options.metric)
-    result["options"] = {k: v for k, v in vars(options).items()}
+    result["batch_metrics"] = profiles.provenance.get("batch_metrics")
+    result["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
     return Evaluation(result, profiles, table)
 
 
 def _check_options(options: EvaluationOptions) -> None:
-    for name, value, allowed in (
-        ("--level", options.level, ("treatment", "well")),
-        ("--aggregate", options.aggregate, ("mean", "median")),
-        ("--metric", options.metric, METRICS),
-        ("--batch-rule", options.batch_rule, BATCH_RULES),
-        ("--one-batch-moas", options.one_batch_moas, ONE_BATCH_RULES),
+    for name, allowed in (
+        ("level", ("treatment", "well")),
+        ("aggregate", ("mean", "median")),
+        ("metric", METRICS),
+        ("batch_rule", BATCH_RULES),
+        ("one_batch_moas", ONE_BATCH_RULES),
+        ("unanswerable", UNANSWERABLE),
     ):
-        if value not in allowed:
-            raise CellfastError(f"{name} must be one of {', '.join(allowed)}; got '{value}'.")
+        if getattr(options, name) not in allowed:
+            raise CellfastError(f"{name} must be one of {', '.join(allowed)}; got '{getattr(options, name)}'.")
 
 
-def _choose_rows(table: ProfileTable, options: EvaluationOptions) -> tuple[ProfileTable, dict[str, Any]]:
-    """Leave out controls, rows without a compound and rows without a MoA; counts of each."""
-    metadata = table.metadata
-    for column, how in (
-        (names.COMPOUND, "--column compound=COLUMN, or --metadata CSV"),
-        (names.MOA, "--column moa=COLUMN, or --moa CSV"),
-    ):
-        if column not in metadata or not (metadata[column] != "").any():
-            raise CellfastError(f"The profiles have no {column}; their metadata: {', '.join(metadata.columns)}. Give {how}.")
-    metadata, source = fill_batches(metadata, options.batch_regex)
-    table = ProfileTable(metadata, table.features, table.feature_names, table.provenance)
-    if options.controls is not None:
-        controls, rule = find_controls(metadata, options.controls)
-    elif CONTROL in metadata:
-        controls, rule = metadata[CONTROL].to_numpy(dtype=bool), CONTROL
-    else:
-        try:
-            controls, rule = find_controls(metadata)
-        except CellfastError:
-            # Treated profiles alone are a complete input here.
-            controls, rule = np.zeros(len(metadata), bool), "none found"
-    no_compound = ~controls & (metadata[names.COMPOUND] == "").to_numpy()
-    no_moa = ~controls & ~no_compound & (metadata[names.MOA] == "").to_numpy()
-    keep = ~(controls | no_compound | no_moa)
-    if not keep.any():
-        raise CellfastError(
-            f"No profile is left to evaluate: {len(metadata)} rows, {int(controls.sum())} controls ({rule}), "
-            f"{int(no_compound.sum())} without a compound, "
-            f"{int(no_moa.sum())} without a MoA."
-        )
-    counts = {
-        "rows": len(metadata),
-        "controls": int(controls.sum()),
-        "controls_rule": rule,
-        "without_compound": int(no_compound.sum()),
-        "without_moa": int(no_moa.sum()),
-        "without_moa_compounds": sorted(set(metadata[names.COMPOUND][no_moa])),
-        "batch_source": source,
-    }
-    return (table if keep.all() else table.rows(keep)), counts
+def _evaluated(answers: Answers, base: np.ndarray, unanswerable: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Which profiles are evaluated when the labels are ``code``."""
+    if unanswerable == "count":
+        return lambda code: base
+    return lambda code: base & answers.answerable(code)
 
 
-def batch_sets(metadata: pd.DataFrame, rule: str) -> list[tuple[str, ...]]:
-    """The batches (for the rule ``plates`` the plates) each profile is in, from the ``;``-joined metadata column; one unknown batch
-    where there is no batch column.
+def _drops(counted: list[tuple[np.ndarray, np.ndarray]], cluster: np.ndarray) -> dict[str, Any]:
+    """NSC − NSCB of all that each evaluates, and of the profiles that both evaluate."""
+    (nsc, by_nsc), (nscb, by_nscb) = counted
+    both = by_nsc * by_nscb
+    result: dict[str, Any] = {"drop": None, "drop_interval_95": None, "drop_common": None}
+    for name, one, other in (("", by_nsc, by_nscb), ("_common", both, both)):
+        if one.sum() and other.sum():
+            drop = float((nsc * one).sum() / one.sum() - (nscb * other).sum() / other.sum())
+            interval = difference_interval((nscb, other), (nsc, one), cluster)
+            if name:
+                result["drop_common"] = {"drop": drop, "interval_95": interval, "num_evaluated": int(both.sum())}
+            else:
+                result |= {"drop": drop, "drop_interval_95": interval}
+    return result
 
-    Raises:
-        CellfastError: the rule is ``plates`` and there is no plate column.
-    """
-    column = names.PLATE if rule == "plates" else names.BATCH
-    if column not in metadata:
-        if rule == "plates":
-            raise CellfastError(f"--batch-rule plates needs {names.PLATE}; the profiles have {', '.join(metadata.columns)}.")
-        # One batch that nobody knows: nothing is in another, and NSCB is not defined; NSC is.
-        return [(UNKNOWN_BATCH,)] * len(metadata)
-    # A comma joins batches in tables of other tools; none of ours has one in a batch name.
-    return [tuple(p.strip() for p in str(v).replace(",", SEPARATOR).split(SEPARATOR) if p.strip()) for v in metadata[column]]
+
+def _sharing(metadata: pd.DataFrame, pairs: AllowedPairs, evaluated: np.ndarray) -> int:
+    """How many pairs of an evaluated profile and an NSCB candidate have a batch in common all the same: 0 under ``overlap``."""
+    words, overlap = batch_codes(batch_sets(metadata, "overlap"), "overlap")
+    apart = AllowedPairs(pairs.compound, words, overlap, pairs.candidate, pairs.candidate_b)
+    return int((pairs.pool_sizes(True) - apart.pool_sizes(True))[evaluated].sum())
 
 
-def _one_batch_moas(moa: np.ndarray, num: int, batches: list[tuple[str, ...]]) -> list[int]:
-    found: list[set[str]] = [set() for _ in range(num)]
-    for m, names_ in zip(moa, batches):
-        found[m].update(names_)
-    return [m for m in range(num) if len(found[m]) == 1]
+def _columns(
+    rule: str, neighbours: Neighbours, correct: np.ndarray, evaluated: np.ndarray, moas: MoaLabels, labels: list[str],
+    num_tied: np.ndarray,
+) -> dict[str, Any]:  # fmt: skip
+    nearest = neighbours.index[:, 0].tolist()
+    called = [[c] for c in majority_vote(moas.code, neighbours.index).tolist()]
+    near = [[i] if i >= 0 else [] for i in nearest]
+    # Of equally near neighbours none is the first.
+    for i, row in enumerate(neighbours.ties.rows):
+        members, groups = neighbours.ties.of(i)
+        near[row] = members[groups == 0].tolist()
+        called[row] = sorted(vote_shares(moas.code, neighbours.ties, i, neighbours.index.shape[1]))
+    return {
+        f"{rule}_evaluated": evaluated,
+        f"{rule}_correct": correct if (correct % 1).any() else correct.astype(bool),
+        f"{rule}_called_moa": [
+            _either([moas.labels[c] for c in found]) if e else "" for found, e in zip(called, evaluated.tolist())
+        ],
+        f"{rule}_neighbour": [_either([labels[i] for i in found]) for found in near],
+        f"{rule}_neighbour_moa": [_either([moas.labels[moas.code[i]] for i in found]) for found in near],
+        f"{rule}_distance": neighbours.distance[:, 0],
+        f"{rule}_pool_size": neighbours.pool_size,
+        f"{rule}_equally_near": num_tied,
+    }  # fmt: skip
+
+
+def _either(found: list[str], most: int = 4) -> str:
+    distinct = list(dict.fromkeys(found))
+    return " or ".join(distinct[:most]) + (f" or {len(distinct) - most} more" if len(distinct) > most else "")
+
+
+def _one_batch_moas(moas: MoaLabels, batches: list[tuple[str, ...]]) -> np.ndarray:
+    found: list[set[str]] = [set() for _ in moas.labels]
+    for label, its in zip(moas.code.tolist(), batches):
+        found[label].update(its)
+    of_moa = [set().union(*(found[label] for label in np.flatnonzero(having))) for having in moas.members.T]
+    return np.array([m for m, its in enumerate(of_moa) if len(its) == 1], np.int64)
 
 
 def _called(moa: np.ndarray, called: np.ndarray, evaluated: np.ndarray, neighbours: Neighbours, num: int) -> np.ndarray:
@@ -303,29 +303,34 @@ def _ties(neighbours: Neighbours, correct: np.ndarray, evaluated: np.ndarray) ->
 
 
 def _score(
-    correct: np.ndarray, evaluated: np.ndarray, compound: np.ndarray, moa: np.ndarray, moas: list[str], counts: np.ndarray
+    correct: np.ndarray, evaluated: np.ndarray, compound: np.ndarray, moas: MoaLabels, neighbours: Neighbours
 ) -> dict[str, Any]:
+    moa, num = moas.code, len(moas.labels)
+    counts = _called(moa, majority_vote(moa, neighbours.index), evaluated, neighbours, num)
     total = int(evaluated.sum())
     present = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
-    of_moa = np.bincount(moa[evaluated], minlength=len(moas))
-    correct_of_moa = np.bincount(moa, weights=correct, minlength=len(moas)).tolist()
+    of_label = np.bincount(moa[evaluated], minlength=num)
+    correct_of_label = np.bincount(moa, weights=correct, minlength=num).tolist()
     of_compound = np.bincount(compound[evaluated])
     right = np.bincount(compound[evaluated], weights=correct[evaluated], minlength=len(of_compound))
     by_compound = (right / np.maximum(of_compound, 1))[of_compound > 0]
-    most = int(of_moa.argmax())
+    of_moa = moas.members.T.astype(np.int64) @ of_label
+    most = np.flatnonzero(of_moa == of_moa.max())
     return {
         "accuracy": float(correct.sum()) / total if total else None,
         "num_correct": number(correct.sum()),
         "num_evaluated": total,
         "num_excluded": int((~evaluated).sum()),
         "compound_macro_accuracy": float(np.mean(by_compound)) if len(by_compound) else None,
-        "majority_baseline": {"moa": moas[most], "accuracy": float(of_moa[most] / total)} if total else None,
+        "majority_baseline": {"moa": _either([moas.moas[m] for m in most], 2), "accuracy": float(of_moa[most[0]] / total)}
+        if total
+        else None,
         "per_moa": {
             name: {"num_correct": number(right), "num_evaluated": evaluated}
-            for name, right, evaluated in zip(moas, correct_of_moa, of_moa.tolist())
+            for name, right, evaluated in zip(moas.labels, correct_of_label, of_label.tolist())
         },
         "confusion": {
-            "moas": [moas[m] for m in present],
+            "moas": [moas.labels[m] for m in present],
             "counts": [[number(c) for c in row] for row in counts[np.ix_(present, present)]],
         },
     }

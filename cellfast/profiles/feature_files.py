@@ -76,8 +76,8 @@ def _open_file(path: Path, folder: Path | None) -> Table:
 
 def _files_in(folder: Path, embeddings: EmbeddingsFolder | None) -> tuple[list[Path], list[str]]:
     """(the files of features in a folder, what was left): those its ``embeddings.json`` names, else by kind."""
-    if embeddings is not None and embeddings.path == folder and embeddings.account is not None:
-        listed = [str(name) for plate in embeddings.account["plates"] for name in plate["files"]]
+    if embeddings is not None and embeddings.path == folder and embeddings.ledger is not None:
+        listed = [str(name) for plate in embeddings.ledger["plates"] for name in plate["files"]]
         files = sorted(folder / name for name in listed if name.endswith(PARQUET) and not name.startswith(f"{GALLERY}/"))
         files = [path for path in files if path.is_file()]
         if files:

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cellfast.metadata import columns as names
-from cellfast.profiles.neighbours import prepare, tie_tolerance
+from cellfast.profiles.intervals import mean_interval
+from cellfast.profiles.moas import MoaLabels, moa_labels
+from cellfast.profiles.precision_null import expected_average_precision
+from cellfast.profiles.ranking import NEGATIVE, POSITIVE, AveragePrecision, rank_positives
 from cellfast.profiles.table import ProfileTable
-
-
-@dataclass
-class AveragePrecision:
-    """Average precision of each query.
-
-    Attributes:
-        values: float64 [n], NaN for a query without a positive.
-        num_positive: int64 [n], profiles to be found.
-        num_total: int64 [n], profiles ranked.
-        tied: bool [n], some positive is as near as some negative.
-    """
-
-    values: np.ndarray
-    num_positive: np.ndarray
-    num_total: np.ndarray
-    tied: np.ndarray
 
 
 def average_precision(
@@ -39,6 +24,7 @@ def average_precision(
     neg_sameby: Sequence[str] = (),
     neg_diffby: Sequence[str] = (),
     metric: str = "cosine",
+    moas: MoaLabels | None = None,
 ) -> AveragePrecision:
     """Rank, for every profile, its positives among its negatives by similarity, and average the precision at each positive.
 
@@ -50,70 +36,33 @@ def average_precision(
 
     Args:
         metadata: [n, …]; features: float [n, D].
+        moas: of the MoA column, if it is compared: profiles that share one of several MoAs agree.
 
     Raises:
         CellfastError: features that are not finite or have no direction.
     """
-    x, offset = prepare(features, metric)
-    n = len(x)
-    norm, offset_used = np.sqrt(np.einsum("ij,ij->i", x, x)), bool(offset.any())
-    codes = {c: pd.factorize(metadata[c])[0] for c in {*pos_sameby, *pos_diffby, *neg_sameby, *neg_diffby}}
-    values = np.full(n, np.nan)
-    num_positive, num_total, tied = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, bool)
-    step = max(1, (1 << 22) // max(n, 1))
-    for start in range(0, n, step):
-        rows = np.arange(start, min(n, start + step))
+    n = len(metadata)
+    codes = {c: pd.factorize(metadata[c])[0].astype(np.int32) for c in {*pos_sameby, *pos_diffby, *neg_sameby, *neg_diffby}}
 
-        def pairs(same: Sequence[str], differ: Sequence[str], rows: np.ndarray = rows) -> np.ndarray:
+    def agree(column: str, rows: np.ndarray) -> np.ndarray:
+        if column == names.MOA and moas is not None and not moas.single:
+            return moas.match[moas.code[rows]][:, moas.code]
+        return codes[column][rows][:, None] == codes[column][None, :]
+
+    def kinds(rows: np.ndarray) -> np.ndarray:
+        kind = np.zeros((len(rows), n), np.uint8)
+        # A pair of both kinds is positive: it is to be found.
+        for value, same, differ in ((NEGATIVE, neg_sameby, neg_diffby), (POSITIVE, pos_sameby, pos_diffby)):
             mask = np.ones((len(rows), n), bool)
             for column in same:
-                mask &= codes[column][rows][:, None] == codes[column][None, :]
+                mask &= agree(column, rows)
             for column in differ:
-                mask &= codes[column][rows][:, None] != codes[column][None, :]
-            mask[np.arange(len(rows)), rows] = False
-            return mask
+                mask &= ~agree(column, rows)
+            kind[mask] = value
+        kind[np.arange(len(rows)), rows] = 0
+        return kind
 
-        positive, negative = pairs(pos_sameby, pos_diffby), pairs(neg_sameby, neg_diffby)
-        similarity = x[rows] @ x.T - offset
-        for i, row in enumerate(rows):
-            good, bad = similarity[i, positive[i]], similarity[i, negative[i]]
-            num_positive[row], num_total[row] = len(good), len(good) + len(bad)
-            if len(good) == 0:
-                continue
-            # Only the positives' ranks matter: each is 1 + the positives before it + the negatives strictly nearer.
-            good, bad = np.sort(good)[::-1], np.sort(bad)
-            tolerance = tie_tolerance(norm[row], good, x.shape[1], offset_used)
-            above = len(bad) - np.searchsorted(bad, good + tolerance, side="right")
-            as_near = len(bad) - above - np.searchsorted(bad, good - tolerance, side="left")
-            order = np.arange(1, len(good) + 1)
-            precision = order / (order + above)
-            if as_near.any():
-                tied[row] = True
-                _expect_ties(precision, good, bad, tolerance)
-            values[row] = float(precision.mean())
-    return AveragePrecision(values, num_positive, num_total, tied)
-
-
-def _expect_ties(precision: np.ndarray, good: np.ndarray, bad: np.ndarray, tolerance: np.ndarray) -> None:
-    """Put the expectation over random orders in place of the precision at positives that are as near as some negative.
-
-    Args:
-        precision: float64 [p], at each positive; changed.
-        good: float64 [p], similarity of the positives, falling; bad: float64 [m], of the negatives, rising.
-        tolerance: float64 [p], by which equal similarities can differ.
-    """
-    edges = np.flatnonzero(-np.diff(good) > tolerance[:-1]) + 1
-    for first, last in zip([0, *edges], [*edges, len(good)]):
-        r = last - first
-        nearer = len(bad) - np.searchsorted(bad, good[first] + tolerance[first], side="right")
-        negatives = len(bad) - nearer - np.searchsorted(bad, good[last - 1] - tolerance[last - 1], side="left")
-        if negatives == 0:
-            continue
-        n = r + negatives
-        # A positive at place i of the n tied ones has on average (i − 1)(r − 1)/(n − 1) of the other r − 1 before it.
-        place = np.arange(n)
-        before = first + place * ((r - 1) / (n - 1))
-        precision[first:last] = ((before + 1) / (first + nearer + place + 1)).mean()
+    return rank_positives(features, kinds, np.arange(n), metric)
 
 
 def grouped_precision(metadata: pd.DataFrame, precision: AveragePrecision, groupby: Sequence[str]) -> pd.DataFrame:
@@ -132,11 +81,16 @@ def grouped_precision(metadata: pd.DataFrame, precision: AveragePrecision, group
 def moa_precision(profiles: ProfileTable, metric: str = "cosine") -> dict[str, Any] | None:
     """Precision per MoA: treatments of the same MoA and another compound, among treatments of other MoAs (and compounds).
 
-    Equivalent to copairs with pos_sameby MoA, pos_diffby compound, neg_diffby MoA and compound.
+    Equivalent to copairs with pos_sameby MoA, pos_diffby compound, neg_diffby MoA and compound. Of profiles with several MoAs those that
+    share one are positives, and each counts in all of its MoAs.
     """
     metadata = profiles.metadata
-    ap = average_precision(metadata, profiles.features, [names.MOA], [names.COMPOUND], [], [names.MOA, names.COMPOUND], metric)
-    return _summary(metadata, ap, [names.MOA], lambda row: str(row[0]))
+    moas = moa_labels(metadata[names.MOA])
+    ap = average_precision(
+        metadata, profiles.features, [names.MOA], [names.COMPOUND], [], [names.MOA, names.COMPOUND], metric, moas
+    )
+    rows, moa = np.nonzero(moas.members[moas.code])
+    return _summary(ap, rows, moa, moas.moas, np.arange(len(moas.moas)))
 
 
 def replicate_precision(wells: ProfileTable, metric: str = "cosine") -> dict[str, Any] | None:
@@ -149,18 +103,38 @@ def replicate_precision(wells: ProfileTable, metric: str = "cosine") -> dict[str
     # copairs refuses missing values in these columns; an unknown concentration is a value of its own here.
     filled = metadata.assign(**{c: metadata[c].fillna(-1.0) for c in key if c == names.CONCENTRATION})
     ap = average_precision(filled, wells.features, key, [], [], [names.COMPOUND], metric)
-    return _summary(filled, ap, key, lambda row: " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row))
+    codes = filled.groupby(key, sort=True, dropna=False).ngroup().to_numpy()
+    first = np.unique(codes, return_index=True)[1]
+    labels = [
+        " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row)
+        for row in filled[key].iloc[first].itertuples(index=False, name=None)
+    ]
+    cluster = moa_labels(metadata[names.MOA]).clusters() if names.MOA in metadata else pd.factorize(metadata[names.COMPOUND])[0]
+    return _summary(ap, np.arange(len(codes)), codes, labels, cluster[first])
 
 
-def _summary(metadata: pd.DataFrame, precision: AveragePrecision, key: list[str], label: Any) -> dict[str, Any] | None:
-    if not np.isfinite(precision.values).any():
+def _summary(
+    precision: AveragePrecision, rows: np.ndarray, group: np.ndarray, labels: list[str], cluster: np.ndarray
+) -> dict[str, Any] | None:
+    """``rows`` and ``group``: which query counts in which group; ``cluster``: of each group, for the interval."""
+    have = np.isfinite(precision.values)
+    if not have.any():
         return None
-    grouped = grouped_precision(metadata, precision, key)
+    rows, group = rows[have[rows]], group[have[rows]]
+    sizes = np.bincount(group, minlength=len(labels))
+    chance = np.zeros(len(have))
+    chance[have] = expected_average_precision(precision.num_positive[have], precision.num_total[have])
+    means, chances = (
+        np.bincount(group, weights=of[rows], minlength=len(labels)) / np.maximum(sizes, 1) for of in (precision.values, chance)
+    )
+    found = sizes > 0
     return {
-        "mean": float(grouped["mean_average_precision"].mean()),
-        "num_groups": len(grouped),
-        "num_queries": int(np.isfinite(precision.values).sum()),
-        "num_queries_with_ties": int(precision.tied.sum()),
-        "num_queries_without_positive": int((~np.isfinite(precision.values)).sum()),
-        "per_group": {label(list(row[: len(key)])): float(row[len(key)]) for row in grouped.itertuples(index=False, name=None)},
+        "mean": float(means[found].mean()),
+        "chance": float(chances[found].mean()),
+        "interval_95": mean_interval(means[found], cluster[found]),
+        "num_groups": int(found.sum()),
+        "num_queries": int(have.sum()),
+        "num_queries_with_ties": int((precision.tied & have).sum()),
+        "num_queries_without_positive": int((~have).sum()),
+        "per_group": {labels[g]: float(means[g]) for g in np.flatnonzero(found)},
     }

@@ -1,92 +1,22 @@
-"""Normalisation of profiles on control wells: z-score, robust z-score, sphering, CORAL, TVN."""
+"""Normalisation of profiles on control wells: scaling, centring, ranks, PCA, sphering, CORAL, TVN, Harmony."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
 from cellfast.metadata.treatments import find_controls
 from cellfast.profiles import whitening
+from cellfast.profiles.steps import Step
 from cellfast.profiles.table import ProfileTable
-
-METHODS = ("none", "standardize", "mad_robustize", "sphering", "coral", "tvn")
-GROUPINGS = ("plate", "batch", "all")
-ROTATIONS = ("pca", "zca", "pca-cor", "zca-cor")
-
-#: What ``cellfast profile`` does when no ``--normalize`` is given.
-DEFAULT_STEPS = ("standardize:by=all,controls=all", "tvn")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One normalisation step.
-
-    Attributes:
-        method: one of ``METHODS``.
-        by: fit once per ``plate``, per ``batch``, or over ``all`` rows; None takes the method's own: standardize and
-        mad_robustize ``plate``,
-            sphering ``all``, coral ``batch``, tvn sphering over all and CORAL per ``batch``.
-        controls: query for the rows it is fitted on (``annotate.find_controls``); None finds DMSO.
-        lam: regularisation of sphering: ``auto`` (Ledoit-Wolf), ``0.1`` (added to the eigenvalues), ``0.1x`` (times the mean
-        eigenvalue).
-        rotation: ``pca``, ``zca``, or either with ``-cor`` (on variables scaled to unit variance); None: pca, and zca when
-        fitted per group.
-        epsilon: pycytominer's regularisation instead of lam: added to the singular values of the controls.
-    """
-
-    method: str
-    by: str | None = None
-    controls: str | None = None
-    lam: str | None = None
-    rotation: str | None = None
-    epsilon: float | None = None
-
-
-def parse_steps(texts: Sequence[str], defaults: Step | None = None) -> list[Step]:
-    """``["standardize:by=all,controls=all", "sphering:lambda=1"]`` → steps; what a step leaves open is taken from ``defaults``.
-
-    Raises:
-        CellfastError: unknown method, key or value.
-    """
-    defaults = defaults or Step("none")
-    steps = []
-    for text in texts:
-        method, _, rest = text.partition(":")
-        method = method.strip().lower()
-        if method not in METHODS:
-            raise CellfastError(
-                f"--normalize must be one of {', '.join(METHODS)} (with options as sphering:by=all,lambda=0.1x); got '{text}'."
-            )
-        step = replace(defaults, method=method)
-        # A comma inside a query is not a separator: only one that is followed by another option is.
-        for option in re.split(r",\s*(?=(?:by|controls|lambda|rotation|epsilon)=)", rest) if rest else []:
-            key, _, value = option.partition("=")
-            if key.strip() not in ("by", "controls", "lambda", "rotation", "epsilon") or not value:
-                raise CellfastError(
-                    f"--normalize {text}: options are by=, controls=, lambda=, rotation=, epsilon=; got '{option}'."
-                )
-            field = {"lambda": "lam"}.get(key.strip(), key.strip())
-            step = replace(step, **{field: value.strip()})
-        if step.epsilon is not None:
-            try:
-                step = replace(step, epsilon=float(step.epsilon))
-            except ValueError:
-                raise CellfastError(f"--normalize {text}: epsilon must be a number, got '{step.epsilon}'.") from None
-        if step.by is not None and step.by not in GROUPINGS:
-            raise CellfastError(f"--normalize {text}: by must be one of {', '.join(GROUPINGS)}; got '{step.by}'.")
-        if step.rotation is not None and step.rotation not in ROTATIONS:
-            raise CellfastError(f"--normalize {text}: rotation must be one of {', '.join(ROTATIONS)}; got '{step.rotation}'.")
-        if step.lam is not None:
-            whitening.parse_lambda(step.lam)
-        steps.append(step)
-    return steps
 
 
 def normalize_profiles(table: ProfileTable, steps: Sequence[Step]) -> tuple[ProfileTable, list[dict[str, Any]]]:
@@ -107,9 +37,7 @@ def normalize_profiles(table: ProfileTable, steps: Sequence[Step]) -> tuple[Prof
             table, second = _coral(table, replace(step, lam=coral_lam))
             report += [first, second]
         else:
-            table, entry = {"standardize": _scale, "mad_robustize": _scale, "sphering": _sphering, "coral": _coral}[step.method](
-                table, step
-            )
+            table, entry = _DO[step.method](table, step)
             report.append(entry)
     return table, report
 
@@ -131,7 +59,7 @@ def _groups(table: ProfileTable, by: str, controls: np.ndarray, step: Step, leas
         have = (
             "no control wells" if all(c == 0 for _, c in short) else f"fewer than the {least} control wells {step.method} needs"
         )
-        wider = {"plate": "--by batch, --by all", "batch": "--by all (CORAL then changes nothing)", "all": "--normalize none"}[by]
+        wider = {"plate": "--by batch, --by all", "batch": "--by all", "all": "--normalize none"}[by]
         if step.method in ("tvn", "coral") and by == "batch":
             wider = "--by all (one alignment for all, which leaves batches as they are), --normalize sphering"
         raise CellfastError(
@@ -158,10 +86,11 @@ def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
 
 
 def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
-    """z-score, (x − mean) / sd with divisor n, or (x − median) / (1.4826 · MAD), on the controls of each group.
+    """(x − mean) / sd with divisor n, (x − median) / interquartile range, or (x − median) / (1.4826 · MAD), on the controls of each
+    group.
 
     Features whose controls do not vary in some group are dropped everywhere, counted and named. Source: pycytominer's
-    standardize and mad_robustize; deviation: those keep such a feature (unscaled, or divided by 1e-18).
+    standardize, robustize and mad_robustize; deviation: those keep such a feature (unscaled, or divided by 1e-18).
     """
     by = step.by or "plate"
     controls, rule = find_controls(table.metadata, step.controls)
@@ -177,7 +106,10 @@ def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
             constant = spread <= np.abs(center) * len(fit) * np.finfo(np.float64).eps
         else:
             center = np.median(fit, axis=0)
-            spread = 1.4826 * np.median(np.abs(fit - center), axis=0)
+            if step.method == "robustize":
+                spread = np.subtract(*np.percentile(fit, [75, 25], axis=0))
+            else:
+                spread = 1.4826 * np.median(np.abs(fit - center), axis=0)
             constant = spread == 0
         for j in np.flatnonzero(constant):
             flat.setdefault(int(j), name)
@@ -191,12 +123,7 @@ def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
             + (f" in each of the {len(groups)} groups" if by != "all" else "")
             + f" ({int(controls.sum())} control wells). Choose {wider}{_other_controls(step)}."
         )
-    entry = {
-        "step": step.method,
-        "by": by,
-        "groups": len(groups),
-        "controls": rule,
-        "num_controls": int(controls.sum()),
+    entry = _entry(table, step, by, groups, controls, rule) | {
         "num_features": len(keep),
         "dropped_features": {
             table.feature_names[j]: f"controls do not vary{'' if where == 'all' else ' (' + where + ')'}"
@@ -204,6 +131,137 @@ def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
         },
     }
     return table.with_features(result[:, keep], [table.feature_names[j] for j in keep]), entry
+
+
+def _center(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
+    """x − mean(controls of its group): what a plate (or batch) adds to all its wells alike is taken off.
+
+    With ``towards`` the mean is m + w · (mean − m), m that of the wider group and w = τ² / (τ² + σ² / n): the best linear prediction where
+    groups vary by τ² around theirs and controls by σ² around their group's (both estimated feature by feature, over all groups, from the
+    analysis of variance). The mean of few controls is noise that all wells of a plate would share; a group without controls takes m.
+    """
+    by = step.by or "plate"
+    controls, rule = find_controls(table.metadata, step.controls)
+    groups = _groups(table, by, controls, step, 0 if step.towards else 1)
+    x = table.features.astype(np.float64)
+    fewest = {"fewest_controls": min(int(controls[rows].sum()) for _, rows in groups)}
+    entry = _entry(table, step, by, groups, controls, rule) | fewest
+    if step.towards is None:
+        for _, rows in groups:
+            x[rows] -= x[rows[controls[rows]]].mean(axis=0)
+        return table.with_features(x), entry
+    wider = _groups(table, step.towards, controls, step, 1)
+    outer = np.empty(len(table), np.int64)
+    for number, (_, rows) in enumerate(wider):
+        outer[rows] = number
+    if by == "plate" and step.towards == "batch":
+        # A plate of two batches, as a table may have it, is two plates here.
+        groups = [(name, rows[outer[rows] == o]) for name, rows in groups for o in np.unique(outer[rows])]
+    means = np.array([x[rows[controls[rows]]].mean(axis=0) for _, rows in wider])
+    counts = np.array([controls[rows].sum() for _, rows in groups])
+    of = np.array([outer[rows[0]] for _, rows in groups])
+    own = np.array([x[rows[controls[rows]]].mean(axis=0) if n else means[o] for (_, rows), n, o in zip(groups, counts, of)])
+    within = sum(((x[rows[controls[rows]]] - mean) ** 2).sum(axis=0) for (_, rows), mean in zip(groups, own))
+    between = (counts[:, None] * (own - means[of]) ** 2).sum(axis=0)
+    present = counts > 0
+    free = present.sum() - len(np.unique(of[present])), counts.sum() - present.sum()
+    weight = np.zeros_like(own)
+    if min(free) > 0:
+        size = (counts.sum() - (counts**2 / np.bincount(of, counts)[of]).sum()) / free[0]
+        noise = within / free[1]
+        tau = np.maximum(between / free[0] - noise, 0.0) / size
+        with np.errstate(invalid="ignore"):
+            weight[present] = np.nan_to_num(tau / (tau + noise / counts[present, None]))
+    for (_, rows), mean, wide, w in zip(groups, own, means[of], weight):
+        x[rows] -= wide + w * (mean - wide)
+    return table.with_features(x), entry | {"towards": step.towards, "median_weight": float(np.median(weight[present]))}
+
+
+def _rank(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
+    """Each feature's ranks over the rows of a group as normal quantiles, Φ⁻¹((rank − 3/8) / (n + 1/4)), ties at their mean rank.
+
+    Source: Blom 1958; the inverse normal transformation of JUMP's production profiles.
+    """
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    by = step.by or "all"
+    every = np.ones(len(table), bool)
+    groups = _groups(table, by, every, step, 2)
+    x = np.empty(table.features.shape)
+    for _, rows in groups:
+        x[rows] = ndtri((rankdata(table.features[rows], axis=0) - 0.375) / (len(rows) + 0.25))
+    return table.with_features(x), _entry(table, step, by, groups, every, "all rows")
+
+
+def _pca(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
+    """The first n principal components of the rows fitted on, unscaled; or as many as hold a share of their variance."""
+    fitted, rule = find_controls(table.metadata, step.controls or "all")
+    x = table.features.astype(np.float64)
+    mean = x[fitted].mean(axis=0)
+    x -= mean
+    s, v = np.linalg.eigh(whitening.second_moment(x[fitted]))
+    s, v = np.maximum(s[::-1], 0.0), v[:, ::-1]
+    rank = int((s > s[0] * max(x.shape) * np.finfo(np.float64).eps).sum())
+    if rank == 0:
+        raise CellfastError(f"--normalize pca: the {int(fitted.sum())} rows it is fitted on are all the same.")
+    if step.n is not None and step.n > rank:
+        raise CellfastError(
+            f"--normalize pca:n={step.n}: the {int(fitted.sum())} rows it is fitted on ({rule}) have {rank} components; give n of at "
+            "most that, or pca:variance=0.95."
+        )
+    held = np.cumsum(s) / s.sum()
+    n = step.n if step.n is not None else min(rank, int(np.searchsorted(held, step.variance - 1e-12)) + 1)
+    v = v[:, :n]
+    v = v * np.sign(v[np.abs(v).argmax(axis=0), np.arange(n)])  # the sign of a component is arbitrary
+    entry = _entry(table, step, "all", [("all", np.arange(len(table)))], fitted, rule)
+    return table.with_features(x @ v, component_names(n)), entry | {"num_components": n, "variance": float(held[n - 1])}
+
+
+def _harmony(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
+    """Harmony over all rows (Korsunsky et al. 2019) as harmonypy has it: clusters that mix the batches, a linear correction in each.
+
+    It uses every row, treated ones too, and so assumes that batches hold much the same phenotypes.
+    """
+    try:
+        import harmonypy
+    except ImportError:
+        raise CellfastError("--normalize harmony needs the package harmonypy: pip install 'cellfast[harmony]'.") from None
+    by = step.by or "batch"
+    every = np.ones(len(table), bool)
+    groups = _groups(table, by, every, step, 1)
+    if len(groups) < 2:
+        raise CellfastError(f"--normalize harmony --by {by}: there is one {by} only, and nothing to align. Leave the step out.")
+    labels = np.empty(len(table), np.int64)
+    for number, (_, rows) in enumerate(groups):
+        labels[rows] = number
+    # One core: the result does not depend on the machine.
+    found = harmonypy.run_harmony(
+        table.features, pd.DataFrame({"group": labels.astype(str)}), ["group"], verbose=False, random_state=0, ncores=1
+    )
+    corrected = np.asarray(found.Z_corr, np.float64)
+    corrected = corrected if corrected.shape == table.features.shape else corrected.T
+    return table.with_features(corrected), _entry(table, step, by, groups, every, "all rows")
+
+
+def _entry(
+    table: ProfileTable, step: Step, by: str, groups: Sequence[tuple[str, np.ndarray]], controls: np.ndarray, rule: str
+) -> dict[str, Any]:
+    """What the report says of every step."""
+    return {
+        "step": step.method,
+        "by": by,
+        "groups": len(groups),
+        "controls": rule,
+        "num_controls": int(controls.sum()),
+        "num_features": len(table.feature_names),
+    }
+
+
+def component_names(n: int) -> list[str]:
+    """``PC001`` … for n components."""
+    width = max(3, len(str(n)))
+    return [f"PC{i + 1:0{width}d}" for i in range(n)]
 
 
 def _sphering(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
@@ -224,13 +282,8 @@ def _sphering(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, 
         result[rows] = (x[rows] - fit.mean) @ fit.matrix
         fits.append((name, fit))
     ranks = [fit.rank for _, fit in fits]
-    entry: dict[str, Any] = {
+    entry = _entry(table, step, by, groups, controls, rule) | {
         "step": "sphering",
-        "by": by,
-        "groups": len(groups),
-        "controls": rule,
-        "num_controls": int(controls.sum()),
-        "num_features": x.shape[1],
         "rotation": rotation,
         "rank": [min(ranks), max(ranks)],
         "regularization": f"epsilon {step.epsilon:g} on singular values" if step.epsilon is not None else (step.lam or "auto"),
@@ -239,8 +292,7 @@ def _sphering(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, 
         "shrinkage": [fit.shrinkage for _, fit in fits] if len(fits) <= 20 else None,
     }
     if rotation.startswith("pca"):
-        width = max(3, len(str(x.shape[1])))
-        return table.with_features(result, [f"PC{i + 1:0{width}d}" for i in range(x.shape[1])]), entry
+        return table.with_features(result, component_names(x.shape[1])), entry
     return table.with_features(result), entry
 
 
@@ -262,6 +314,18 @@ def _coral(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
         aligned[rows] = whitening.times_power(x[rows], x[rows[controls[rows]]], -0.5, 1.0)
     result = whitening.times_power(aligned, x[controls], 0.5, lam)
     fewest = min(int(controls[rows].sum()) for _, rows in groups)
-    entry = {"step": "coral", "by": by, "groups": len(groups), "controls": rule, "num_controls": int(controls.sum()),
-             "fewest_controls": fewest, "num_features": x.shape[1], "lambda": lam}  # fmt: skip
+    entry = _entry(table, step, by, groups, controls, rule) | {"step": "coral", "fewest_controls": fewest, "lambda": lam}
     return table.with_features(result), entry
+
+
+_DO = {
+    "standardize": _scale,
+    "robustize": _scale,
+    "mad_robustize": _scale,
+    "center": _center,
+    "rank": _rank,
+    "pca": _pca,
+    "sphering": _sphering,
+    "coral": _coral,
+    "harmony": _harmony,
+}

@@ -6,6 +6,7 @@ from typing import Any
 
 from cellfast.metadata.values import spelling_notes
 from cellfast.printable import printable
+from cellfast.profiles.batch_metrics import batch_lines
 
 
 def profile_lines(report: dict[str, Any]) -> list[str]:
@@ -81,6 +82,7 @@ def profile_lines(report: dict[str, Any]) -> list[str]:
             lines.append("dropped   " + _features(step["dropped_features"]))
     if report.get("selection"):
         lines.append("selected  " + _features(report["selection"]))
+    lines += batch_lines(report.get("batch_metrics"))
     if report.get("treatments_vary_in"):
         lines.append(f"metadata  not carried over, as it varies within treatments: {', '.join(report['treatments_vary_in'])}")
     if report.get("wells_without_compound"):
@@ -111,6 +113,15 @@ def _step(step: dict[str, Any]) -> str:
         return text
     if step["step"] == "coral":
         return f"CORAL {fitted}, lambda {step['lambda']:g}; fewest controls: {step['fewest_controls']}"
+    if step["step"] == "pca":
+        return f"pca {fitted}; {step['num_components']} components with {100 * step['variance']:.1f} % of the variance"
+    if step["step"] == "center":
+        shrunk = (
+            f"; means shrunk towards the {step['towards']}'s, own weight {step['median_weight']:.2f} (median)"
+            if "towards" in step
+            else ""
+        )
+        return f"center {fitted}; fewest controls: {step['fewest_controls']}{shrunk}"
     return f"{step['step']} {fitted}"
 
 
@@ -161,9 +172,8 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
             interval = score["interval_95"]
             lines.append(
                 f"{rule.upper():<9} {100 * score['accuracy']:.1f} %  ({score['num_correct']:.6g}/{score['num_evaluated']})  "
-                f"95 % interval {100 * interval[0]:.1f} to "
-                f"{100 * interval[1]:.1f} %, p = {score['p_value']:.2g}; over compounds "
-                f"{100 * score['compound_macro_accuracy']:.1f} %; "
+                f"95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} % over {counts['moa_clusters']} MoAs; "
+                f"{_chance(score)}; over compounds {100 * score['compound_macro_accuracy']:.1f} %; "
                 f"always '{score['majority_baseline']['moa']}': {100 * score['majority_baseline']['accuracy']:.1f} %"
             )
         ties = score["ties"]
@@ -178,34 +188,80 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
                     f"          {len(named)} not evaluated ({reason.replace('_', ' ')}): "
                     f"{', '.join(named[:8])}{' …' if len(named) > 8 else ''}"
                 )
-    if result["drop"] is not None:
-        low, high = result["drop_interval_95"]
-        lines.append(f"drop      {100 * result['drop']:.1f} points  95 % interval {100 * low:.1f} to {100 * high:.1f}")
+    if result["nscb"]["num_pairs_sharing_a_batch"]:
+        lines.append(
+            f"          {result['nscb']['num_pairs_sharing_a_batch']:,} pairs of a profile and a candidate share a batch all the same "
+            f"(batch rule {result['options']['batch_rule']})"
+        )
+    for what, drop, interval in (
+        ("", result["drop"], result["drop_interval_95"]),
+        (
+            " on the {num_evaluated} profiles that both evaluate",
+            *((result["drop_common"] or {}).get(k) for k in ("drop", "interval_95")),
+        ),
+    ):
+        if drop is not None:
+            what = what.format(**result["drop_common"])
+            lines.append(
+                f"drop      {100 * drop:.1f} points{what}  95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+            )
+    if baseline := result["cell_count_baseline"]:
+        alone = [f"{rule.upper()} {100 * baseline[rule]:.1f} %" for rule in ("nsc", "nscb") if baseline[rule] is not None]
+        alone += (
+            [f"mAP per moa {baseline['mean_average_precision']:.4f}"] if baseline["mean_average_precision"] is not None else []
+        )
+        lines.append(f"baseline  the number of cells alone gets {', '.join(alone)}")
     if result["one_batch_moas"]:
         how = {"exclude": "left out of NSCB as queries and candidates", "queries": "left out of NSCB as queries", "keep": "kept"}
         lines.append(f"one batch {', '.join(result['one_batch_moas'])}: {how[result['options']['one_batch_moas']]}")
     if result["one_compound_moas"]:
-        lines.append(f"note      MoAs of a single compound can never be right: {', '.join(result['one_compound_moas'])}")
-    if result["replicate_reproducibility"]:
-        r = result["replicate_reproducibility"]
+        how = "left out" if result["options"]["unanswerable"] == "exclude" else "counted as wrong"
+        lines.append(f"note      MoAs of a single compound can never be right, {how}: {', '.join(result['one_compound_moas'])}")
+    r = result["replicate_reproducibility"]
+    for what, share in (
+        ("all pairs", r),
+        ("across plates", r and r["across_plates"]),
+        ("across batches", r and r["across_batches"]),
+    ):
+        if share and share["percent_replicating"] is not None:
+            low, high = share["interval_95"]
+            lines.append(
+                f"replicate {what}: {share['percent_replicating']:.1f} % of {share['num_treatments']} treatments reproducible, "
+                f"95 % interval {low:.1f} to {high:.1f} %, chance 5 %; median similarity {share['median_replicate_similarity']:.3f}"
+            )
+    if r and (r["num_single_well_treatments"] or r["num_without_null"]):
         lines.append(
-            f"replicate {r['percent_replicating']:.1f} % of {r['num_treatments']} treatments reproducible "
-            f"({r['num_single_well_treatments']} with one well left out); "
-            f"median similarity {r['median_replicate_similarity']:.3f}"
+            f"          left out: {r['num_single_well_treatments']} treatments with one well, {r['num_without_null']} with too few other "
+            "treatments on their plates"
         )
     for what, precision in (result["mean_average_precision"] or {}).items():
         if precision:
-            ties = precision["num_queries_with_ties"]
+            ties, (low, high) = precision["num_queries_with_ties"], precision["interval_95"]
             lines.append(
-                f"mAP       per {what}: {precision['mean']:.4f} over {precision['num_groups']} groups"
+                f"mAP       per {what}: {precision['mean']:.4f} over {precision['num_groups']} groups, 95 % interval "
+                f"{low:.4f} to {high:.4f}, chance {precision['chance']:.4f}"
                 + (f"; {ties:,} queries with ties, expected over random orders" if ties else "")
             )
+    lines += batch_lines(result.get("batch_metrics"))
     return [printable(line) for line in lines]
+
+
+def _chance(score: dict[str, Any]) -> str:
+    if score["p_value"] is None:
+        return "chance not computed"
+    text = f"chance {100 * score['chance']:.1f} %, p = {score['p_value']:.2g}"
+    if not score["num_exchangeable"]:
+        return f"{text}: no two MoAs share a batch, so chance cannot be told from the score"
+    return text
 
 
 def comparison_lines(report: dict[str, Any]) -> list[str]:
     """A paired comparison, for people."""
     lines = [f"common    {report['num_common']} profiles; only in A {report['num_only_a']}, only in B {report['num_only_b']}"]
+    for name, (one, other) in report["differing_options"].items():
+        lines.append(f"options   {name} differs: A {one}, B {other}; the difference may be due to that")
+    if report["num_other_moa"]:
+        lines.append(f"options   {report['num_other_moa']} profiles have another MoA in B than in A")
     for rule in ("nsc", "nscb"):
         r = report[rule]
         if r["difference"] is None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cellfast.atomic import atomic_path, write_json
+from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
 from cellfast.metadata.counts import with_counts
 from cellfast.metadata.values import spelling_notes, unify_spellings
-from cellfast.profiles.build import annotated
+from cellfast.profiles.build import CONTROL, annotated
 from cellfast.profiles.evaluate import Evaluation
 from cellfast.profiles.feature_files import read_profiles
 from cellfast.profiles.table import ProfileTable
@@ -34,8 +36,28 @@ def read_annotated(
     table = read_profiles(path, tuple(features), columns)
     frame, joins = annotated(with_counts(table.metadata), metadata, moa, table.later)
     frame, spellings = unify_spellings(frame, (names.PLATE, names.BATCH, names.COMPOUND, names.MOA))
+    frame = _control_marks(frame, str(path))
     notes = [*table.notes, *(note for join in joins.values() for note in join["notes"]), *spelling_notes(spellings)]
     return ProfileTable(frame, table.features, table.feature_names, table.provenance, notes)
+
+
+def _control_marks(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """``Metadata_Control`` as bool: CSV carries it as text, and every text is true."""
+    if CONTROL not in frame or pd.api.types.is_bool_dtype(frame[CONTROL]):
+        return frame
+    marks = (
+        frame[CONTROL]
+        .astype("str")
+        .str.strip()
+        .str.lower()
+        .map({"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False})
+    )
+    if marks.isna().any():
+        first = frame[CONTROL][marks.isna()].iloc[0]
+        raise CellfastError(
+            f"{where}: {CONTROL} must be True or False in every row; found '{first}'. Correct the column, or rename it."
+        )
+    return frame.assign(**{CONTROL: marks.astype(bool)})
 
 
 def write_result(evaluation: Evaluation, output: str | os.PathLike[str], map_method: str | None = "tsne") -> list[Path]:

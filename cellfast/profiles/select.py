@@ -1,4 +1,4 @@
-"""Feature selection: missing values, variance, correlation; every dropped feature and row is named."""
+"""Feature selection: missing values, variance, frequency, correlation; every dropped feature and row is named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from cellfast.errors import CellfastError
 from cellfast.profiles.table import ProfileTable
 
-METHODS = ("variance", "correlation", "nan")
+METHODS = ("variance", "frequency", "correlation", "nan")
 
 
 def drop_missing(table: ProfileTable, cutoff: float = 0.05) -> tuple[ProfileTable, dict[str, Any]]:
@@ -59,6 +59,7 @@ def select_features(
     table: ProfileTable,
     methods: Sequence[str],
     *,
+    least_variance: float = 1e-6,
     frequency_cutoff: float = 0.05,
     unique_cutoff: float = 0.01,
     correlation_cutoff: float = 0.9,
@@ -66,10 +67,10 @@ def select_features(
 ) -> tuple[ProfileTable, dict[str, str]]:
     """Drop features by the rules named, in the order named; returns the table and why each dropped feature went.
 
-    ``variance``: the second most frequent value is less than ``frequency_cutoff`` times as frequent as the first, or distinct
-    values are fewer than ``unique_cutoff`` of the rows. ``correlation``: of each pair with |r| above the cutoff, the one that
-    correlates more with all others goes. ``nan``: missing in more than ``missing_cutoff`` of the rows. Source: pycytominer's
-    variance_threshold, correlation_threshold and drop_na_columns.
+    ``variance``: at most ``least_variance`` (divisor n). ``frequency``: the second most frequent value is less than ``frequency_cutoff``
+    times as frequent as the first, or distinct values are fewer than ``unique_cutoff`` of the rows. ``correlation``: of each pair with
+    |r| above the cutoff, the one that correlates more with all others goes. ``nan``: missing in more than ``missing_cutoff`` of the rows.
+    Source: pycytominer 1.7's variance_threshold, frequency_threshold, correlation_threshold and drop_na_columns.
 
     Raises:
         CellfastError: unknown rule, or no feature is left.
@@ -81,7 +82,13 @@ def select_features(
             share = 1.0 - np.isfinite(x).mean(axis=0)
             reasons = {j: f"missing in {100 * share[j]:.3g} % of the rows" for j in np.flatnonzero(share > missing_cutoff)}
         elif method == "variance":
-            reasons = _low_variance(x, frequency_cutoff, unique_cutoff)
+            finite = np.isfinite(x)
+            count = np.maximum(finite.sum(axis=0), 1)
+            mean = np.where(finite, x, 0.0).sum(axis=0, dtype=np.float64) / count
+            spread = (np.where(finite, x - mean, 0.0) ** 2).sum(axis=0) / count
+            reasons = {j: f"variance {spread[j]:.3g}" for j in np.flatnonzero(~(spread > least_variance))}
+        elif method == "frequency":
+            reasons = _frequent(x, frequency_cutoff, unique_cutoff)
         elif method == "correlation":
             reasons = _correlated(x, labels, correlation_cutoff)
         else:
@@ -94,7 +101,7 @@ def select_features(
     return table, dropped
 
 
-def _low_variance(x: np.ndarray, frequency_cutoff: float, unique_cutoff: float) -> dict[int, str]:
+def _frequent(x: np.ndarray, frequency_cutoff: float, unique_cutoff: float) -> dict[int, str]:
     reasons = {}
     for j in range(x.shape[1]):
         _, counts = np.unique(x[np.isfinite(x[:, j]), j], return_counts=True)

@@ -26,27 +26,62 @@ def majority_vote(labels: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     return np.take_along_axis(votes, counts.argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
-def correct_shares(labels: np.ndarray, neighbours: np.ndarray, ties: Ties | None = None) -> np.ndarray:
-    """How probable it is that the vote of each profile's neighbours is its own label, float64 [n]: 0 or 1 without ties.
+def correct_shares(
+    labels: np.ndarray, neighbours: np.ndarray, ties: Ties | None = None, members: np.ndarray | None = None
+) -> np.ndarray:
+    """How probable it is that the vote of each profile's neighbours is right, float64 [n]: 0 or 1 without ties.
 
     Args:
         labels: int [n].
         neighbours: int [n, k], nearest first, −1 for none.
         ties: rows with several equally near neighbours; a random order of these decides.
+        members: bool [labels, MoAs], where labels stand for several MoAs: each neighbour votes for all of its own, and the vote is right
+            when one of those that win is among the profile's.
     """
-    shares = (majority_vote(labels, neighbours) == labels).astype(np.float64)
+    k = neighbours.shape[1]
+    if members is not None:
+        shares = _shared(labels, neighbours, members)
+    else:
+        shares = (majority_vote(labels, neighbours) == labels).astype(np.float64)
     if ties is None or len(ties.rows) == 0:
         return shares
-    k = neighbours.shape[1]
     if k == 1:
         sizes = np.diff(ties.starts)
-        right = labels[ties.members] == np.repeat(labels[ties.rows], sizes)
+        theirs, own = labels[ties.members], np.repeat(labels[ties.rows], sizes)
+        right = theirs == own if members is None else (members[theirs] & members[own]).any(axis=1)
         shares[ties.rows] = np.add.reduceat(right.astype(np.int64), ties.starts[:-1]) / sizes
         return shares
     for i, row in enumerate(ties.rows):
-        members, groups = ties.of(i)
-        shares[row] = vote_share(labels[members], groups, k, labels[row])
+        found, groups = ties.of(i)
+        if members is None:
+            shares[row] = vote_share(labels[found], groups, k, labels[row])
+        else:
+            shares[row] = _drawn_share(labels[found], groups, k, labels[row], members)
     return shares
+
+
+def _shared(labels: np.ndarray, neighbours: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """1 where a MoA that wins the vote is among the profile's, else 0; of equally frequent MoAs those of the nearest voter win."""
+    have = neighbours >= 0
+    votes = members[labels[np.maximum(neighbours, 0)]] & have[:, :, None]
+    if neighbours.shape[1] == 1:
+        won = votes[:, 0]
+    else:
+        # A vote more counts more than any order of the voters.
+        order = votes.sum(axis=1) * (votes.shape[1] + 1) - votes.argmax(axis=1)
+        order[~votes.any(axis=1)] = -1
+        won = (order == order.max(axis=1, keepdims=True)) & (order >= 0)
+    return (won & members[labels[: len(neighbours)]]).any(axis=1).astype(np.float64)
+
+
+def _drawn_share(labels: np.ndarray, groups: np.ndarray, k: int, label: int, members: np.ndarray, draws: int = 1000) -> float:
+    """As ``vote_share`` for labels of several MoAs, over random orders of the equally near (1,000, always the same)."""
+    rng = np.random.default_rng(0)
+    order = np.argsort(groups[None, :] + rng.random((draws, len(groups))) * 0.999, axis=1)[:, :k]
+    # The profile itself stands first, then the voters of each draw.
+    everyone = np.concatenate([np.full(draws, label), labels[order].reshape(-1)])
+    voters = draws + np.arange(order.size).reshape(order.shape)
+    return float(_shared(everyone, voters, members).mean())
 
 
 def vote_shares(labels: np.ndarray, ties: Ties, i: int, k: int) -> dict[int, float]:

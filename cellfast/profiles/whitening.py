@@ -8,6 +8,8 @@ import numpy as np
 
 from cellfast.errors import CellfastError
 
+ROTATIONS = ("pca", "zca", "pca-cor", "zca-cor")
+
 
 @dataclass
 class Whitening:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cellfast.screens.crop_store import PlateStore, Screen
+    from cellfast.screens.crop_writer import PlateWriter
+
+from fsspec import register_implementation
+
+# Named, not imported: whoever reads an image at such a URL has imported this package.
+register_implementation("fieldstore", "cellfast.screens.field_store.FieldStoreFileSystem")
 
 _PUBLIC = {
     "Screen": "cellfast.screens.crop_store",
@@ -11,7 +20,7 @@ _PUBLIC = {
     "PlateWriter": "cellfast.screens.crop_writer",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = ["PlateStore", "PlateWriter", "Screen"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.canonical import canonical_metadata
 from cellfast.metadata.columns import (
     BATCH,
@@ -70,8 +70,10 @@ def read_crop_index(
 
     Args:
         path: a CSV (or .csv.gz) with columns ``file, plate, well, site, cell, compound, concentration, moa`` (``site``, ``cell``,
-            ``compound``, ``concentration`` and ``moa`` may be absent; the names of `cellfast.metadata.columns` and a batch are known too), or with the reference implementation's
-            ``Image_Name, Class_Name, Target``: the image's name is ``<plate>-<well>-s<site>…``, its class ``<compound>_<concentration>``,
+            ``compound``, ``concentration`` and ``moa`` may be absent; the names of `cellfast.metadata.columns` and a batch are
+            known too), or with the reference implementation's
+            ``Image_Name, Class_Name, Target``: the image's name is ``<plate>-<well>-s<site>…``, its class
+                ``<compound>_<concentration>``,
             and its channels stand side by side in one strip.
         root: folder the files' names are relative to; the table's own by default.
         layout: ``HWC`` or ``CHW`` for arrays of three axes, ``strip`` for channels side by side, ``auto`` tells by the shape.
@@ -83,13 +85,13 @@ def read_crop_index(
     """
     path = Path(path)
     if layout not in LAYOUTS:
-        raise CellfastError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        raise CellfastError(f"{option('layout')} must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     raw = read_table(path, f"an index of crops with the columns {','.join(COLUMNS)}").astype(str)
     reference = {name.lower(): name for name in REFERENCE_COLUMNS}
     raw.columns = [reference.get(name.lower(), name) for name in raw.columns]
     folder = Path(root) if root is not None else path.parent
     if not folder.is_dir():
-        raise CellfastError(f"--root {folder}: no such folder; expected the one the index's file names are relative to")
+        raise CellfastError(f"{option('root', folder)}: no such folder; expected the one the index's file names are relative to")
     if raw.empty:
         raise CellfastError(f"{path}: the index has no rows")
     notes: list[str] = []
@@ -168,7 +170,8 @@ def _from_reference(raw: pd.DataFrame, path: Path) -> pd.DataFrame:
         compound, _, concentration = label.rpartition("_")
         if site is None or not compound:
             raise CellfastError(
-                f"{path}: expected Image_Name as <plate>-<well>-s<site>… and Class_Name as <compound>_<concentration>, got {name!r} and {label!r}"
+                f"{path}: expected Image_Name as <plate>-<well>-s<site>… and Class_Name as <compound>_<concentration>, got "
+                f"{name!r} and {label!r}"
             )
         number = re.findall(r"\d+", Path(name).stem)[-1]
         rows.append((name, parts[0], parts[1], site.group(1), number, compound, concentration, ""))
@@ -209,5 +212,6 @@ def _check_treatments(table: pd.DataFrame, path: Path) -> None:
         first = mixed[(mixed["plate"] == mixed["plate"].iloc[0]) & (mixed["well"] == mixed["well"].iloc[0])]
         shown = " and ".join(f"{c} @ {d:g} µM ({m or 'no MoA'})" for c, d, m in first.iloc[:3, 2:].itertuples(index=False))
         raise CellfastError(
-            f"{path}: plate {first['plate'].iloc[0]}, well {first['well'].iloc[0]} has {len(first)} treatments, {shown}; correct the index"
+            f"{path}: plate {first['plate'].iloc[0]}, well {first['well'].iloc[0]} has {len(first)} treatments, {shown}; correct "
+            "the index"
         )

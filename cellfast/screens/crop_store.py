@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.names import check_batch, check_text, file_name
 from cellfast.metadata.wells import well_name
+from cellfast.printable import Shown
 from cellfast.screens import schema, sealed
 from cellfast.screens.hdf5_tables import datasets_of, values_of
 from cellfast.screens.unfinished import what_is_missing
@@ -62,7 +63,8 @@ class PlateStore:
         version = int(attributes["schema_version"])
         if version > schema.SCHEMA_VERSION:
             raise CellfastError(
-                f"{self.path}: written with crop store schema {version}, this cellfast reads up to {schema.SCHEMA_VERSION}; update cellfast"
+                f"{self.path}: written with crop store schema {version}, this cellfast reads up to {schema.SCHEMA_VERSION}; "
+                "update cellfast"
             )
         if version < 1:
             raise CellfastError(f"{self.path}: crop store schema must be 1 or more, got {version}; {AGAIN}")
@@ -93,10 +95,11 @@ class PlateStore:
                 raise CellfastError(f"{self.path}: the pixels were never allocated; {AGAIN}")
             if self._offset + length > self.path.stat().st_size:
                 raise CellfastError(
-                    f"{self.path}: truncated: the pixels end at byte {self._offset + length:,}, the file at {self.path.stat().st_size:,}; {AGAIN}"
+                    f"{self.path}: truncated: the pixels end at byte {self._offset + length:,}, the file at "
+                    f"{self.path.stat().st_size:,}; {AGAIN}"
                 )
 
-        def table(group: str, columns: dict[str, np.dtype | None]) -> dict[str, np.ndarray]:
+        def table(group: str, columns: Mapping[str, np.dtype | None]) -> dict[str, np.ndarray]:
             return {name: values_of(datasets[f"{group}/{name}"], self.path, dtype) for name, dtype in columns.items()}
 
         number = np.dtype(np.float64)
@@ -107,7 +110,7 @@ class PlateStore:
         self._fields = table(schema.FIELDS, schema.FIELD_COLUMNS)
         self._wells = table(schema.WELLS, {**dict.fromkeys(schema.WELL_TEXT), "concentration_um": number})
         self.source_files = values_of(datasets[f"{schema.FIELDS}/source_files"], self.path, None)
-        self.ledger: dict[str, Any] | None = json.loads(values_of(datasets["ledger"], self.path, None)[()])
+        self.ledger: dict[str, Any] | None = json.loads(str(values_of(datasets["ledger"], self.path, None)[()]))
         if not isinstance(self.options, dict) or not isinstance(self.ledger, (dict, type(None))):
             raise CellfastError(f"{self.path}: its options and its ledger must be JSON objects; {AGAIN}")
         self._check_names()
@@ -142,8 +145,9 @@ class PlateStore:
         for name, values in {**self._cells, **self._fields, **self._wells}.items():
             if values.ndim != 1:
                 raise CellfastError(f"{self.path}: table column {name} must have one axis, got shape {values.shape}; {AGAIN}")
-        for group in (self._fields, self._wells, dict(enumerate((self.channel_names, self.scale_low, self.scale_high)))):
-            if len({len(values) for values in group.values()}) > 1:
+        channels: list[Any] = [self.channel_names, self.scale_low, self.scale_high]
+        for columns in (self._fields.values(), self._wells.values(), channels):
+            if len({len(values) for values in columns}) > 1:
                 raise CellfastError(f"{self.path}: the columns of a table are not of one length; {AGAIN}")
         num_fields, num_wells = len(self._fields["well"]), len(self._wells["name"])
         for rows, bound, what in (
@@ -265,7 +269,7 @@ class PlateStore:
         crops = np.empty((stop - start, *self._shape[1:]), dtype=self.dtype)
         if not crops.size:
             return crops
-        memory, done = memoryview(crops.reshape(-1).view(np.uint8)), 0
+        memory, done = crops.reshape(-1).view(np.uint8).data, 0
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * crops[0].nbytes)
             while done < len(memory):
@@ -293,7 +297,7 @@ class PlateStore:
         self._refuse(bad)
 
 
-class Screen:
+class Screen(Shown):
     """All plates of a screen, as one sequence of cells: global row = ``offsets[plate] + row in the plate``.
 
     Attributes:
@@ -325,15 +329,28 @@ class Screen:
         self.offsets = np.concatenate([[0], np.cumsum([store.num_cells for store in self.plates])]).astype(np.int64)
         self.num_cells = int(self.offsets[-1])
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        batches = len({store.batch for store in self.plates})
+        return (
+            f"screen {self.path}: {self.num_cells:,} cells of {self.crop_size} px, {np.dtype(self.dtype).name}, on "
+            f"{len(self.plates)} plates of {batches} batches; channels {', '.join(self.channel_names)}"
+            + (f"; {self.unfinished}" if self.unfinished else "")
+        )
+
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_unfinished: bool = False) -> Screen:
         """Open the screen folder ``path``.
 
         Args:
-            allow_unfinished: take the plates that are there where the ingest has not ended; `Screen.unfinished` says what is missing.
+            allow_unfinished: take the plates that are there where the ingest has not ended; `Screen.unfinished` says what is
+                missing.
 
         Raises:
-            CellfastError: no such folder, no plates in it, a damaged plate, plates that do not fit together, or an unfinished ingest.
+            CellfastError: no such folder, no plates in it, a damaged plate, plates that do not fit together, or an unfinished
+                ingest.
         """
         path = Path(path)
         if not path.is_dir():
@@ -348,7 +365,9 @@ class Screen:
         screen = cls(path, [PlateStore(file) for file in files])
         screen.unfinished = what_is_missing(path, {store.plate for store in screen.plates})
         if screen.unfinished and not allow_unfinished:
-            raise CellfastError(f"{path}: {screen.unfinished}; or take the plates that are there with --allow-unfinished")
+            raise CellfastError(
+                f"{path}: {screen.unfinished}; or take the plates that are there with {option('allow_unfinished', True)}"
+            )
         return screen
 
     def metadata(self) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from cellfast.screens import schema, sealed
 
 
 @njit()
-def _add_histogram(crops, histogram, stride):  # pragma: no cover - compiled
+def _add_histogram(crops: np.ndarray, histogram: np.ndarray, stride: int) -> None:  # pragma: no cover - compiled
     n, channels, height, width = crops.shape
     for i in range(n):
         for c in range(channels):
@@ -51,7 +51,8 @@ class PlateWriter:
         crop_size: side S of a crop, px.
         dtype: ``uint16`` or ``uint8``.
         capacity: the most cells that may come. Fewer are fine (the file is then written once more, without the rest).
-        border: what was done with crops that reach over the field's edge: ``pad``, ``reflect``, ``drop`` or ``ready`` (crops came ready-made).
+        border: what was done with crops that reach over the field's edge: ``pad``, ``reflect``, ``drop`` or ``ready`` (crops came
+            ready-made).
         pixel_size_um: size of a pixel, µm; None when unknown.
         options: what the ingest was asked for, kept so that a restarted run can tell whether a finished plate matches it.
     """
@@ -135,17 +136,20 @@ class PlateWriter:
         """Append the cells of one field: ``crops`` [n, C, S, S] and one value per cell of the four arrays; n may be 0.
 
         Raises:
-            CellfastError: shape or dtype differ from the store's, more cells than ``capacity``, or the well was given another treatment before.
+            CellfastError: shape or dtype differ from the store's, more cells than ``capacity``, or the well was given another
+                treatment before.
         """
         n = len(crops)
         expected = (n, len(self.channel_names), self.crop_size, self.crop_size)
         if crops.shape != expected or crops.dtype != self.dtype:
             raise CellfastError(
-                f"plate {self.plate}, well {well}: crops must be {self.dtype} of shape {expected}, got {crops.dtype} of shape {crops.shape}"
+                f"plate {self.plate}, well {well}: crops must be {self.dtype} of shape {expected}, got {crops.dtype} of shape "
+                f"{crops.shape}"
             )
         if self.num_cells + n > self.capacity:
             raise CellfastError(
-                f"plate {self.plate}: more cells than the {self.capacity} announced; this is a defect of the ingest, please report it"
+                f"plate {self.plate}: more cells than the {self.capacity} announced; this is a defect of the ingest, please "
+                "report it"
             )
         well_row = self._well(well, compound, concentration, moa)
         if n:
@@ -195,7 +199,8 @@ class PlateWriter:
             self._treatments.append(treatment)
         elif repr(self._treatments[row]) != repr(treatment):
             raise CellfastError(
-                f"plate {self.plate}, well {well}: two treatments in one well, {self._treatments[row]} and {treatment}; correct the metadata"
+                f"plate {self.plate}, well {well}: two treatments in one well, {self._treatments[row]} and {treatment}; correct "
+                "the metadata"
             )
         return row
 
@@ -283,7 +288,8 @@ class PlateWriter:
 
 
 def scale_from_histogram(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``np.percentile(pixels, (0.1, 99.9), method="inverted_cdf")`` per channel from counts [C, levels]; high is at least low + 1."""
+    """``np.percentile(pixels, (0.1, 99.9), method="inverted_cdf")`` per channel from counts [C, levels]; high is at least low +
+    1."""
     cumulative = histogram.cumsum(axis=1)
     total = cumulative[:, -1:]
     bounds = []

@@ -1,8 +1,8 @@
 """Cuts square crops out of a field around centroids.
 
 The convention, here and everywhere: the crop of side S around the centroid (y, x) holds the pixels
-``rint(y) − S//2 + (0 … S−1)``, likewise for x; the pixel nearest the centroid lands at index S//2. Centroids are 0-based pixel centres
-(CellProfiler's and scikit-image's convention); halves round to even.
+``rint(y) − S//2 + (0 … S−1)``, likewise for x; the pixel nearest the centroid lands at index S//2. Centroids are 0-based pixel
+centres (CellProfiler's and scikit-image's convention); halves round to even.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ BORDERS = ("pad", "reflect", "drop")
 
 
 def crop_origins(center_y: np.ndarray, center_x: np.ndarray, crop_size: int) -> np.ndarray:
-    """First row and column of each crop, int64 [n, 2]: ``rint(center) − crop_size // 2``; negative where it reaches over the edge."""
+    """First row and column of each crop, int64 [n, 2]: ``rint(center) − crop_size // 2``; negative where it reaches over the
+    edge."""
     centers = np.stack([np.asarray(center_y, dtype=np.float64), np.asarray(center_x, dtype=np.float64)], axis=1)
     return np.rint(centers).astype(np.int64) - crop_size // 2
 
@@ -28,7 +29,9 @@ def inside(origins: np.ndarray, crop_size: int, height: int, width: int) -> np.n
 
 
 @njit()
-def _cut(plane, origins, out, channel, reflect):  # pragma: no cover - compiled
+def _cut(
+    plane: np.ndarray, origins: np.ndarray, out: np.ndarray, channel: int, reflect: bool
+) -> None:  # pragma: no cover - compiled
     height, width = plane.shape
     size = out.shape[2]
     for i in range(origins.shape[0]):
@@ -40,7 +43,8 @@ def _cut(plane, origins, out, channel, reflect):  # pragma: no cover - compiled
         for y in range(size):
             yy = y0 + y
             if reflect:
-                # Like np.pad's "reflect": the edge pixel is not repeated; again and again where the field is smaller than the crop.
+                # Like np.pad's "reflect": the edge pixel is not repeated; again and again where the field is smaller than the
+                # crop.
                 period = 2 * (height - 1) if height > 1 else 1
                 yy = abs(yy) % period
                 yy = min(yy, period - yy) if height > 1 else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 DEFAULT_DIAMETER_PX = 30.0
 # The foreground must be brighter than the background by so many standard deviations of the background, else the field is empty.
@@ -14,15 +14,17 @@ CONTRAST_GUARD = 4.0
 def detect_nuclei(
     plane: np.ndarray, *, diameter_px: float = DEFAULT_DIAMETER_PX
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Find nuclei in a DNA plane: smooth, Otsu's threshold on the background-subtracted plane, split touching ones by a distance watershed.
+    """Find nuclei in a DNA plane: smooth, Otsu's threshold on the background-subtracted plane, split touching ones by a distance
+    watershed.
 
     Args:
         plane: [H, W] uint8 or uint16, bright nuclei on a dark background.
-        diameter_px: typical diameter of a nucleus; smoothing, background scale and the size limits (1/8 to 6 times its area) follow from it.
+        diameter_px: typical diameter of a nucleus; smoothing, background scale and the size limits (1/8 to 6 times its area)
+            follow from it.
 
     Returns:
-        (y, x, dropped): centroids float32 [n] in order of rows, and how many objects were dropped by reason (``too small``, ``too large``).
-        A field whose foreground does not stand out from its background's noise has no nuclei.
+        (y, x, dropped): centroids float32 [n] in order of rows, and how many objects were dropped by reason (``too small``, ``too
+        large``). A field whose foreground does not stand out from its background's noise has no nuclei.
 
     Source: Otsu 1979; the distance-transform watershed of CellProfiler's IdentifyPrimaryObjects in its plainest form.
     """
@@ -32,7 +34,7 @@ def detect_nuclei(
     from skimage.segmentation import watershed
 
     if not 3 <= diameter_px <= 500:
-        raise CellfastError(f"--diameter must lie in 3..500 px, got {diameter_px:g}")
+        raise CellfastError(f"{option('diameter_px')} must lie in 3..500 px, got {diameter_px:g}")
     none = np.zeros(0, np.float32)
     smooth = ndimage.gaussian_filter(plane.astype(np.float32), diameter_px / 15)
     # The background varies slowly; a low percentile over a coarse grid follows it without following the nuclei.
@@ -72,7 +74,8 @@ def detect_nuclei(
 
 
 def centroids_of_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(label, y, x, area) of every label but 0, ascending: means of pixel coordinates in one pass; any number of labels, with gaps."""
+    """(label, y, x, area) of every label but 0, ascending: means of pixel coordinates in one pass; any number of labels, with
+    gaps."""
     rows, columns = np.nonzero(labels)
     found, inverse = np.unique(labels[rows, columns], return_inverse=True)
     area = np.bincount(inverse, minlength=len(found))

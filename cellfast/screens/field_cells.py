@@ -1,13 +1,15 @@
-"""The cells of one field: planes read once, centroids located, crops cut out of them. Ingest and embedding both read fields with it."""
+"""The cells of one field: planes read once, centroids located, crops cut out of them. Ingest and embedding both read fields with
+it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.cutting import crop_origins, cut_crops, inside
 from cellfast.screens.illumination import Illumination
@@ -91,7 +93,8 @@ class FieldPlanes:
 
     reader: FieldReader
     field: Field
-    _planes: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    # Its attribute above would be meant by `field`.
+    _planes: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     facts: PlaneFacts | None = None
 
     def __call__(self, channel: int) -> np.ndarray:
@@ -159,9 +162,9 @@ class FieldReader:
         in_field = (np.rint(y) >= 0) & (np.rint(y) < height) & (np.rint(x) >= 0) & (np.rint(x) < width)
         if 2 * int((~in_field).sum()) > len(y):
             raise LocationError(
-                f"{int((~in_field).sum())} of {len(y)} centroids lie outside the {height} × {width} px field: y from {_reach(y)}, "
-                f"x from {_reach(x)} px. Centroids must be pixels of these very images: were they measured before binning or "
-                "stitching, in µm, or with x and y exchanged?",
+                f"{int((~in_field).sum())} of {len(y)} centroids lie outside the {height} × {width} px field: y from "
+                f"{_reach(y)}, x from {_reach(x)} px. Centroids must be pixels of these very images: were they measured before "
+                "binning or stitching, in µm, or with x and y exchanged?",
                 "centroids outside the field",
             )
         whole = inside(crop_origins(y, x, self.crop_size), self.crop_size, height, width)
@@ -224,7 +227,7 @@ def count_refused(
     """
     where = f"{field.well} site {field.site}"
     if strict:
-        raise CellfastError(f"plate {field.plate}, {where}: {error} (--strict stops here)")
+        raise CellfastError(f"plate {field.plate}, {where}: {error} ({option('strict', True)} stops here)")
     ledger.refuse_field(error.reason, where, str(error))
     if found is not None:
         ledger.cells_found += len(found.object_number) + sum(found.dropped.values())

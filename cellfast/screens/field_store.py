@@ -1,15 +1,16 @@
 """Whole fields in one HDF5 file as they were written by the microscope: encoded TIFF bytes, to be decoded where they are needed.
 
-Layout (attribute ``format`` = ``cellfast-fields``, ``version`` = 1): ``encoded`` uint8 [total], the files one after the other, field by
-field and channel by channel; ``offsets`` int64 [N · C + 1]; attributes ``num_fields``, ``num_channels``, ``height``, ``width``,
-``dtype`` (``uint16`` or ``uint8``), ``channel_names``; ``files`` (optional): N · C names, by which the store stands in for the folder the
-images came from (``--image-root FIELDS.h5``); ``crc32`` uint32 [N · C], of each file's bytes. A seal (`cellfast.screens.sealed`) covers
-all but ``encoded``. Stores of earlier versions, without seal and ``crc32``, are read too, and files of others whose ``encoded`` is a
-variable-length uint8 dataset [N, C].
+Layout (attribute ``format`` = ``cellfast-fields``, ``version`` = 1): ``encoded`` uint8 [total], the files one after the other,
+field by field and channel by channel; ``offsets`` int64 [N · C + 1]; attributes ``num_fields``, ``num_channels``, ``height``,
+``width``, ``dtype`` (``uint16`` or ``uint8``), ``channel_names``; ``files`` (optional): N · C names, by which the store stands in
+for the folder the images came from (``--image-root FIELDS.h5``); ``crc32`` uint32 [N · C], of each file's bytes. A seal
+(`cellfast.screens.sealed`) covers all but ``encoded``. Stores of earlier versions, without seal and ``crc32``, are read too, and
+files of others whose ``encoded`` is a variable-length uint8 dataset [N, C].
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -23,15 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fsspec import AbstractFileSystem
 
 from cellfast.atomic import atomic_path
 from cellfast.errors import CellfastError
 from cellfast.screens import sealed
-from cellfast.screens.remote import is_url, read_bytes
 from cellfast.screens.tiff import check_page, open_tiff, read_alike
+from cellfast.storage.urls import is_url, read_bytes
 
 FORMAT, VERSION = "cellfast-fields", 1
-AGAIN = "write it again with cellfast ingest fields --keep-fields"
+AGAIN = "write it again with `cellfast ingest fields … --keep-fields`"
 
 
 def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tuple[int, int], bool]:
@@ -42,7 +44,8 @@ def greyscale_tiff(source: Path | io.BytesIO, name: str) -> tuple[np.dtype, tupl
     """
     try:
         with open_tiff(source, name) as (tiff, tags, size):
-            page, pages = tiff.pages[0], len(tiff.pages)
+            page: Any = tiff.pages[0]
+            pages = len(tiff.pages)
             shape, dtype = page.shape, page.dtype
             check_page(page, name, size)
             plain = pages == 1 and read_alike(page, tags, size)
@@ -67,8 +70,8 @@ def write_field_store(
 ) -> list[str]:
     """Keep the TIFF files of fields in one HDF5 file, byte for byte, and return what was not (one line each).
 
-    Greyscale files that decoders take differently (a palette, an inverted scale, a turned orientation, strips that do not fit the rows;
-    `cellfast.screens.tiff.read_alike`) are stored anew as plain uncompressed TIFF.
+    Greyscale files that decoders take differently (a palette, an inverted scale, a turned orientation, strips that do not fit the
+    rows; `cellfast.screens.tiff.read_alike`) are stored anew as plain uncompressed TIFF.
 
     Args:
         files: for each field its C paths or fsspec URLs, in channel order.
@@ -78,8 +81,8 @@ def write_field_store(
         progress: called with 1 after each field.
 
     Raises:
-        CellfastError: no files, two files of one name, or (without ``leave_out``, or where nothing is left) a file that cannot be kept;
-            nothing is then written.
+        CellfastError: no files, two files of one name, or (without ``leave_out``, or where nothing is left) a file that cannot be
+            kept; nothing is then written.
     """
     import h5py
 
@@ -211,7 +214,8 @@ class EncodedFields:
     def _open(self) -> None:
         import h5py
 
-        self._data, self._sums = self._own("encoded"), None
+        self._data = self._own("encoded")
+        self._sums: np.ndarray | None = None
         self._vlen = h5py.check_vlen_dtype(self._data.dtype) is not None
         if self._vlen:
             self._open_vlen()
@@ -284,6 +288,10 @@ class EncodedFields:
         number = index * self.num_channels + channel
         return self._files(number, number + 1)[0]
 
+    def size(self, number: int) -> int | None:
+        """Bytes of a file, counted over all; None where the store does not tell without reading it."""
+        return None if self._vlen else int(self._offsets[number + 1] - self._offsets[number])
+
     def _files(self, first: int, last: int) -> list[np.ndarray]:
         """Files ``first`` … ``last`` − 1 of all."""
         with self._said():
@@ -333,78 +341,107 @@ def store_url(path: str | os.PathLike[str]) -> str:
     return f"{PROTOCOL}://{Path(path).absolute()}!"
 
 
-class FieldStoreFiles:
-    """The files of a field store by their names, for `cellfast.screens.remote.file_system`.
+def store_and_key(url: str) -> tuple[str, str]:
+    """(path of the store, name in it) of a URL of `store_url` or under it.
+
+    Raises:
+        CellfastError: there is no such store.
+    """
+    rest = url.split("://", 1)[1]
+    # Folders may have an exclamation mark in their names.
+    ends = [place for place, letter in enumerate(rest) if letter == "!" and os.path.isfile(rest[:place])]
+    if not ends:
+        raise CellfastError(f"{rest.rpartition('!')[0]}: no such field store")
+    return rest[: ends[0]], rest[ends[0] + 1 :].strip("/")
+
+
+class _NamedFiles:
+    """An open store, its files by their names, and the names in each of their folders."""
+
+    def __init__(self, path: str) -> None:
+        self.store = EncodedFields(path)
+        self.lock = threading.Lock()
+        self.numbers = {name: number for number, name in enumerate(self.store.names())}
+        if not self.numbers:
+            self.store.close()
+            raise CellfastError(f"{path}: a field store without the names of its files; {AGAIN}")
+        self.folders: dict[str, set[str]] = {}
+        for name in self.numbers:
+            parts = name.split("/")
+            for depth, below in enumerate(parts):
+                self.folders.setdefault("/".join(parts[:depth]), set()).add(below)
+
+
+@lru_cache(maxsize=4)
+def _named_files(path: str, written: int) -> _NamedFiles:
+    """Opened once for all threads while the file stays the same (``written``: its time of change)."""
+    return _NamedFiles(path)
+
+
+class FieldStoreFileSystem(AbstractFileSystem):
+    """The files of a field store by their names, for fsspec: ``fieldstore:///path/FIELDS.h5!/P1/A01_s1_DNA.tif``.
 
     Raises:
         CellfastError: no field store, or one without names.
     """
 
-    def __init__(self, path: str) -> None:
-        self.store = EncodedFields(path)
-        self._lock = threading.Lock()
-        self._index = {name: number for number, name in enumerate(self.store.names())}
-        if not self._index:
-            raise CellfastError(
-                f"{path}: a field store without the names of its files; write it with cellfast ingest fields --keep-fields"
-            )
-        self._folders: dict[str, set[str]] = {}
-        for name in self._index:
-            *folders, _ = name.split("/")
-            for depth in range(len(folders) + 1):
-                below = name.split("/")[depth]
-                self._folders.setdefault("/".join(folders[:depth]), set()).add(below)
+    protocol = PROTOCOL
+    cachable = False  # a store that is written anew is opened anew
 
-    def isdir(self, key: str) -> bool:
-        """Whether some file lies under ``key``."""
-        return key.strip("/") in self._folders
+    def __init__(self, store: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._files = _named_files(store, os.stat(store).st_mtime_ns)
 
-    def isfile(self, key: str) -> bool:
-        """Whether there is a file of this name."""
-        return key.strip("/") in self._index
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return store_and_key(path)[1] if path.startswith(f"{PROTOCOL}://") else path.strip("/")
 
-    def ls(self, key: str, detail: bool = False) -> list[str]:
-        """Names in a folder."""
-        folder = key.strip("/")
-        return [f"{folder}/{name}" if folder else name for name in sorted(self._folders.get(folder, ()))]
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        return {"store": store_and_key(path)[0]}
 
-    def find(self, key: str) -> list[str]:
-        """All files under ``key``."""
-        folder = key.strip("/")
-        return [name for name in self._index if not folder or name.startswith(f"{folder}/")]
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        """``{"name", "type", "size"}`` of a file or folder."""
+        key = self._strip_protocol(path)
+        if (number := self._files.numbers.get(key)) is not None:
+            return {"name": key, "type": "file", "size": self._files.store.size(number)}
+        if key in self._files.folders:
+            return {"name": key, "type": "directory", "size": 0}
+        raise self._missing(key)
 
-    def cat_file(self, key: str) -> bytes:
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+        """What is in a folder, sorted by name: its names, or the `info` of each."""
+        key = self._strip_protocol(path)
+        if key in self._files.numbers:
+            names = [key]
+        elif key in self._files.folders:
+            names = [f"{key}/{name}" if key else name for name in sorted(self._files.folders[key])]
+        else:
+            raise self._missing(key)
+        return [self.info(name) for name in names] if detail else names
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         """The bytes of a file.
 
         Raises:
             FileNotFoundError: there is none of this name.
             OSError: it is damaged.
         """
-        number = self._index.get(key.strip("/"))
+        key = self._strip_protocol(path)
+        number = self._files.numbers.get(key)
         if number is None:
-            raise FileNotFoundError(f"{self.store.path} has no file {key}")
-        field, channel = divmod(number, self.store.num_channels)
+            raise self._missing(key)
         try:
-            with self._lock:
-                return self.store.file(field, channel).tobytes()
+            with self._files.lock:
+                return self._files.store.file(*divmod(number, self._files.store.num_channels)).tobytes()[start:end]
         except CellfastError as error:
             # One file of many: who reads it refuses its field and goes on.
-            raise OSError(str(error)) from error
+            raise OSError(errno.EIO, str(error)) from error
 
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> io.BytesIO:
+        if mode != "rb":
+            raise OSError(errno.EROFS, f"{self._files.store.path}: a field store is only read through its files' names")
+        return io.BytesIO(self.cat_file(path))
 
-@lru_cache(maxsize=4)
-def open_store_files(path: str, written: float) -> FieldStoreFiles:
-    """The store's files; opened once while the file stays the same (``written``: its time of change)."""
-    return FieldStoreFiles(path)
-
-
-def store_files(url: str) -> tuple[FieldStoreFiles, str]:
-    """(files, name in them) of a URL of `store_url` or under it."""
-    rest = url.split("://", 1)[1]
-    # Folders may have an exclamation mark in their names.
-    ends = [place for place, letter in enumerate(rest) if letter == "!" and os.path.isfile(rest[:place])]
-    if not ends:
-        raise CellfastError(f"{rest.rpartition('!')[0]}: no such field store")
-    path, key = rest[: ends[0]], rest[ends[0] + 1 :]
-    written = os.stat(path).st_mtime
-    return open_store_files(path, written), key.strip("/")
+    def _missing(self, key: str) -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, f"not in the field store {self._files.store.path}", key)

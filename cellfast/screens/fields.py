@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.joins import unplaced_overrides
 from cellfast.screens.illumination import Illumination
 from cellfast.screens.image_table import ImageTable, image_table_from_pattern, read_image_table
@@ -60,9 +61,12 @@ def open_fields(
         CellfastError: files that are not what they should be, options that do not go together.
     """
     if (image_table is None) == (pattern is None):
-        raise CellfastError("give either an image table or --pattern")
+        raise CellfastError(f"give either an image table or {option('pattern')}")
     if locations != "detect" and (detect_channel or diameter_px):
-        raise CellfastError(f"--detect-channel and --diameter belong to --locations detect, got --locations {locations}")
+        raise CellfastError(
+            f"{option('detect_channel')} and {option('diameter_px')} belong to {option('locations', 'detect')}, got "
+            f"{option('locations', locations)}"
+        )
     columns = columns or {}
     if image_table is not None:
         table = read_image_table(image_table, image_root, channels=channels, plate=plate, columns=columns)
@@ -74,7 +78,7 @@ def open_fields(
     placed: set[str] = set()
     for file, join in ((metadata, join_metadata), (moa, join_moa)):
         if file is not None:
-            table, report = join(table, file, later)
+            table, report = join(table, os.fspath(file), later)
             table = replace(table, notes=(*table.notes, *report.notes))
             unmatched += report.unmatched
             unused += report.unused
@@ -89,7 +93,7 @@ def open_fields(
             detect_options={"diameter_px": diameter_px} if diameter_px else None,
             split_components=split_components,
         ),
-        Illumination(illumination, table.illumination) if illumination else None,
+        Illumination(Path(illumination), table.illumination) if illumination else None,
         str(image_table or pattern),
         tuple(unmatched),
         tuple(unused),

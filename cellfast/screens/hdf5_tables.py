@@ -16,7 +16,8 @@ _LINKS = {h5l.TYPE_SOFT: "SoftLink", h5l.TYPE_EXTERNAL: "ExternalLink"}
 
 
 def datasets_of(group: h5g.GroupID, path: Path, prefix: str = "") -> dict[str, h5d.DatasetID]:
-    """The datasets of a file and of its groups by name ("cells/field"); what would make HDF5 open another file or follow a path is refused.
+    """The datasets of a file and of its groups by name ("cells/field"); what would make HDF5 open another file or follow a path
+    is refused.
 
     A screen has hundreds of plates with twenty datasets each, so they are opened once and in h5py's low-level interface.
     """
@@ -26,8 +27,8 @@ def datasets_of(group: h5g.GroupID, path: Path, prefix: str = "") -> dict[str, h
     for name, kind in links:
         if kind != h5l.TYPE_HARD:
             raise CellfastError(
-                f"{path}: '{prefix}{name}' is a {_LINKS.get(kind, 'link of another kind')}; links are refused in a crop store, as they "
-                "can lead to other files"
+                f"{path}: '{prefix}{name}' is a {_LINKS.get(kind, 'link of another kind')}; links are refused in a crop store, "
+                "as they can lead to other files"
             )
         item = h5o.open(group, name.encode())
         if isinstance(item, h5d.DatasetID):

@@ -20,12 +20,13 @@ MOST_LOADED = 32
 class Illumination:
     """Functions from a folder and the folders in it.
 
-    Of plate and channel, the first that is there: the file that the image table names (``named``: (plate, channel) → (folder, name));
-    ``<plate>_<channel>.npy`` or ``<plate>_Illum<channel>.npy`` (CellProfiler's name); the same or ``[Illum]<channel>.npy`` in a folder of the
-    plate's name; and for all plates ``[Illum]<channel>.npy`` in the folder itself. The channel OrigDNA is also called DNA.
+    Of plate and channel, the first that is there: the file that the image table names (``named``: (plate, channel) → (folder,
+    name)); ``<plate>_<channel>.npy`` or ``<plate>_Illum<channel>.npy`` (CellProfiler's name); the same or
+    ``[Illum]<channel>.npy`` in a folder of the plate's name; and for all plates ``[Illum]<channel>.npy`` in the folder itself.
+    The channel OrigDNA is also called DNA.
 
-    Each is a float array [H, W] of positive, finite values. A plane becomes ``round(plane / (f / mean(f)))``, clipped to its type:
-    the mean brightness of a field stays about what it was.
+    Each is a float array [H, W] of positive, finite values. A plane becomes ``round(plane / (f / mean(f)))``, clipped to its
+    type: the mean brightness of a field stays about what it was.
     """
 
     folder: Path
@@ -72,7 +73,8 @@ class Illumination:
         """The function of a plate's channel, divided by its mean, float32 [H, W].
 
         Raises:
-            CellfastError: a name that cannot name a file, none for this channel, not readable, or with values that are not positive and finite.
+            CellfastError: a name that cannot name a file, none for this channel, not readable, or with values that are not
+                positive and finite.
         """
         file_name("plate", plate), file_name("channel", channel)  # the folder is not left
         found = self._loaded.get(f"{plate}/{channel}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -13,9 +13,9 @@ from urllib.parse import unquote
 
 from pandas import DataFrame
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.screens.field_store import PROTOCOL, store_url
-from cellfast.screens.remote import file_system, is_url
+from cellfast.storage.urls import file_system, is_url
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".flex", ".lsm", ".stk", ".png")
 _FUNCTION_SUFFIXES = (".npy", ".mat")
@@ -31,8 +31,9 @@ class FileColumns:
     file: str | None = None
     url: str | None = None
 
-    def of(self, row: dict[str, Any]) -> tuple[str, str]:
-        """(folder, name) in a row of the table; ``("", "")`` where it names none. Either may be of a URL, or have ``\\`` for ``/``."""
+    def of(self, row: Mapping[Any, Any]) -> tuple[str, str]:
+        """(folder, name) in a row of the table; ``("", "")`` where it names none. Either may be of a URL, or have ``\\`` for
+        ``/``."""
         name = str(row[self.file]).strip() if self.file is not None else ""
         if self.url is not None and (self.folder is None or not name):
             name = str(row[self.url]).strip() or name
@@ -48,10 +49,10 @@ class FileColumns:
 def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: object, notes: list[str]) -> dict[str, FileColumns]:
     """The channels of a table and the columns that name their files.
 
-    Channels are ``[Image_]FileName_<channel>`` or ``URL_[Orig]<channel>``; in a table without any (DeepProfiler's index.csv) each column
-    in which every value is the path of an image. Of those, where ``channels`` names none: not illumination functions, not outlines, not
-    what CellProfiler wrote (it has no ``Channel_`` or ``Frame_`` column where others do); and where several are called ``Orig<channel>``,
-    those alone.
+    Channels are ``[Image_]FileName_<channel>`` or ``URL_[Orig]<channel>``; in a table without any (DeepProfiler's index.csv) each
+    column in which every value is the path of an image. Of those, where ``channels`` names none: not illumination functions, not
+    outlines, not what CellProfiler wrote (it has no ``Channel_`` or ``Frame_`` column where others do); and where several are
+    called ``Orig<channel>``, those alone.
 
     Args:
         channels: to take, in this order; None: all, in the table's order.
@@ -77,7 +78,7 @@ def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: obje
             rest[:] = [name for name in rest if name not in names]
 
     leave(
-        "illumination functions: --illumination divides by them",
+        f"illumination functions: {option('illumination')} divides by them",
         [n for n in rest if re.match(r"(?i)illum(?!ina)", n) or _function(table, listed[n])],
     )
     leave("outlines", [n for n in rest if "outline" in n.lower()])
@@ -88,7 +89,9 @@ def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: obje
     leave("made from the Orig channels", [n for n in rest if n not in orig and (len(orig) > 1 or n in bases)])
     if not rest:
         found = "; ".join(f"{', '.join(names)} ({why})" for why, names in left.items())
-        raise CellfastError(f"{path}: no channels among its columns of files: {found}; name those that are with --channels")
+        raise CellfastError(
+            f"{path}: no channels among its columns of files: {found}; name those that are with {option('channels')}"
+        )
     if left:
         out = "; ".join(f"{', '.join(names)} ({why})" for why, names in left.items())
         notes.append(f"taken as channels: {', '.join(rest)}; not: {out}")
@@ -96,7 +99,8 @@ def channel_columns(table: DataFrame, channels: Sequence[str] | None, path: obje
 
 
 def illumination_columns(table: DataFrame, channels: Sequence[str]) -> dict[str, FileColumns]:
-    """The columns that name each channel's illumination function: ``FileName_Illum<channel>``, for OrigDNA also ``FileName_IllumDNA``."""
+    """The columns that name each channel's illumination function: ``FileName_Illum<channel>``, for OrigDNA also
+    ``FileName_IllumDNA``."""
     listed = {name.lower(): columns for name, columns in _listed(table).items()}
     found = {}
     for channel in channels:
@@ -158,7 +162,7 @@ def chosen(channels: Sequence[str] | None, known: list[str], where: str) -> list
     unknown = [name for name in channels if name not in known]
     if unknown or len(set(channels)) != len(channels):
         what = f"unknown channels {', '.join(unknown)}" if unknown else "a channel is named twice"
-        raise CellfastError(f"--channels: {what}; the {where} have {', '.join(known)}")
+        raise CellfastError(f"{option('channels')}: {what}; the {where} have {', '.join(known)}")
     return list(channels)
 
 
@@ -169,11 +173,12 @@ def found_columns(table: DataFrame) -> str:
 
 
 def image_root_of(image_root: str | os.PathLike[str]) -> Path | str:
-    """The folder, or the URL of a remote folder or of a field store, that ``--image-root`` names; raises `CellfastError` for none."""
+    """The folder, or the URL of a remote folder or of a field store, that ``image_root`` names; raises `CellfastError` for
+    none."""
     if is_url(image_root):
         fs, key = file_system(str(image_root).rstrip("/"))
         if not fs.isdir(key):
-            raise CellfastError(f"--image-root {image_root}: no such folder")
+            raise CellfastError(f"{option('image_root', image_root)}: no such folder")
         return str(image_root).rstrip("/")
     root = Path(image_root)
     if root.is_file() and root.suffix.lower() in (".h5", ".hdf5"):
@@ -181,7 +186,7 @@ def image_root_of(image_root: str | os.PathLike[str]) -> Path | str:
         file_system(url)
         return url
     if not root.is_dir():
-        raise CellfastError(f"--image-root {root}: no such folder, nor a field store (.h5)")
+        raise CellfastError(f"{option('image_root', root)}: no such folder, nor a field store (.h5)")
     return root
 
 
@@ -200,7 +205,8 @@ def file_finder(root: Path | str) -> FileFinder | RemoteFinder:
 
 
 def _spellings(folder: str, name: str) -> list[tuple[list[str], str]]:
-    """(names of the folders, name of the file) as they may be on a disk: as written, and with ``%20`` and its kin read as a URL's."""
+    """(names of the folders, name of the file) as they may be on a disk: as written, and with ``%20`` and its kin read as a
+    URL's."""
     scheme = _SCHEME.match(folder) if is_url(folder) or folder.lower().startswith("file:") else None
     plain = folder[scheme.end() :] if scheme else folder
     both = [(plain, name), (unquote(plain), unquote(name))]
@@ -220,7 +226,8 @@ def _under_plate(parts: list[str], plate: str) -> bool:
 
 
 class FileFinder:
-    """Where a table's file lies: as given, or under the image root with more or less of the table's folders, a folder of the plate's name first."""
+    """Where a table's file lies: as given, or under the image root with more or less of the table's folders, a folder of the
+    plate's name first."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -232,8 +239,8 @@ class FileFinder:
         if not name:
             return ""
         known = self._folders.get((folder, plate))
-        for last in dict.fromkeys((name, unquote(name))) if known is not None else ():
-            if (known / last).is_file():
+        for last in dict.fromkeys((name, unquote(name))):
+            if known is not None and (known / last).is_file():
                 return str(known / last)
         spellings = _spellings(folder, name)
         for parts, last in spellings:
@@ -313,13 +320,14 @@ def check_files(fields: Sequence[Any], channel_names: Sequence[str]) -> None:
             twice = next(file for file, count in Counter(named).items() if count > 1)
             names = [name for name, file in zip(channel_names, files) if file == twice]
             raise CellfastError(
-                f"{where}: channels {' and '.join(names)} name the same file, {twice}; "
-                "correct the image table, or choose other channels with --channels"
+                f"{where}: channels {' and '.join(names)} name the same file, {twice}; correct the image table, or choose other "
+                f"channels with {option('channels')}"
             )
         for file in named:
             other = owner.setdefault(file, field)
             if other is not field and (is_url(file) or os.path.isfile(file)):
                 raise CellfastError(
-                    f"{where} and plate {other.plate}, well {other.well}, site {other.site} have one file, {file}; correct the image table, "
-                    "or give --image-root a folder in which each plate's files lie in a folder of their own, as the table names it"
+                    f"{where} and plate {other.plate}, well {other.well}, site {other.site} have one file, {file}; correct the "
+                    f"image table, or give {option('image_root')} a folder in which each plate's files lie in a folder of their "
+                    "own, as the table names it"
                 )

@@ -1,4 +1,5 @@
-"""Image tables: which file is which channel of which field. BBBC021's image CSV, CellProfiler's load_data and Image.csv, file-name patterns."""
+"""Image tables: which file is which channel of which field. BBBC021's image CSV, CellProfiler's load_data and Image.csv,
+file-name patterns."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.canonical import canonical_metadata
 from cellfast.metadata.columns import BATCH, COMPOUND, CONCENTRATION, IMAGE_NUMBER, MOA, PLATE, SITE, WELL, find_columns
 from cellfast.metadata.joins import split_overrides
@@ -77,13 +78,15 @@ def read_image_table(
     Args:
         path: CSV or CSV.gz with ``[Image_]FileName_<channel>`` and ``[Image_]PathName_<channel>``, or ``URL_[Orig]<channel>``,
             or a column of paths per channel (DeepProfiler's index.csv); see `cellfast.screens.image_files.channel_columns`.
-        image_root: folder (fsspec URL, or field store) that relative paths start from; absolute paths that do not exist here are looked up under it.
+        image_root: folder (fsspec URL, or field store) that relative paths start from; absolute paths that do not exist here are
+            looked up under it.
         channels: channels to take, in this order; None: all, in the table's order.
         plate: plate name for tables without one.
         columns: canonical name → the column that holds it, where it is not recognised; the table's ``placed`` names those it has.
 
     Raises:
-        CellfastError: unreadable, needed columns missing (lists those found), unknown channels, wells that are none, one field listed twice.
+        CellfastError: unreadable, needed columns missing (lists those found), unknown channels, wells that are none, one field
+            listed twice.
     """
     root = image_root_of(image_root)
     table = read_table(path, "an image table")
@@ -95,7 +98,9 @@ def read_image_table(
     here, _ = split_overrides(columns or {}, list(table.columns))
     found = find_columns(list(table.columns), here, str(path))
     if PLATE not in found and plate is None:
-        raise CellfastError(f"{path}: no column with the plate (found {found_columns(table)}); name the plate with --plate")
+        raise CellfastError(
+            f"{path}: no column with the plate (found {found_columns(table)}); name the plate with {option('plate')}"
+        )
     known = canonical_metadata(table[list(dict.fromkeys(found.values()))], found, str(path), notes)
     known, spellings = unify_spellings(known, (PLATE,))
     notes.extend(spelling_notes(spellings))
@@ -146,8 +151,8 @@ def image_table_from_pattern(
     """Make an image table from file names under ``image_root``.
 
     Args:
-        pattern: regular expression with the named groups ``channel`` and ``well`` (or ``row`` and ``column``), and perhaps ``site`` and
-            ``plate``, searched in each file's path relative to ``image_root`` (with ``/``).
+        pattern: regular expression with the named groups ``channel`` and ``well`` (or ``row`` and ``column``), and perhaps
+            ``site`` and ``plate``, searched in each file's path relative to ``image_root`` (with ``/``).
 
     Raises:
         CellfastError: not a regular expression, groups missing, nothing matches, one field and channel matched twice.
@@ -156,14 +161,15 @@ def image_table_from_pattern(
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise CellfastError(f"--pattern {pattern!r} is not a regular expression: {error}") from error
+        raise CellfastError(f"{option('pattern', pattern)} is not a regular expression: {error}") from error
     groups = set(regex.groupindex)
     if "channel" not in groups or not ("well" in groups or {"row", "column"} <= groups):
         raise CellfastError(
-            f"--pattern must have the groups (?P<channel>…) and (?P<well>…), or row and column; it has {sorted(groups) or 'none'}"
+            f"{option('pattern')} must have the groups (?P<channel>…) and (?P<well>…), or row and column; it has "
+            f"{sorted(groups) or 'none'}"
         )
     if "plate" not in groups and plate is None:
-        raise CellfastError("--pattern has no group (?P<plate>…): name the plate with --plate")
+        raise CellfastError(f"{option('pattern')} has no group (?P<plate>…): name the plate with {option('plate')}")
     found: dict[tuple[str, str, int], dict[str, str]] = {}
     unmatched = []
     for name, file in files_under(root):
@@ -181,16 +187,18 @@ def image_table_from_pattern(
         files = found.setdefault(key, {})
         if part["channel"] in files:
             raise CellfastError(
-                f"--pattern matches two files for plate {key[0]}, well {key[1]}, site {site}, channel {part['channel']}: {files[part['channel']]} and {file}"
+                f"{option('pattern')} matches two files for plate {key[0]}, well {key[1]}, site {site}, channel "
+                f"{part['channel']}: {files[part['channel']]} and {file}"
             )
         files[part["channel"]] = str(file)
     if not found:
         raise CellfastError(
-            f"--pattern matches none of {len(unmatched)} files under {root}" + (f", such as {unmatched[0]}" if unmatched else "")
+            f"{option('pattern')} matches none of {len(unmatched)} files under {root}"
+            + (f", such as {unmatched[0]}" if unmatched else "")
         )
     known = sorted({channel for files in found.values() for channel in files})
     names = chosen(channels, known, "file names")
-    notes = [f"{len(unmatched)} files under --image-root do not match the pattern, such as {unmatched[0]}"] if unmatched else []
+    notes = [f"{len(unmatched)} files under {root} do not match the pattern, such as {unmatched[0]}"] if unmatched else []
     fields = [
         Field(plate=p, well=w, site=s, image_number=i + 1, files=tuple(files.get(name, "") for name in names))
         for i, ((p, w, s), files) in enumerate(sorted(found.items()))

@@ -11,15 +11,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tifffile
 
 from cellfast.bounded import MOST_DEFLATED, check_claim
 from cellfast.errors import CellfastError
-from cellfast.screens.remote import is_url, read_bytes
 from cellfast.screens.tiff import check_page, damage_shows, open_tiff, read_alike
+from cellfast.storage.urls import is_url, read_bytes
 
 # tifffile logs what it finds odd in a file; what makes a file unusable is raised below, by name.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -84,8 +84,9 @@ def encoded_plane(
 ) -> np.ndarray | None:
     """The bytes of a TIFF, uint8 [n], whose pixels any decoder gives as `read_plane` does; None for every other file.
 
-    None says nothing about the file but that `read_plane` must decide: it is no TIFF, missing, damaged, refused, unlike the expected, or
-    stored in a way that decoders take differently (`cellfast.screens.tiff.read_alike`) or whose damage they do not tell.
+    None says nothing about the file but that `read_plane` must decide: it is no TIFF, missing, damaged, refused, unlike the
+    expected, or stored in a way that decoders take differently (`cellfast.screens.tiff.read_alike`) or whose damage they do not
+    tell.
     """
     if not _is_tiff(path):
         return None
@@ -163,19 +164,20 @@ def _single_page(tiff: tifffile.TiffFile, path: object) -> tifffile.TiffPage:
     pages = len(tiff.pages)
     if pages == 0:
         raise ImageError(f"{path}: has no image in it", "not a readable image")
-    page = tiff.pages[0]
+    page: Any = tiff.pages[0]
     if page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR) and page.samplesperpixel >= 3:
         raise ImageError(f"{path}: a colour image; expected one grey plane per channel", "colour image")
     if page.samplesperpixel > 1 and any(kind in (1, 2) for kind in page.extrasamples):
         raise ImageError(f"{path}: has an alpha channel; expected one grey plane per channel", "colour image")
     # Further pages are no planes where they are smaller images of the first: thumbnails, levels of a pyramid.
-    full = 1 + next((1 for number in range(1, pages) if not tiff.pages[number].is_reduced), 0)
+    full = 1 + next((1 for number in range(1, pages) if not cast(tifffile.TiffPage, tiff.pages[number]).is_reduced), 0)
     shape, planes = page.shape, 1 if full == 1 else pages
     if planes == 1 and len(page.shape) == 2:
         shape, planes = _series(tiff, page)
     if planes > 1 or page.samplesperpixel > 1 or page.imagedepth > 1 or len(page.shape) != 2:
         raise ImageError(
-            f"{path}: {planes} planes of shape {list(shape)}; expected one grey plane per file: split it into one file per channel",
+            f"{path}: {planes} planes of shape {list(shape)}; expected one grey plane per file: split it into one file per "
+            "channel",
             "planar or multi-page",
         )
     return page
@@ -221,7 +223,8 @@ def read_picture(
     ``labels``: the numbers count and not what they look like, so that palettes and one bit are read too.
 
     Raises:
-        ImageError: several frames, colour, transparency, a palette of colours, a mode that is not 8 or 16 bit, unlike ``expect_shape``, or larger than the file can hold.
+        ImageError: several frames, colour, transparency, a palette of colours, a mode that is not 8 or 16 bit, unlike
+            ``expect_shape``, or larger than the file can hold.
     """
     from PIL import Image
 
@@ -232,8 +235,8 @@ def read_picture(
         warnings.simplefilter("ignore")  # of bombs, which are judged here
         image = Image.open(content, formats=_PICTURES)
     with image:
-        if getattr(image, "n_frames", 1) > 1:
-            raise ImageError(f"{path}: {image.n_frames} frames; expected one", "planar or multi-page")
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise ImageError(f"{path}: {frames} frames; expected one", "planar or multi-page")
         deep = image.format == "PNG" and _png_bits(content) == 16
         if image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or ("transparency" in image.info and not labels):
             raise ImageError(

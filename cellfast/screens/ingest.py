@@ -1,21 +1,20 @@
-"""What both ingests share: finished plates are recognised, plates run side by side, the ledger closes the account."""
+"""What both ingests share: finished plates are recognised, plates run side by side, the ledger adds up."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cellfast.atomic import remove_abandoned, told_when_full
-from cellfast.errors import CellfastError
-from cellfast.folder_lock import FolderLock
+from cellfast.errors import CellfastError, option
+from cellfast.fresh_processes import FreshProcesses
 from cellfast.printable import masked_values
 from cellfast.progress import Progress
 from cellfast.screens import unfinished
@@ -23,6 +22,7 @@ from cellfast.screens.crop_store import PlateStore
 from cellfast.screens.crop_writer import plate_file_name
 from cellfast.screens.inputs import changed_files, changed_options
 from cellfast.screens.ledger import PlateLedger
+from cellfast.storage.locks import FolderLock
 
 # Set in each worker process by `_begin_worker`: how many fields or files are done, over all workers.
 _counter: Any = None
@@ -51,7 +51,8 @@ def plate_path(screen: Path, plate: str) -> Path:
 
 
 def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
-    """The ledger of a plate that an earlier run finished from the same files with the same options; None, and why, where there is none to keep.
+    """The ledger of a plate that an earlier run finished from the same files with the same options; None, and why, where there is
+    none to keep.
 
     Of a plate that was made before files were recorded the ledger comes with a reason.
 
@@ -67,18 +68,16 @@ def finished_ledger(task: PlateTask) -> tuple[PlateLedger | None, str]:
     inputs, options = changed_options(store.options, wanted)
     for name in options:
         raise CellfastError(
-            f"{task.path}: this plate was made with {name} = {store.options.get(name)!r}, now {name} = {wanted.get(name)!r} is asked for; "
-            "ingest into another folder, or use --force to make it again"
+            f"{task.path}: this plate was made with {name} = {store.options.get(name)!r}, now {name} = {wanted.get(name)!r} "
+            f"is asked for; ingest into another folder, or use {option('force', True)} to make it again"
         )
     if store.ledger is None:
-        raise CellfastError(f"{task.path}: the plate carries no ledger; use --force to make it again")
+        raise CellfastError(f"{task.path}: the plate carries no ledger; use {option('force', True)} to make it again")
     recorded = store.ledger.get("inputs")
     changed = changed_files(recorded, task.inputs) if recorded is not None and not inputs else None
     if inputs or changed:
         return None, "; ".join([*inputs, *([changed] if changed else [])])
-    known = {f.name for f in fields(PlateLedger)}
-    ledger = PlateLedger(**{key: value for key, value in store.ledger.items() if key in known})
-    return ledger, "" if recorded is not None else "made before files were recorded"
+    return PlateLedger.from_json(store.ledger), "" if recorded is not None else "made before files were recorded"
 
 
 def stored_ledger(ledger: PlateLedger, task: PlateTask) -> dict[str, Any]:
@@ -143,8 +142,8 @@ def run_plates(
             unrecorded += bool(why)
     if unrecorded:
         notes.append(
-            f"{unrecorded} plates were made before the sizes and times of files were recorded; they are kept, whatever became of their "
-            "files: --force makes them again"
+            f"{unrecorded} plates were made before the sizes and times of files were recorded; they are kept, whatever became of "
+            f"their files: {option('force', True)} makes them again"
         )
     if todo:
         unfinished.begin(todo[0].path.parent.parent, [task.plate for task in tasks])
@@ -156,7 +155,9 @@ def run_plates(
             progress.message(f"ingest: {note}")
         if ledgers:
             refused = sum(sum(ledger.fields_refused.values()) for ledger in ledgers.values())
-            again = f"; {refused:,} of their fields were refused then: --force tries them again" if refused else ""
+            again = (
+                f"; {refused:,} of their fields were refused then: {option('force', True)} tries them again" if refused else ""
+            )
             progress.message(f"ingest: {len(ledgers)} of {len(tasks)} plates were finished before and are kept{again}")
         progress.enabled &= bool(todo)
         if workers <= 1 or len(todo) <= 1:
@@ -207,8 +208,7 @@ def _run_parallel(
     workers: int,
     shown: _Shown,
 ) -> None:
-    # spawn: a fork would copy locks of HDF5 and of thread pools in the state another thread left them in.
-    context = multiprocessing.get_context("spawn")
+    context = FreshProcesses()
     counter = context.Array("q", 2)
     with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context, initializer=_begin_worker, initargs=(counter,)) as pool:
         plate_of = {pool.submit(_do, work, task): task.plate for task in todo}
@@ -221,8 +221,8 @@ def _run_parallel(
                     ledgers[plate_of[future]] = future.result()
         except BrokenProcessPool as error:
             raise CellfastError(
-                f"a process of the ingest ended without a word, most likely for want of memory; use fewer --workers (now {workers}). "
-                "The same command goes on with the plates that are not finished"
+                f"a process of the ingest ended without a word, most likely for want of memory; use fewer {option('workers')} "
+                f"(now {workers}). The same command goes on with the plates that are not finished"
             ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -248,7 +248,8 @@ def ingesting(screen: Path) -> Iterator[None]:
 
 
 def other_plates(screen: Path, tasks: Sequence[PlateTask]) -> list[str]:
-    """A note naming the plates in the screen folder that are not of this ingest: they stay part of the screen, this ledger leaves them out."""
+    """A note naming the plates in the screen folder that are not of this ingest: they stay part of the screen, this ledger leaves
+    them out."""
     ours = {task.path.name for task in tasks}
     others = sorted(p.stem for p in (screen / "plates").glob("*.h5") if not p.name.startswith(".") and p.name not in ours)
     if not others:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellfast.bounded import load_npy
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.batches import batches_as_said
 from cellfast.screens import schema
 from cellfast.screens.crop_index import CropIndex
@@ -36,8 +36,8 @@ def read_crop(path: str | Path, *, layout: str = "auto", num_channels: int | Non
     """Read one crop as uint8 or uint16 [C, H, W] from ``.npy``, TIFF or PNG.
 
     Args:
-        layout: ``HWC``, ``CHW``, ``strip`` (C square channels side by side) or ``auto``: an axis of at most 16 is the channels', the last
-            one first (images are HWC more often); two axes are one channel.
+        layout: ``HWC``, ``CHW``, ``strip`` (C square channels side by side) or ``auto``: an axis of at most 16 is the channels',
+            the last one first (images are HWC more often); two axes are one channel.
         num_channels: channels of a ``strip``; None: as many squares as fit.
 
     Raises:
@@ -87,7 +87,9 @@ def _channels_first(pixels: np.ndarray, path: Path, layout: str, num_channels: i
         return pixels.transpose(2, 0, 1)
     if pixels.shape[0] <= MOST_CHANNELS:
         return pixels
-    raise CropError(f"{path}: cannot tell the channels of shape {pixels.shape}; say --layout HWC or CHW", "wrong shape")
+    raise CropError(
+        f"{path}: cannot tell the channels of shape {pixels.shape}; say {option('layout', 'HWC')} or CHW", "wrong shape"
+    )
 
 
 def _probe(index: CropIndex) -> tuple[tuple[int, int, int], np.dtype]:
@@ -104,14 +106,14 @@ def _probe(index: CropIndex) -> tuple[tuple[int, int, int], np.dtype]:
         key = (crop.shape, crop.dtype.name)
         seen[key] = seen.get(key, 0) + 1
     if not seen:
-        raise CellfastError(f"none of {len(positions)} crops tried can be read; check --root. {'; '.join(errors[:3])}")
+        raise CellfastError(f"none of {len(positions)} crops tried can be read; check {option('root')}. {'; '.join(errors[:3])}")
     shape, dtype = max(seen, key=lambda key: seen[key])
     if shape[1] != shape[2]:
         raise CellfastError(
             f"{index.table['file'].iloc[0]}: crops must be square, got {shape[1]} × {shape[2]} px with {shape[0]} channels; "
-            "channels side by side need --layout strip"
+            f"channels side by side need {option('layout', 'strip')}"
         )
-    return shape, np.dtype(dtype)
+    return (shape[0], shape[1], shape[2]), np.dtype(dtype)
 
 
 def ingest_crops(
@@ -129,7 +131,8 @@ def ingest_crops(
 ) -> Ledger:
     """Write one crop store per plate from files of one crop each, and the ledger.
 
-    A file that is missing, unreadable or unlike the rest in shape or type is dropped and counted with its reason, unless ``strict``.
+    A file that is missing, unreadable or unlike the rest in shape or type is dropped and counted with its reason, unless
+    ``strict``.
 
     Raises:
         CellfastError: nothing readable, crops not square, the wrong number of channel names, a plate made otherwise before.
@@ -140,7 +143,7 @@ def ingest_crops(
         channel_names = [f"channel{i + 1}" for i in range(shape[0])]
     if len(channel_names) != shape[0]:
         raise CellfastError(
-            f"--channels names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
+            f"{option('channels')} names {len(channel_names)} channels ({', '.join(channel_names)}), the crops have {shape[0]}"
         )
     tasks, times = [], FileTimes()
     batches = batches_as_said(zip(index.table["plate"], index.table["batch"]), batch_regex)
@@ -198,7 +201,9 @@ def ingest_crop_plate(task: PlateTask) -> PlateLedger:
         options=task.options,
     ) as writer:
         for (well, site), group in groups:
-            crops, kept = [], []
+            crops: list[np.ndarray] = []
+            kept: list[Any] = []
+            row: Any
             for row in group.itertuples():
                 try:
                     crop = read_crop(row.file, layout=work["layout"], num_channels=shape[0])
@@ -211,7 +216,7 @@ def ingest_crop_plate(task: PlateTask) -> PlateLedger:
                         raise CropError(f"{row.file}: expected {dtype} as most crops have, got {crop.dtype}", "wrong bit depth")
                 except CropError as error:
                     if work["strict"]:
-                        raise CellfastError(f"{error} (--strict stops here)") from error
+                        raise CellfastError(f"{error} ({option('strict', True)} stops here)") from error
                     ledger.drop_cells(error.reason, 1)
                     ledger.refusals.append({"reason": error.reason, "where": f"{well} site {site}", "message": str(error)})
                 else:
@@ -226,7 +231,7 @@ def ingest_crop_plate(task: PlateTask) -> PlateLedger:
             writer.append_field(
                 np.stack(crops),
                 well=str(well),
-                site=int(site),
+                site=int(str(site)),
                 source_files=[str(Path(first.file).parent)] * shape[0],
                 compound=first.compound,
                 concentration=first.concentration,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.batches import batches_as_said
 from cellfast.printable import masked
 from cellfast.screens.centroids import LocationError, Locations
@@ -24,7 +24,7 @@ from cellfast.screens.ingest import PlateTask, count_unit, ingesting, other_plat
 from cellfast.screens.inputs import FileTimes, digest, field_inputs
 from cellfast.screens.ledger import Ledger, PlateLedger
 from cellfast.screens.locations import LocationSource
-from cellfast.screens.remote import is_url
+from cellfast.storage.urls import is_url
 
 PROBED_FIELDS = 15
 
@@ -49,11 +49,11 @@ class FieldIngestOptions:
 
     def __post_init__(self) -> None:
         if self.crop_size < 8 or self.crop_size > 1024:
-            raise CellfastError(f"--crop-size must lie in 8..1024 px, got {self.crop_size}")
+            raise CellfastError(f"{option('crop_size')} must lie in 8..1024 px, got {self.crop_size}")
         if self.border not in BORDERS:
-            raise CellfastError(f"--border must be one of {', '.join(BORDERS)}, got {self.border!r}")
+            raise CellfastError(f"{option('border')} must be one of {', '.join(BORDERS)}, got {self.border!r}")
         if self.pixel_size_um is not None and not 0 < self.pixel_size_um < 1000:
-            raise CellfastError(f"--pixel-size-um must be a positive number of µm, got {self.pixel_size_um}")
+            raise CellfastError(f"{option('pixel_size_um')} must be a positive number of µm, got {self.pixel_size_um}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def probe_images(table: ImageTable) -> tuple[tuple[int, int], np.dtype]:
                 errors.append(str(error))
     if not seen:
         raise CellfastError(
-            f"none of {len(positions)} fields tried can be read; check --image-root. " + "; ".join(dict.fromkeys(errors[:3]))
+            f"none of {len(positions)} fields tried can be read; check {option('image_root')}. "
+            + "; ".join(dict.fromkeys(errors[:3]))
         )
     bits: dict[int, list[str]] = {}
     for name, counted in types.items():
@@ -95,7 +96,8 @@ def probe_images(table: ImageTable) -> tuple[tuple[int, int], np.dtype]:
     if len(bits) > 1:
         told = ", ".join(f"{' and '.join(names)} {count}-bit" for count, names in sorted(bits.items()))
         raise CellfastError(
-            f"the channels have two pixel types: {told}; save all of them with one, or choose those of one with --channels"
+            f"the channels have two pixel types: {told}; save all of them with one, or choose those of one with "
+            f"{option('channels')}"
         )
     (shape, dtype), _ = seen.most_common(1)[0]
     return shape, np.dtype(dtype)
@@ -117,9 +119,10 @@ def ingest_fields(
 ) -> Ledger:
     """Cut every located cell out of its field and write one crop store per plate and the ledger.
 
-    A field that cannot be used (missing, unreadable, planar, multi-page, colour, another size or type than the rest, constant, the same
-    image in two channels) is refused with its reason and the rest goes on, unless ``options.strict``. A plate that an earlier run
-    finished with the same options is kept where its tables, images and locations are unchanged, and else made again, which a note says.
+    A field that cannot be used (missing, unreadable, planar, multi-page, colour, another size or type than the rest, constant,
+    the same image in two channels) is refused with its reason and the rest goes on, unless ``options.strict``. A plate that an
+    earlier run finished with the same options is kept where its tables, images and locations are unchanged, and else made again,
+    which a note says.
 
     Args:
         table: fields and channels, treatments joined.
@@ -132,7 +135,8 @@ def ingest_fields(
         force: make plates again that are there already.
 
     Raises:
-        CellfastError: no cell written, one file for two channels or fields, a plate made otherwise before, or (strict) an unusable field.
+        CellfastError: no cell written, one file for two channels or fields, a plate made otherwise before, or (strict) an
+            unusable field.
     """
     options = options or FieldIngestOptions()
     screen = Path(screen)
@@ -178,7 +182,8 @@ def ingest_fields(
 
 
 def field_table_digest(fields: Sequence[Field]) -> str:
-    """SHA-256 of where the fields were taken, their files (of URLs without secrets: a new signature is no new file) and treatments."""
+    """SHA-256 of where the fields were taken, their files (of URLs without secrets: a new signature is no new file) and
+    treatments."""
 
     def files(field: Field) -> list[str]:
         return [masked(file, opaque=False) if is_url(file) else file for file in field.files]

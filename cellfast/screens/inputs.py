@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cellfast.errors import CellfastError
 from cellfast.printable import masked
-from cellfast.screens.field_store import PROTOCOL
-from cellfast.screens.remote import file_system, is_url
+from cellfast.screens.field_store import PROTOCOL, store_and_key
+from cellfast.storage.urls import file_system, is_url
 
 if TYPE_CHECKING:
     from cellfast.screens.image_table import Field
@@ -48,7 +48,10 @@ class FileTimes:
         if not is_url(file):
             return _stat(file)
         if file.startswith(f"{PROTOCOL}://"):
-            return _stat(file.split("://", 1)[1].split("!")[0])
+            try:
+                return _stat(store_and_key(file)[0])
+            except CellfastError:
+                return []
         folder, _, name = file.rpartition("/")
         if folder not in self._folders:
             self._folders[folder] = _listing(folder)
@@ -77,7 +80,8 @@ def _listing(folder: str) -> dict[str, list[Any]]:
 
 
 def field_inputs(fields: Sequence[Field], locations: LocationSource, times: FileTimes) -> dict[str, str]:
-    """``{"A01 site 1": "<images> <locations>"}``: digests of the names, sizes and times of each field's images and of the file of its cells."""
+    """``{"A01 site 1": "<images> <locations>"}``: digests of the names, sizes and times of each field's images and of the file of
+    its cells."""
     record = {}
     for one in fields:
         own = locations.file(one)
@@ -97,7 +101,8 @@ def crop_inputs(crops: Iterable[tuple[str, int, str]], times: FileTimes) -> dict
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(inputs that changed, in words; names of options that differ) of two descriptions of a plate."""
-    inputs, options = [], []
+    inputs: list[str] = []
+    options: list[str] = []
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
         if old != new:

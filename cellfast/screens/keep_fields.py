@@ -6,26 +6,32 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.progress import Progress
 from cellfast.screens.field_cells import fields_by_plate
 from cellfast.screens.field_store import store_url, write_field_store
 from cellfast.screens.image_table import ImageTable
-from cellfast.screens.remote import is_url
+from cellfast.storage.urls import is_url
 
 
 def check_not_there(path: Path, *, force: bool) -> None:
     """Raise `CellfastError` where ``path`` must not be written."""
     if path.suffix.lower() not in (".h5", ".hdf5"):
-        raise CellfastError(f"--keep-fields {path}: the file's name must end in .h5, by which --image-root knows a field store")
+        raise CellfastError(
+            f"{option('keep_fields', path)}: the file's name must end in .h5, by which {option('image_root')} knows a field store"
+        )
     if path.exists() and not force:
-        raise CellfastError(f"--keep-fields {path} is there already; choose another name, or --force to write it again")
+        raise CellfastError(
+            f"{option('keep_fields', path)} is there already; choose another name, or {option('force', True)} to write it again"
+        )
 
 
 def keep_fields(table: ImageTable, image_root: str, path: Path, *, show_progress: bool = True) -> tuple[int, list[str]]:
-    """Write the field store of a table's images; returns how many fields it has, and what was left out or stored anew, one line each.
+    """Write the field store of a table's images; returns how many fields it has, and what was left out or stored anew, one line
+    each.
 
-    The files keep the names they have under ``image_root``, so that ``--image-root path`` reads the same table from the store.
+    The files keep the names they have under ``image_root``, so that the store as ``image_root`` reads the same table from the
+    store.
 
     Raises:
         CellfastError: no field can be kept; nothing is then written.

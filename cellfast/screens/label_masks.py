@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.paths import Place, like_a_plate, plate_of_path
 from cellfast.screens.centroids import LocationError, Locations
 from cellfast.screens.detect import centroids_of_labels
@@ -56,7 +56,8 @@ class MaskLocations:
                 taken.setdefault(found[0], []).append(one)
             elif found:
                 source.problems[_place(one)] = (
-                    f"two masks of one name, {found[0]} and {found[1]}: put each plate's masks into a folder of the plate's name ({one.plate})"
+                    f"two masks of one name, {found[0]} and {found[1]}: put each plate's masks into a folder of the plate's name "
+                    f"({one.plate})"
                 )
         for mask, sharing in taken.items():
             # masks/A01/s1.png is of the image A01/s1.tif and not of B01/s1.tif.
@@ -64,8 +65,8 @@ class MaskLocations:
             if len(owners) != 1:
                 names = " and ".join(f"plate {f.plate}, well {f.well}, site {f.site}" for f in sharing[:2])
                 raise CellfastError(
-                    f"{mask}: one mask for {len(sharing)} fields, {names}, whose images have one name; put each plate's masks into a folder "
-                    f"of the plate's name, such as {source.folder.name}/{sharing[0].plate}/{Path(mask).name}"
+                    f"{mask}: one mask for {len(sharing)} fields, {names}, whose images have one name; put each plate's masks "
+                    f"into a folder of the plate's name, such as {source.folder.name}/{sharing[0].plate}/{Path(mask).name}"
                 )
             source.masks[_place(owners[0])] = mask
         source.left = sorted(search.files - {os.path.realpath(mask) for mask in source.masks.values()})
@@ -89,7 +90,8 @@ class MaskLocations:
         """Masks that belong to no field of the image table; images of the table's that lie in the same folder are none."""
         if not self.left:
             return None
-        return f"{len(self.left):,} images in the folder of masks are of no field of the image table, such as {Path(self.left[0]).name}"
+        first = Path(self.left[0]).name
+        return f"{len(self.left):,} images in the folder of masks are of no field of the image table, such as {first}"
 
     def _read(self, path: str, planes: Callable[[int], np.ndarray]) -> Locations:
         shape = planes(0).shape
@@ -147,7 +149,7 @@ def _cells_of(labels: np.ndarray, path: str, *, split: bool) -> Locations:
 
 def _check_objects(labels: np.ndarray, path: str, number: np.ndarray, of_piece: np.ndarray, area: np.ndarray) -> None:
     """Refuse masks whose labels are no objects: binary ones, and those of classes such as nucleus, border and background."""
-    hint = "--split-components makes each connected piece a cell; or save the mask with a label for each cell"
+    hint = f"{option('split_components', True)} makes each connected piece a cell; or save the mask with a label for each cell"
     if len(number) == 1:
         raise LocationError(
             f"{path}: a binary mask: all its labelled pixels are {number[0]}, in {len(of_piece)} pieces; {hint}", "binary mask"
@@ -159,7 +161,8 @@ def _check_objects(labels: np.ndarray, path: str, number: np.ndarray, of_piece: 
     in_pieces = int((second >= largest / 10).sum())  # specks beside a cell are no second cell
     if in_pieces * 2 > len(number) or (len(number) <= 3 and (labels != 0).all()):
         raise LocationError(
-            f"{path}: {in_pieces} of its {len(number)} labels lie in several pieces of like size: classes of pixels, not cells; {hint}",
+            f"{path}: {in_pieces} of its {len(number)} labels lie in several pieces of like size: classes of pixels, not cells; "
+            f"{hint}",
             "mask is not a label image",
         )
 

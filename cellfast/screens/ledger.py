@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,28 @@ class PlateLedger:
         if count:
             self.cells_dropped[reason] = self.cells_dropped.get(reason, 0) + int(count)
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PlateLedger:
+        """The ledger that ``asdict`` made a JSON value of; what is unknown of it is left out."""
+        return cls(**{key: value[key] for key in cls.__dataclass_fields__ if key in value})
+
+    def add(self, other: PlateLedger) -> None:
+        """Add the counts, refusals and warnings of another part of the plate."""
+        for name in ("fields_listed", "fields_written", "cells_found", "cells_written", "cells_padded"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, count in other.cells_dropped.items():
+            self.drop_cells(reason, count)
+        for reason, count in other.fields_refused.items():
+            self.fields_refused[reason] = self.fields_refused.get(reason, 0) + count
+        self.refusals += other.refusals
+        self.warnings += other.warnings
+
     def check(self) -> None:
         """Raise `CellfastError` when the sums do not agree: then a cell was lost, which is a defect of this program."""
         if self.cells_found != self.cells_written + sum(self.cells_dropped.values()):
             raise CellfastError(
-                f"plate {self.plate}: {self.cells_found} cells found, but {self.cells_written} written and {dict(self.cells_dropped)} dropped; "
-                "a cell was lost, please report this"
+                f"plate {self.plate}: {self.cells_found} cells found, but {self.cells_written} written and "
+                f"{dict(self.cells_dropped)} dropped; a cell was lost, please report this"
             )
         if self.fields_listed != self.fields_written + sum(self.fields_refused.values()):
             raise CellfastError(
@@ -134,32 +151,36 @@ class Ledger:
     def table(self, limit: int = 12) -> str:
         """The ledger as text for the screen: sums, reasons, and the first ``limit`` of each kind of complaint."""
         t = self.totals()
-        lines = [
-            f"{'plates':<26}{t['plates']:>10,}",
-            f"{'wells listed':<26}{t['wells_listed']:>10,}"
-            + (f"   without cells: {t['wells_without_cells']:,}" if t["wells_without_cells"] else ""),
-            f"{'fields listed':<26}{t['fields_listed']:>10,}",
-            f"{'  written':<26}{t['fields_written']:>10,}",
-            *(f"{'  refused: ' + printable(reason):<26}{count:>10,}" for reason, count in sorted(t["fields_refused"].items())),
-            f"{'cells found':<26}{t['cells_found']:>10,}",
-            f"{'  written':<26}{t['cells_written']:>10,}"
-            + (f"   of them padded at the border: {t['cells_padded']:,}" if t["cells_padded"] else ""),
-            *(f"{'  dropped: ' + printable(reason):<26}{count:>10,}" for reason, count in sorted(t["cells_dropped"].items())),
+        without, padded = t["wells_without_cells"], t["cells_padded"]
+        counts = [
+            ("plates", t["plates"], ""),
+            ("wells listed", t["wells_listed"], f"   without cells: {without:,}" if without else ""),
+            ("fields listed", t["fields_listed"], ""),
+            ("  written", t["fields_written"], ""),
+            *((f"  refused: {reason}", count, "") for reason, count in sorted(t["fields_refused"].items())),
+            ("cells found", t["cells_found"], ""),
+            ("  written", t["cells_written"], f"   of them padded at the border: {padded:,}" if padded else ""),
+            *((f"  dropped: {reason}", count, "") for reason, count in sorted(t["cells_dropped"].items())),
         ]
-        refusals = [f"{p.plate} {r['where']}: {r['message']}" for p in self.plates for r in p.refusals]
-        empty = [f"{p.plate} {well}" for p in self.plates for well in p.wells_without_cells]
-        warnings = [f"{p.plate}: {w}" for p in self.plates for w in p.warnings]
-        for title, items in (
-            ("Refused", refusals),
-            ("Wells without cells", empty),
-            ("Warnings", warnings),
-            ("Treatments without a row in the metadata", self.unmatched_metadata),
-            ("Metadata rows no field uses", self.unused_metadata),
-            ("Notes", self.notes),
-        ):
-            if items:
-                lines.append(f"{title} ({len(items)}):")
-                lines += [f"  {printable(item)}" for item in items[:limit]]
-                if len(items) > limit:
-                    lines.append(f"  … and {len(items) - limit} more in {LEDGER_FILE}")
-        return "\n".join(lines)
+        complaints = {
+            "Refused": [f"{p.plate} {r['where']}: {r['message']}" for p in self.plates for r in p.refusals],
+            "Wells without cells": [f"{p.plate} {well}" for p in self.plates for well in p.wells_without_cells],
+            "Warnings": [f"{p.plate}: {w}" for p in self.plates for w in p.warnings],
+            "Treatments without a row in the metadata": self.unmatched_metadata,
+            "Metadata rows no field uses": self.unused_metadata,
+            "Notes": self.notes,
+        }
+        return ledger_text(counts, complaints, LEDGER_FILE, limit)
+
+
+def ledger_text(counts: Iterable[tuple[str, int, str]], complaints: Mapping[str, Sequence[str]], file: str, limit: int) -> str:
+    """A ledger as text: a line per count (name, number, remark), then the first ``limit`` complaints of each kind; ``file`` has
+    the rest."""
+    lines = [f"{printable(name):<34}{number:>14,}{remark}" for name, number, remark in counts]
+    for title, items in complaints.items():
+        if items:
+            lines.append(f"{title} ({len(items)}):")
+            lines += [f"  {printable(item)}" for item in items[:limit]]
+            if len(items) > limit:
+                lines.append(f"  … and {len(items) - limit} more in {file}")
+    return "\n".join(lines)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata.canonical import canonical_metadata
 from cellfast.metadata.columns import IMAGE_NUMBER, PLATE, SITE, WELL, find_column, find_columns
 from cellfast.metadata.paths import Place, centroid_place
@@ -24,7 +24,7 @@ from cellfast.screens.detect import DEFAULT_DIAMETER_PX, detect_nuclei
 from cellfast.screens.image_files import files_under
 from cellfast.screens.image_table import MOST_NUMBER, Field, ImageTable
 from cellfast.screens.label_masks import MaskLocations
-from cellfast.screens.remote import exists, is_url, read_bytes
+from cellfast.storage.urls import exists, is_url, read_bytes
 
 # CellProfiler's and DeepProfiler's names; CellProfiler counts pixel centres from 0.
 CENTER_X = (
@@ -58,17 +58,23 @@ FAR_PX = 1e9
 
 
 class LocationSource(Protocol):
-    """Anything that knows where the cells of a field are; ``description`` identifies it in the ledger."""
+    """Anything that knows where the cells of a field are."""
 
-    description: str
     reads_images: bool
 
+    @property
+    def description(self) -> str:
+        """What the source is; the ledger names it."""
+        ...
+
     def locate(self, field: Field, planes: Callable[[int], np.ndarray]) -> Locations:
-        """The cells of ``field``; ``planes(channel)`` reads a plane. Raises `LocationError` when the source has nothing for the field."""
+        """The cells of ``field``; ``planes(channel)`` reads a plane. Raises `LocationError` when the source has nothing for the
+        field."""
         ...
 
     def file(self, field: Field) -> str | None:
-        """The file of this one field's cells, whose change means that they are located anew; None: there is none, or one for all fields."""
+        """The file of this one field's cells, whose change means that they are located anew; None: there is none, or one for all
+        fields."""
         ...
 
     def unused(self, fields: Sequence[Field]) -> str | None:
@@ -93,7 +99,9 @@ def open_locations(
     """
     source = _open(spec, table, detect_channel, detect_options or {}, split_components)
     if split_components and not isinstance(source, MaskLocations):
-        raise CellfastError(f"--split-components is for label masks; --locations {spec} are {source.description}")
+        raise CellfastError(
+            f"{option('split_components')} is for label masks; {option('locations', spec)} are {source.description}"
+        )
     return source
 
 
@@ -103,7 +111,7 @@ def _open(
     if spec == "detect":
         channel = detect_channel or table.channel_names[0]
         if channel not in table.channel_names:
-            raise CellfastError(f"--detect-channel {channel}: the channels are {', '.join(table.channel_names)}")
+            raise CellfastError(f"{option('detect_channel', channel)}: the channels are {', '.join(table.channel_names)}")
         return DetectedLocations(
             table.channel_names.index(channel), channel, detect_options.get("diameter_px", DEFAULT_DIAMETER_PX)
         )
@@ -115,7 +123,8 @@ def _open(
         return TableLocations.read(path, table.fields)
     if not path.is_dir():
         raise CellfastError(
-            f"--locations {spec}: no such file or folder; expected a table, a folder of centroid CSVs or label masks, or 'detect'"
+            f"{option('locations', spec)}: no such file or folder; expected a table, a folder of centroid CSVs or label masks, "
+            "or 'detect'"
         )
     masks = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".tif", ".tiff", ".png"))
     if masks:
@@ -124,10 +133,10 @@ def _open(
         return FolderLocations.index(path, table.fields)
     if any(path.rglob("*_seg.npy")):
         raise CellfastError(
-            f"--locations {spec}: Cellpose's _seg.npy files need pickle, which can execute code, and are refused; "
+            f"{option('locations', spec)}: Cellpose's _seg.npy files need pickle, which can execute code, and are refused; "
             "save masks as TIFF or PNG instead (cellpose --save_tif or --save_png gives _cp_masks files)"
         )
-    raise CellfastError(f"--locations {spec}: neither centroid CSVs nor label masks (.tif, .png) in this folder")
+    raise CellfastError(f"{option('locations', spec)}: neither centroid CSVs nor label masks (.tif, .png) in this folder")
 
 
 def _locations_of(table: pd.DataFrame, what: str) -> Locations:
@@ -185,8 +194,8 @@ class TableLocations:
 
     @classmethod
     def read(cls, path: Path | str, fields: Sequence[Field]) -> TableLocations:
-        """Read the table and group it by field: by plate, well and site where it has all three, else by ImageNumber (with its plate where it
-        has one), else by plate and well where a well has one field.
+        """Read the table and group it by field: by plate, well and site where it has all three, else by ImageNumber (with its
+        plate where it has one), else by plate and well where a well has one field.
 
         Raises:
             CellfastError: no centroid columns, no key, a key that fits several fields, an image number that contradicts the well.
@@ -218,8 +227,8 @@ class TableLocations:
             several = [w for w, n in Counter((f.plate, f.well) for f in fields).items() if n > 1]
             if several:
                 raise CellfastError(
-                    f"{path}: it has no column with the site, and plate {several[0][0]}, well {several[0][1]} has several fields: add that "
-                    "column, or ImageNumber to both tables"
+                    f"{path}: it has no column with the site, and plate {several[0][0]}, well {several[0][1]} has several "
+                    "fields: add that column, or ImageNumber to both tables"
                 )
             site_of = {(f.plate, f.well): f.site for f in fields}
             keys = [(p, w, site_of.get((p, w), 1)) for p, w in zip(known[PLATE], known[WELL])]
@@ -269,7 +278,7 @@ class TableLocations:
         )
 
 
-def _grouped(table: pd.DataFrame, keys: Sequence[tuple[Any, ...]], path: Path | str) -> dict[tuple[Any, ...], Locations]:
+def _grouped(table: pd.DataFrame, keys: list[Any], path: Path | str) -> dict[tuple[Any, ...], Locations]:
     codes, unique = pd.factorize(pd.Series(keys, dtype=object))
     groups = {key: _locations_of(table.iloc[rows], str(path)) for key, rows in zip(unique, _rows_of(codes, len(unique)))}
     return {tuple(key[:-1]) + (int(key[-1]),): found for key, found in groups.items()}
@@ -293,8 +302,8 @@ def _check_images(keys: Sequence[tuple[Any, ...]], images: pd.Series | None, fie
         expected = of_field.get(key, -1)
         if expected >= 0 and image >= 0 and image != expected:
             raise CellfastError(
-                f"{path}, row {row + 2}: ImageNumber {image} contradicts plate {key[0]}, well {key[1]}, site {key[2]}, which is image "
-                f"{expected} of the image table; correct one, or remove the column ImageNumber from one of the tables"
+                f"{path}, row {row + 2}: ImageNumber {image} contradicts plate {key[0]}, well {key[1]}, site {key[2]}, which is "
+                f"image {expected} of the image table; correct one, or remove the column ImageNumber from one of the tables"
             )
 
 
@@ -310,8 +319,8 @@ def _check_one_plate(fields: Sequence[Field], path: Path | str) -> None:
 
 @dataclass
 class FolderLocations:
-    """A CSV per field: DeepProfiler's ``<plate>/<well>-<site>-Nuclei.csv``, CellProfiler's ``<plate>-<well>-<site>/Nuclei.csv`` and their
-    kin, as `cellfast.metadata.paths.centroid_place` tells them.
+    """A CSV per field: DeepProfiler's ``<plate>/<well>-<site>-Nuclei.csv``, CellProfiler's ``<plate>-<well>-<site>/Nuclei.csv``
+    and their kin, as `cellfast.metadata.paths.centroid_place` tells them.
     """
 
     folder: Path | str

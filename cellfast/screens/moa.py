@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.metadata import joins
 from cellfast.metadata.columns import BATCH, COMPOUND, CONCENTRATION, IMAGE_NUMBER, MOA, PLATE, WELL
 from cellfast.metadata.treatments import treatment_name
@@ -20,8 +20,8 @@ from cellfast.screens.image_table import Field, ImageTable
 
 @dataclass(frozen=True)
 class JoinReport:
-    """What did not join: wells or treatments without a row in the table, and rows that no field uses; ``placed``: the ``--column`` choices
-    that the table has.
+    """What did not join: wells or treatments without a row in the table, and rows that no field uses; ``placed``: the columns
+    chosen by the user that the table has.
     """
 
     unmatched: tuple[str, ...]
@@ -74,13 +74,16 @@ def join_metadata(
 
 
 def join_moa(table: ImageTable, path: str | Path, overrides: Mapping[str, str] | None = None) -> tuple[ImageTable, JoinReport]:
-    """Give each field the MoA of its treatment, as `cellfast.metadata.joins.join_moa`; a treatment keeps the MoA it has where no row names it.
+    """Give each field the MoA of its treatment, as `cellfast.metadata.joins.join_moa`; a treatment keeps the MoA it has where no
+    row names it.
 
     Raises:
         CellfastError: as there, or fields without compounds.
     """
     if not any(f.compound for f in table.fields):
-        raise CellfastError(f"{path}: the image table has no compounds to join a MoA to; join them first with --metadata")
+        raise CellfastError(
+            f"{path}: the image table has no compounds to join a MoA to; join them first with {option('metadata')}"
+        )
     joined, report = joins.join_moa(_frame(table), path, overrides)
     fields = _fields(table, joined)
     missing = Counter(treatment_name(f.compound, f.concentration) for f in fields if not f.moa)
@@ -103,7 +106,7 @@ def _said(report: dict[str, Any]) -> tuple[str, ...]:
     ]
     added = [c.removeprefix("Metadata_") for c in report["columns_added"]]
     kept_out = [
-        f"{report['file']}: {', '.join(added[:12])}{' …' if added[12:] else ''} {'is' if len(added) == 1 else 'are'} not kept with the "
-        "cells; join the file to profiles again to use it"
+        f"{report['file']}: {', '.join(added[:12])}{' …' if added[12:] else ''} {'is' if len(added) == 1 else 'are'} not kept "
+        "with the cells; join the file to profiles again to use it"
     ]
     return (*report["notes"], *replaced, *(kept_out if added else []))

@@ -1,9 +1,9 @@
 """HDF5 files that reach libhdf5 only when their structure is whole.
 
-libhdf5 trusts what a file says of itself: one damaged byte can make it loop for ever, end the process or hand out other values. So a
-file of ours begins with a seal in HDF5's user block: the file's size, and a SHA-256 over all of its bytes but the bulk of the data,
-which has checksums of its own. It is compared from plain bytes before HDF5 opens the file. A file without a seal (an older one, or
-another program's) is first opened in a process of its own with a time limit.
+libhdf5 trusts what a file says of itself: one damaged byte can make it loop for ever, end the process or hand out other values.
+So a file of ours begins with a seal in HDF5's user block: the file's size, and a SHA-256 over all of its bytes but the bulk of
+the data, which has checksums of its own. It is compared from plain bytes before HDF5 opens the file. A file without a seal (an
+older one, or another program's) is first opened in a process of its own with a time limit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def seal(path: str | os.PathLike[str], bulk: str) -> None:
     with open(path, "r+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.write(np.array(ranges, "<i8").tobytes())
-        content = {"size": file.tell(), "hdf5": size, "ranges": len(ranges)}
+        content: dict[str, Any] = {"size": file.tell(), "hdf5": size, "ranges": len(ranges)}
         content["sha256"] = _digest(file, ranges, content["size"])
         file.seek(0)
         file.write(_block(content))
@@ -160,7 +160,8 @@ def check_sizes(dataset: h5py.Dataset, path: Path) -> None:
     ends = max((place + length for place, length in _chunks(dataset)), default=0) if dataset.chunks else 0
     if max(stored, ends) > size or dataset.size * dataset.dtype.itemsize > most:
         raise DamagedFile(
-            f"{path}: damaged: {dataset.name} claims shape {dataset.shape} of {dataset.dtype}, in {stored:,} bytes of a file of {size:,}"
+            f"{path}: damaged: {dataset.name} claims shape {dataset.shape} of {dataset.dtype}, in {stored:,} bytes of a file of "
+            f"{size:,}"
         )
 
 
@@ -191,6 +192,7 @@ def try_unsealed(paths: Iterable[Path], opener: type) -> None:
     code = f"import sys; sys.path.insert(0, {package!r}); from {__name__} import _trial; _trial(*sys.argv[1:])"
     command = [sys.executable, "-c", code, opener.__module__, opener.__qualname__, *map(str, todo)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
     try:
         for path, ended in zip(todo, _answers(process, [OPENING_S + path.stat().st_size / 1e9 for path in todo])):
             if ended is not None:
@@ -204,6 +206,7 @@ def try_unsealed(paths: Iterable[Path], opener: type) -> None:
 
 def _answers(process: subprocess.Popen, seconds: Sequence[float]) -> Iterator[str | None]:
     """For each file None, or what happened to the process that opened it."""
+    assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         for limit in seconds:

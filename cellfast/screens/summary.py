@@ -102,7 +102,8 @@ def verify(screen: Screen, progress: Callable[[int], None] | None = None) -> Non
 
 
 def write_montage(screen: Screen, path: str | Path, *, rows: int = 6, columns: int = 8, seed: int = 0) -> None:
-    """Write a PNG of ``rows × columns`` cells drawn at random: per cell its channels side by side, each scaled by the screen's 0.1–99.9 % range."""
+    """Write a PNG of ``rows × columns`` cells drawn at random: per cell its channels side by side, each scaled by the screen's
+    0.1–99.9 % range."""
     from PIL import Image
 
     if screen.num_cells == 0:

@@ -1,4 +1,5 @@
-"""What a TIFF file claims, held against what it can hold, and whether every decoder reads it alike. tifffile parses, this judges."""
+"""What a TIFF file claims, held against what it can hold, and whether every decoder reads it alike. tifffile parses, this
+judges."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from cellfast.errors import CellfastError
 NONE, LZW, DEFLATE, PACKBITS, ZSTD = 1, 5, (8, 32946), 32773, (34926, 50000)
 _JPEG, _JPEG2000 = 7, (33003, 33004, 33005, 34712)
 _LZMA = 34925
-# Bytes that one byte can stand for. LZW: a table of 4,094 strings, each one longer than the one before. Zstandard and LZMA know hardly
-# a bound; beyond that of Deflate an image is blank, and small ones have the slack.
+# Bytes that one byte can stand for. LZW: a table of 4,094 strings, each one longer than the one before. Zstandard and LZMA know
+# hardly a bound; beyond that of Deflate an image is blank, and small ones have the slack.
 _MOST = {NONE: 1, PACKBITS: 64, LZW: 1400, **dict.fromkeys((*DEFLATE, *ZSTD, _LZMA, _JPEG, *_JPEG2000), MOST_DEFLATED)}
 _SLACK = dict.fromkeys((*ZSTD, _LZMA, _JPEG, *_JPEG2000), 64 << 20)
 _VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -30,7 +31,7 @@ class Tag(NamedTuple):
 
     code: int
     type: int
-    count: int
+    number: int
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def open_tiff(content: str | os.PathLike[str] | IO[bytes], name: object) -> Iter
     try:
         size = handle.seek(0, os.SEEK_END)
         tags = _tags(handle, size, name)
-        claimed = sum(_VALUE_BYTES.get(tag.type, 1) * tag.count for tag in tags)
+        claimed = sum(_VALUE_BYTES.get(tag.type, 1) * tag.number for tag in tags)
         check_claim(name, "what its tags hold", claimed, size, slack=4096)
         handle.seek(0)
         with tifffile.TiffFile(handle) as tiff:
@@ -161,8 +162,8 @@ _ONLY_ONE = {254: 0, 262: 1, 266: 1, 274: 1, 277: 1, 284: 1, 339: 1}
 def read_alike(page: tifffile.TiffPage, tags: Sequence[Tag], size: int) -> bool:
     """Whether any decoder gives the pixels of this grey image of 8 or 16 bits as tifffile does, as long as they are not damaged.
 
-    Only what the standard leaves no doubt of: tags once each and in order, one image of one sample, its strips or tiles as many as its
-    rows need, each in the file and, where not compressed, just as long as its rows.
+    Only what the standard leaves no doubt of: tags once each and in order, one image of one sample, its strips or tiles as many
+    as its rows need, each in the file and, where not compressed, just as long as its rows.
     """
     codes = [tag.code for tag in tags]
     if codes != sorted(set(codes)) or page.parent.is_bigtiff:
@@ -171,7 +172,7 @@ def read_alike(page: tifffile.TiffPage, tags: Sequence[Tag], size: int) -> bool:
     if any((c < 32768 and c not in judged | _WITHOUT_EFFECT) or c in _WITH_EFFECT for c in codes):
         return False
     by_code = {tag.code: tag for tag in tags}
-    if any(t.code in _ONE_NUMBER and (t.count != 1 or t.type not in _ONE_NUMBER[t.code]) for t in tags):
+    if any(t.code in _ONE_NUMBER and (t.number != 1 or t.type not in _ONE_NUMBER[t.code]) for t in tags):
         return False
     value = page.tags.valueof
     if not {256, 257, 258, 259, 262} <= by_code.keys() or any(int(value(c, v)) != v for c, v in _ONLY_ONE.items()):
@@ -197,7 +198,7 @@ def read_alike(page: tifffile.TiffPage, tags: Sequence[Tag], size: int) -> bool:
             return False
         lengths = [min(rows, height - first) * width * bits // 8 for first in range(0, height, rows)]
         offsets, counts = by_code[273], by_code[279]
-    if any(tag.count != len(lengths) or tag.type not in (3, 4) for tag in (offsets, counts)):
+    if any(tag.number != len(lengths) or tag.type not in (3, 4) for tag in (offsets, counts)):
         return False
     starts, held = _numbers(value(offsets.code)), _numbers(value(counts.code))
     whole = all(0 < at and 0 < n and at + n <= size for at, n in zip(starts, held))
@@ -211,7 +212,8 @@ def _numbers(value: Any) -> list[int]:
 def damage_shows(page: tifffile.TiffPage) -> bool:
     """Whether every decoder that finds a strip damaged refuses it.
 
-    DALI goes on with what it has of compressed 8-bit images, and of 16-bit ones in Deflate and PackBits where only the end is wrong.
+    DALI goes on with what it has of compressed 8-bit images, and of 16-bit ones in Deflate and PackBits where only the end is
+    wrong.
     """
     compression = int(page.compression)
     return compression == NONE or (page.bitspersample == 16 and compression in (LZW, *ZSTD))

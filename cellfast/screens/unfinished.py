@@ -1,7 +1,8 @@
 """Tells a screen whose ingest has not ended: marks it at the beginning, takes the mark away at the end, and says what is missing.
 
-While an ingest writes plates there is no ``ledger.json``; ``.ingest-<digest of its plates>.json`` holds the plates it is to write and
-its command line. A ledger replaces it at the end. An ingest that was stopped leaves its mark, also where another one ends well later.
+While an ingest writes plates there is no ``ledger.json``; ``.ingest-<digest of its plates>.json`` holds the plates it is to write
+and its command line. A ledger replaces it at the end. An ingest that was stopped leaves its mark, also where another one ends
+well later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Everything a run needs to go on as if it had not stopped: ``RUN/checkpoints/last.pt``, and the one before it, ``previous.pt``."""
+"""Everything a run needs to go on as if it had not stopped: ``RUN/checkpoints/last.pt``, and the one before it,
+``previous.pt``."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 
 from cellfast import __version__
 from cellfast.atomic import atomic_path, partial_path
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.models import SimCLR
 from cellfast.tensor_file import load_tensors, write_tensors
 
@@ -28,8 +29,8 @@ def save_checkpoint(
     config: dict[str, Any],
     training_data: str,
 ) -> None:
-    """Write the state after ``step`` optimiser steps, atomically; what ``path`` held becomes ``previous.pt`` beside it. Views depend on
-    seed and step only, so no generator needs saving."""
+    """Write the state after ``step`` optimiser steps, atomically; what ``path`` held becomes ``previous.pt`` beside it. Views
+    depend on seed and step only, so no generator needs saving."""
     path = Path(path)
     content = {
         "format": FORMAT,
@@ -54,7 +55,8 @@ def _keep(path: Path) -> None:
     try:
         os.link(path, link)
     except OSError:
-        # This file system has no hard links. A kill before the next rename leaves no last.pt, and `find_checkpoint` takes previous.pt.
+        # This file system has no hard links. A kill before the next rename leaves no last.pt, and `find_checkpoint` takes
+        # previous.pt.
         os.replace(path, previous_of(path))
         return
     os.replace(link, previous_of(path))
@@ -68,10 +70,11 @@ def previous_of(path: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> tuple[Path | None, str]:
-    """The newest whole checkpoint of a run, ``path`` or the one before it, and what to say about the choice; None where there is none.
+    """The newest whole checkpoint of a run, ``path`` or the one before it, and what to say about the choice; None where there is
+    none.
 
-    A damaged ``path`` is kept as ``damaged.pt`` when the one before it is whole, so that the next checkpoint does not replace a whole one
-    by it.
+    A damaged ``path`` is kept as ``damaged.pt`` when the one before it is whole, so that the next checkpoint does not replace a
+    whole one by it.
 
     Raises:
         CellfastError: there are checkpoints, and none of them can be read.
@@ -93,7 +96,7 @@ def find_checkpoint(path: Path) -> tuple[Path | None, str]:
                 f"; the one before it cannot be used either: {other}" if earlier.exists() else f", and there is no {earlier.name}"
             )
             raise CellfastError(
-                f"{error}{also}. Copy the checkpoint back from where it was whole, or start anew with --force"
+                f"{error}{also}. Copy the checkpoint back from where it was whole, or start anew with {option('force', True)}"
             ) from error
         kept = path.with_name("damaged.pt")
         os.replace(path, kept)
@@ -127,7 +130,8 @@ def restore(
     config: dict[str, Any],
     path: str | os.PathLike[str],
 ) -> int:
-    """Put a checkpoint's weights and optimiser state in place and return its step; another model or optimiser is a `CellfastError`."""
+    """Put a checkpoint's weights and optimiser state in place and return its step; another model or optimiser is a
+    `CellfastError`."""
     ours, theirs = model.config.to_dict(), content.get("model_config")
     changed = [] if theirs is None else [f"{k} was {theirs.get(k)}, is {v}" for k, v in ours.items() if theirs.get(k) != v]
     was = content.get("config", {}).get("optimizer", config["optimizer"])

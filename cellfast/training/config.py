@@ -5,42 +5,25 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cellfast.atomic import write_text
-from cellfast.errors import CellfastError
+from cellfast.declared import check, value
+from cellfast.errors import CellfastError, option
 from cellfast.printable import masked_values
 
 # As in cellfast.models, which imports torch; a test compares them.
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "cnn4")
 STEMS = ("imagenet", "small", "dense", "full")
 INPUT_TRANSFORMS = ("none", "perakis2021")
-# Bytes and levels of a YAML file: the longest configuration has three levels and a few thousand bytes. Whole numbers are an int64's.
-MOST_YAML, MOST_YAML_DEPTH, MOST_WHOLE = 1 << 20, 20, 2**63 - 1
-
-
-def _value(
-    default: Any,
-    help_text: str,
-    *,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    group: str,
-) -> Any:
-    metadata = {"help": help_text, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above, "group": group}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+# Bytes and levels of a YAML file: the longest configuration has three levels and a few thousand bytes.
+MOST_YAML, MOST_YAML_DEPTH = 1 << 20, 20
 
 
 @dataclass
@@ -52,147 +35,142 @@ class TrainConfig:
         CellfastError: a value of the wrong type or outside its range, naming key, limits and what was given.
     """
 
-    recipe: str = _value("default", "Set of defaults to start from.", group="Recipe")
+    recipe: str = value("default", "Set of defaults to start from.", group="Recipe")
 
-    encoder: str = _value("resnet18", "Encoder.", choices=ENCODERS, group="Model")
-    stem: str = _value(
+    encoder: str = value("resnet18", "Encoder.", choices=ENCODERS, group="Model")
+    stem: str = value(
         "small",
         "First layers of a ResNet. imagenet: 7x7 stride 2 + pooling; small: 3x3 stride 2 + pooling, same cost; dense: no "
-        "pooling, 4x the "
-        "cost; full: stride 1, 16x. cnn4 has no choice of stem.",
+        "pooling, 4x the cost; full: stride 1, 16x. cnn4 has no choice of stem.",
         choices=STEMS,
         group="Model",
     )
-    projection_dim: int = _value(128, "Columns of the projection z.", minimum=1, group="Model")
-    projection_layers: int = _value(2, "Linear layers of the projection head.", minimum=1, group="Model")
-    projection_hidden: int | None = _value(
+    projection_dim: int = value(128, "Columns of the projection z.", minimum=1, group="Model")
+    projection_layers: int = value(2, "Linear layers of the projection head.", minimum=1, group="Model")
+    projection_hidden: int | None = value(
         None, "Width of the head's hidden layers; null: as wide as h.", minimum=1, group="Model"
     )
-    projection_batch_norm: bool = _value(False, "BatchNorm in the projection head.", group="Model")
-    input_transform: str = _value(
+    projection_batch_norm: bool = value(False, "BatchNorm in the projection head.", group="Model")
+    input_transform: str = value(
         "none",
         "What the model does to its input. perakis2021: inverted and normalised as by the reference implementation.",
         choices=INPUT_TRANSFORMS,
         group="Model",
     )
-    weights: str | None = _value(
+    weights: str | None = value(
         None, "Start from this file: a torchvision ResNet's state_dict (also ImageNet's) or a cellfast model.", group="Model"
     )
 
-    output_size: int | None = _value(
+    output_size: int | None = value(
         None,
         "Side in px of the views the encoder sees; null: 6/7 of the crop size, to a multiple of 8 (112 -> 96).",
         minimum=16,
         group="Input",
     )
-    scaling: str = _value(
+    scaling: str = value(
         "screen",
         "Intensity scaling: the medians over plates (screen), each plate's own (plate), or 8-bit crops as they are and others as "
         "screen (8-bit).",
         choices=("screen", "plate", "8-bit"),
         group="Input",
     )
-    augment: dict[str, Any] = _value(  # noqa: RUF009
-        {"preset": "default"}, "Augmentation preset; single values with --set augment.NAME=VALUE.", group="Input"
+    augment: dict[str, Any] = value(  # noqa: RUF009
+        {"preset": "default"}, "Augmentation preset; single values as augment.NAME.", group="Input"
     )
-    plates: list[str] = _value([], "Train on these plates only (comma-separated); none given: all.", group="Input")  # noqa: RUF009
-    hold_out_plates: list[str] = _value([], "Leave these plates out of training and validation.", group="Input")  # noqa: RUF009
-    loader: str = _value("mmap", "Who gathers the cells.", choices=("mmap", "dali"), group="Input")
-    feed: str = _value(
+    plates: list[str] = value([], "Train on these plates only (comma-separated); none given: all.", group="Input")  # noqa: RUF009
+    hold_out_plates: list[str] = value([], "Leave these plates out of training and validation.", group="Input")  # noqa: RUF009
+    loader: str = value("mmap", "Who gathers the cells.", choices=("mmap", "dali"), group="Input")
+    feed: str = value(
         "auto",
-        "Where the cells wait: all of them in the device's memory (resident), or read as they are due (stream); auto: resident on a GPU "
-        "where they take at most half of its free memory.",
+        "Where the cells wait: all of them in the device's memory (resident), or read as they are due (stream); auto: resident "
+        "on a GPU where they take at most half of its free memory.",
         choices=("auto", "resident", "stream"),
         group="Input",
     )
 
-    temperature: float = _value(0.1, "Temperature of NT-Xent.", minimum=0.01, group="Loss")
-    batch_norm: str = _value(
+    temperature: float = value(0.1, "Temperature of NT-Xent.", minimum=0.01, group="Loss")
+    batch_norm: str = value(
         "joint",
         "BatchNorm statistics over both views (joint), or one forward pass per view as the reference implementation (per-view).",
         choices=("joint", "per-view"),
         group="Loss",
     )
 
-    batch_size: int = _value(
-        256, "Cells per minibatch over all processes; each gives two views.", minimum=2, group="Optimisation"
-    )
-    chunk_size: int | None = _value(
+    batch_size: int = value(256, "Cells per minibatch over all processes; each gives two views.", minimum=2, group="Optimisation")
+    chunk_size: int | None = value(
         None,
-        "Encode a minibatch in pieces of so many cells per process (gradient caching): the loss still sees all of it, memory is that of "
-        "one piece, time about 4/3. BatchNorm statistics are each piece's. null: in one piece.",
+        "Encode a minibatch in pieces of so many cells per process (gradient caching): the loss still sees all of it, memory is "
+        "that of one piece, time about 4/3. BatchNorm statistics are each piece's. null: in one piece.",
         minimum=1,
         group="Optimisation",
     )
-    epochs: int = _value(100, "Passes over the training cells.", minimum=0, group="Optimisation")
-    steps: int | None = _value(
+    epochs: int = value(100, "Passes over the training cells.", minimum=0, group="Optimisation")
+    steps: int | None = value(
         None,
-        "Minibatches in all, instead of epochs; 0 writes the model as it starts: random (the baseline), or with --weights.",
+        "Minibatches in all, instead of epochs; 0 writes the model as it starts: random (the baseline), or with weights.",
         minimum=0,
         group="Optimisation",
     )
-    optimizer: str = _value("adamw", "Optimiser.", choices=("adamw", "adam", "lars"), group="Optimisation")
-    lr: float = _value(1e-3, "Peak learning rate (not scaled by the minibatch).", above=0, group="Optimisation")
-    weight_decay: float = _value(
+    optimizer: str = value("adamw", "Optimiser.", choices=("adamw", "adam", "lars"), group="Optimisation")
+    lr: float = value(1e-3, "Peak learning rate (not scaled by the minibatch).", above=0, group="Optimisation")
+    weight_decay: float = value(
         1e-4,
         "Weight decay (adam: L2 as torch.optim.Adam; adamw and lars: not on biases and BatchNorm).",
         minimum=0,
         group="Optimisation",
     )
-    momentum: float = _value(0.9, "Momentum of LARS.", minimum=0, maximum=1, group="Optimisation")
-    schedule: str = _value(
+    momentum: float = value(0.9, "Momentum of LARS.", minimum=0, maximum=1, group="Optimisation")
+    schedule: str = value(
         "cosine",
-        "Learning rate after the warm-up: cosine or constant per step; perakis2021: constant for 10 epochs, then a cosine "
-        "per epoch whose "
-        "half period is as many epochs as an epoch has minibatches.",
+        "Learning rate after the warm-up: cosine or constant per step; perakis2021: constant for 10 epochs, then a cosine per "
+        "epoch whose half period is as many epochs as an epoch has minibatches.",
         choices=("cosine", "constant", "perakis2021"),
         group="Optimisation",
     )
-    warmup: float = _value(
+    warmup: float = value(
         0.05, "Fraction of all steps in which the learning rate rises.", minimum=0, maximum=1, group="Optimisation"
     )
-    final_lr: float = _value(
+    final_lr: float = value(
         0.0, "Learning rate at the end, as a fraction of the peak.", minimum=0, maximum=1, group="Optimisation"
     )
-    clip_grad_norm: float | None = _value(None, "Clip the gradient's norm to this.", above=0, group="Optimisation")
+    clip_grad_norm: float | None = value(None, "Clip the gradient's norm to this.", above=0, group="Optimisation")
 
-    validation: str = _value(
+    validation: str = value(
         "well",
         "What is held out for validation: whole wells, random cells, or nothing.",
         choices=("well", "random", "none"),
         group="Validation",
     )
-    validation_fraction: float = _value(0.05, "Fraction of wells or cells held out.", above=0, maximum=0.9, group="Validation")
-    validation_cells: int = _value(
+    validation_fraction: float = value(0.05, "Fraction of wells or cells held out.", above=0, maximum=0.9, group="Validation")
+    validation_cells: int = value(
         2048, "At most so many held-out cells are used in each validation.", minimum=2, group="Validation"
     )
-    validate_every: int = _value(
+    validate_every: int = value(
         1, "Epochs between validations; the last step is always validated.", minimum=1, group="Validation"
     )
 
-    seed: int = _value(0, "Seed of weights, order, views and held-out cells.", minimum=0, maximum=999_999_999, group="Running")
-    device: str = _value(
+    seed: int = value(0, "Seed of weights, order, views and held-out cells.", minimum=0, maximum=999_999_999, group="Running")
+    device: str = value(
         "auto", "Where to compute; auto: CUDA where there is a GPU.", choices=("auto", "cpu", "cuda"), group="Running"
     )
-    amp: bool = _value(False, "bfloat16 autocast.", group="Running")
-    compile: bool = _value(False, "torch.compile the model.", group="Running")
-    cuda_graphs: bool = _value(
+    amp: bool = value(False, "bfloat16 autocast.", group="Running")
+    compile: bool = value(False, "torch.compile the model.", group="Running")
+    cuda_graphs: bool = value(
         False,
-        "Record forward and backward once and replay them (CUDA, one process, no chunk_size): for small minibatches, where launching "
-        "kernels takes longer than running them.",
+        "Record forward and backward once and replay them (CUDA, one process, no chunk_size): for small minibatches, where "
+        "launching kernels takes longer than running them.",
         group="Running",
     )
-    threads: int | None = _value(None, "CPU threads; null: torch's choice.", minimum=1, group="Running")
-    checkpoint_every: int = _value(
+    threads: int | None = value(None, "CPU threads; null: torch's choice.", minimum=1, group="Running")
+    checkpoint_every: int = value(
         500, "Steps between checkpoints; one is also written after every epoch.", minimum=1, group="Running"
     )
-    log_every: int = _value(10, "Steps between lines of metrics.jsonl and TensorBoard.", minimum=1, group="Running")
+    log_every: int = value(10, "Steps between lines of metrics.jsonl and TensorBoard.", minimum=1, group="Running")
 
     def __post_init__(self) -> None:
         if isinstance(self.augment, str):
             self.augment = {"preset": self.augment}
-        for key, hint in field_types().items():
-            setattr(self, key, _checked(key, getattr(self, key), hint))
+        check(self)
         self.augment = {"preset": "default", **self.augment}
         if self.recipe not in RECIPES:
             raise CellfastError(f"recipe: {self.recipe!r} is not known: choose one of {', '.join(RECIPES)}")
@@ -208,8 +186,8 @@ class TrainConfig:
 
 
 # perakis2021: the public implementation's last configuration, with its inverted and normalised input. Deviations: views as
-# cellfast.augment's preset says; ImageNet weights are not downloaded (give the file with --weights). Same crops, views and weights
-# give the same losses: tests/test_reference.py.
+# cellfast.augment's preset says; ImageNet weights are not downloaded (give the file with --weights). Same crops, views and
+# weights give the same losses: tests/test_reference.py.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "perakis2021": {
@@ -231,8 +209,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "validation": "random",
         "validation_fraction": 0.05,
     },
-    # About two minutes on two CPU cores on the screen of `cellfast demo`: a small encoder, and stronger blur and per-channel gain than
-    # the default's, because that screen's plates and weeks differ in focus and brightness.
+    # About two minutes on two CPU cores on the screen of `cellfast demo`: a small encoder, and stronger blur and per-channel gain
+    # than the default's, because that screen's plates and weeks differ in focus and brightness.
     "demo": {
         "encoder": "cnn4",
         "batch_size": 128,
@@ -245,87 +223,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def field_types() -> dict[str, Any]:
-    """Key → type of every value."""
-    return typing.get_type_hints(TrainConfig)
-
-
-def field_default(key: str) -> Any:
-    """The default of ``key`` in the default recipe."""
-    for entry in fields(TrainConfig):
-        if entry.name == key:
-            return entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
-    raise KeyError(key)
-
-
-def _field(key: str) -> Any:
-    return next(entry for entry in fields(TrainConfig) if entry.name == key)
-
-
-def _checked(key: str, value: Any, hint: Any) -> Any:
-    """``value`` as the type of ``key``, within its limits; YAML's habit of reading 3e-4 as text is undone."""
-    limits = _field(key).metadata
-    optional = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    if optional:
-        if value is None:
-            return None
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-    kind = typing.get_origin(hint) or hint
-
-    def wrong(expected: str) -> CellfastError:
-        found = repr(value)
-        return CellfastError(f"{key}: expected {expected}, got {found if len(found) <= 200 else found[:200] + '…'}")
-
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise wrong("true or false")
-    elif kind in (int, float):
-        expected = "a whole number" if kind is int else "a number"
-        words = {"minimum": "at least", "above": "more than", "maximum": "at most"}
-        bounds = [f"{word} {limits[name]:g}" for name, word in words.items() if limits[name] is not None]
-        expected += f", {' and '.join(bounds)}" if bounds else ""
-        if isinstance(value, str):
-            try:
-                value = float(value) if kind is float else int(value)
-            except ValueError:
-                raise wrong(expected) from None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise wrong(expected)
-        if kind is int:
-            if not abs(value) <= MOST_WHOLE or value != int(value):
-                raise wrong(expected)
-            value = int(value)
-        else:
-            if not abs(value) <= sys.float_info.max:  # NaN neither
-                raise wrong(expected)
-            value = float(value)
-        low, above, high = limits["minimum"], limits["above"], limits["maximum"]
-        if (low is not None and value < low) or (above is not None and value <= above) or (high is not None and value > high):
-            raise wrong(expected)
-    elif kind is str:
-        if limits["choices"]:
-            # YAML reads a bare `none`-like word as text but `no` as false; only text can be a choice.
-            if value not in limits["choices"]:
-                raise wrong(f"one of {', '.join(limits['choices'])}")
-        elif not isinstance(value, str):
-            raise wrong("text")
-    elif kind is list:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, int)) for part in value):
-            raise wrong("a list of names")
-        value = [str(part) for part in value]
-    elif kind is dict:
-        if not isinstance(value, Mapping):
-            raise wrong("a mapping of names to values")
-        value = dict(value)
-    return value
-
-
 # What other programs call these.
 _SYNONYMS = {
-    "learning_rate": "lr", "tau": "temperature", "wd": "weight_decay", "batch": "batch_size", "model": "encoder", "arch": "encoder",
-    "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment", "out_dim": "projection_dim",
+    "learning_rate": "lr", "tau": "temperature", "wd": "weight_decay", "batch": "batch_size", "model": "encoder",
+    "arch": "encoder", "backbone": "encoder", "bf16": "amp", "num_threads": "threads", "augmentation": "augment",
+    "out_dim": "projection_dim",
 }  # fmt: skip
 
 
@@ -344,7 +246,8 @@ def check_keys(keys: typing.Iterable[str], where: str) -> None:
 
 
 def _yaml(text: str) -> Any:
-    """The value of a YAML text whose nesting is that of a configuration, and in which nothing stands for a copy of something else.
+    """The value of a YAML text whose nesting is that of a configuration, and in which nothing stands for a copy of something
+    else.
 
     Raises:
         CellfastError: anything else, or not YAML.
@@ -353,11 +256,12 @@ def _yaml(text: str) -> Any:
     try:
         # Events come one by one, whatever the depth; making values of them does not.
         for event in yaml.parse(text, yaml.SafeLoader):
+            where = f"line {event.start_mark.line + 1}" if event.start_mark else "the configuration"
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MOST_YAML_DEPTH:
-                raise CellfastError(f"line {event.start_mark.line + 1}: nested more than {MOST_YAML_DEPTH} deep")
+                raise CellfastError(f"{where}: nested more than {MOST_YAML_DEPTH} deep")
             if isinstance(event, yaml.AliasEvent):
-                raise CellfastError(f"line {event.start_mark.line + 1}: aliases (*name) are not read: write the value itself")
+                raise CellfastError(f"{where}: aliases (*name) are not read: write the value itself")
         return yaml.safe_load(text)
     except CellfastError:
         raise
@@ -390,11 +294,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """``key=value`` of ``--set`` as a key and a YAML value, e.g. ``lr=3e-4``, ``augment.rotation_deg=90``, ``plates=[A, B]``."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise CellfastError(f"--set {text!r}: expected key=value, e.g. --set lr=3e-4")
+        raise CellfastError(f"{option('set', text)}: expected key=value, e.g. {option('set', 'lr=3e-4')}")
     try:
         return key.strip(), _yaml(value)
     except CellfastError as error:
-        raise CellfastError(f"--set {text[:200]!r}: the value is not valid YAML: {error}") from error
+        raise CellfastError(f"{option('set', text[:200])}: the value is not valid YAML: {error}") from error
 
 
 def resolve_config(
@@ -411,7 +315,9 @@ def resolve_config(
     if "recipe" in overrides:
         recipe = overrides.pop("recipe")
     if recipe and "recipe" in from_file and from_file["recipe"] != recipe:
-        raise CellfastError(f"--recipe {recipe} contradicts {file}, whose recipe is {from_file['recipe']}: give one of them")
+        raise CellfastError(
+            f"{option('recipe', recipe)} contradicts {file}, whose recipe is {from_file['recipe']}: give one of them"
+        )
     name = recipe or from_file.get("recipe", "default")
     if not isinstance(name, str) or name not in RECIPES:
         raise CellfastError(f"recipe: {name!r} is not known: choose one of {', '.join(RECIPES)}")
@@ -426,10 +332,9 @@ def resolve_config(
     if "augment" in overrides:
         given = overrides.pop("augment")
         # Another preset starts anew: single values of the old one would be a mixture nobody asked for.
-        augment = _augment_values(given, "--set")
-    for key, value in single.items():
-        augment[key.removeprefix("augment.")] = value
-    check_keys(overrides, "--set")
+        augment = _augment_values(given, "configuration")
+    augment |= {key.removeprefix("augment."): one for key, one in single.items()}
+    check_keys(overrides, "configuration")
     values.update(overrides)
     if augment:
         values["augment"] = augment

@@ -12,27 +12,30 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 # How long one exchange may take. It must exceed a validation on rank 0, during which the others wait.
 TIMEOUT = timedelta(minutes=30)
-# Beside the training the processes meet this often to see that all of them live, and one that does not come for so long is taken to hang.
+# Beside the training the processes meet this often to see that all of them live, and one that does not come for so long is taken
+# to hang.
 BEAT_S = 5.0
 SILENCE = timedelta(minutes=4)
-# The training is left so long to find out for itself; after that the process ends from outside, since an exchange cannot be broken off.
+# The training is left so long to find out for itself; after that the process ends from outside, since an exchange cannot be
+# broken off.
 GRACE_S = 5.0
 
 T = TypeVar("T")
 
 
 class Watch:
-    """A thread that meets those of the other processes every few seconds, and ends this process when one of them is gone or stopped.
+    """A thread that meets those of the other processes every few seconds, and ends this process when one of them is gone or
+    stopped.
 
     It goes on while rank 0 validates or writes, so that waiting for that is no alarm.
     """
@@ -77,8 +80,8 @@ def lost_sentence(error: BaseException) -> str:
     missing = re.search(r"[Rr]anks? ([\d, ]+?) failed to pass", str(error))
     who = f"process {missing[1]}" if missing else "another process"
     return (
-        f"{who} of this training has ended or answers no more, so this one stopped too; what it says itself stands above or in its own log. "
-        "The same command with --resume goes on from the last checkpoint"
+        f"{who} of this training has ended or answers no more, so this one stopped too; what it says itself stands above or in "
+        f"its own log. The same command with {option('resume', True)} goes on from the last checkpoint"
     )
 
 
@@ -142,8 +145,8 @@ class Processes:
             self.watch.stop()
             self.watch = None
         self.control = None
-        # A reducer that outlives its group drops the last exchange while Python ends, which aborts the process; the frames of an error on
-        # its way out hold it.
+        # A reducer that outlives its group drops the last exchange while Python ends, which aborts the process; the frames of an
+        # error on its way out hold it.
         error = sys.exc_info()[1] if self.world_size > 1 else None
         while error is not None:
             traceback.clear_frames(error.__traceback__)
@@ -172,8 +175,8 @@ def start_processes(device: torch.device) -> Processes:
         if device.type == "cuda":
             if local_rank >= torch.cuda.device_count():
                 raise CellfastError(
-                    f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. "
-                    f"Use torchrun --nproc-per-node {torch.cuda.device_count()}"
+                    f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}. Use torchrun "
+                    f"--nproc-per-node {torch.cuda.device_count()}"
                 )
             torch.cuda.set_device(local_rank)
         try:
@@ -183,7 +186,7 @@ def start_processes(device: torch.device) -> Processes:
                 f"the {world_size} processes cannot form a group over {backend}: {error}. Start them with torchrun"
             ) from error
     control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
-    watch = Watch(dist.new_group(backend="gloo", timeout=SILENCE)) if started_here else None
+    watch = Watch(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=SILENCE))) if started_here else None
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Processes(rank, world_size, local_rank, local_world_size, started_here, control, watch)
 
@@ -199,5 +202,5 @@ def synchronise_gradients(module: nn.Module, processes: Processes, device: torch
     wrapped = nn.parallel.DistributedDataParallel
     # torch 2.15 renames the option; buffers are alike at the start either way, since every process has the same seed.
     renamed = "forward_sync_buffers" in inspect.signature(wrapped.__init__).parameters
-    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return wrapped(module, device_ids=ids, gradient_as_bucket_view=True, **buffers)

@@ -1,4 +1,5 @@
-"""Large minibatches in pieces: the loss sees every projection, the encoder one piece at a time, and the gradients are the same."""
+"""Large minibatches in pieces: the loss sees every projection, the encoder one piece at a time, and the gradients are the
+same."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from cellfast.augment import TwoViews
 class ViewPieces:
     """The views of a minibatch, made a piece of its cells at a time; asking for a piece again makes the same views again.
 
-    Pieces differ by at most one cell. Joined, they are ``two_views(crops, low, high, seed=seed)``: the draws are those of the whole
-    minibatch.
+    Pieces differ by at most one cell. Joined, they are ``two_views(crops, low, high, seed=seed)``: the draws are those of the
+    whole minibatch.
     """
 
     def __init__(self, two_views: TwoViews, crops: Tensor, low: Tensor, high: Tensor, *, seed: int, chunk_size: int) -> None:
@@ -42,10 +43,10 @@ class ViewPieces:
 class GradientCache:
     """Forward and backward of a minibatch given as :class:`ViewPieces`.
 
-    Equivalent, for a module whose rows do not depend on one another, to ``loss(module(torch.cat(views))).backward()``: the first pass
-    gives all projections z without their graphs, the loss gives ∂L/∂z, and the second pass encodes each piece again and sends its
-    rows of ∂L/∂z back. BatchNorm's statistics are those of a piece, the same in both passes; its running averages are moved by the
-    second pass only, once per piece.
+    Equivalent, for a module whose rows do not depend on one another, to ``loss(module(torch.cat(views))).backward()``: the first
+    pass gives all projections z without their graphs, the loss gives ∂L/∂z, and the second pass encodes each piece again and
+    sends its rows of ∂L/∂z back. BatchNorm's statistics are those of a piece, the same in both passes; its running averages are
+    moved by the second pass only, once per piece.
 
     Args:
         module: stacked views → z; in `DistributedDataParallel` gradients are exchanged once, with the last piece.
@@ -59,12 +60,12 @@ class GradientCache:
         self, module: nn.Module, encode: Callable[[nn.Module, Tensor], Tensor], loss: Callable[[Tensor], Tensor]
     ) -> None:
         self.module, self.encode, self.loss = module, encode, loss
-        self._distributed = isinstance(module, nn.parallel.DistributedDataParallel)
         self._pending: tuple[ViewPieces, Tensor] | None = None
 
     def compute_loss(self, pieces: ViewPieces) -> Tensor:
         """The loss of the whole minibatch; call :meth:`backward` with it before the next."""
-        inner = self.module.module if self._distributed else self.module
+        module = self.module
+        inner = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
         with torch.no_grad(), _batch_norm_remembers_nothing(inner):
             parts = [self.encode(inner, pieces[number]) for number in range(len(pieces))]
         # [2B, D] with the first views of all cells first, as the loss pairs them.
@@ -78,10 +79,12 @@ class GradientCache:
         assert self._pending is not None, "compute_loss comes first"
         (pieces, z), self._pending = self._pending, None
         loss.backward()
+        assert z.grad is not None
         gradient = z.grad.unflatten(0, (2, -1))
         for number, cells in enumerate(pieces.cells):
             last = number + 1 == len(pieces)
-            with self.module.no_sync() if self._distributed and not last else nullcontext():
+            shared = self.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else None
+            with nullcontext() if shared is None or last else shared.no_sync():
                 part = self.encode(self.module, pieces[number])
                 part.backward(gradient[:, cells].flatten(0, 1))
 

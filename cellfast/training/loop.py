@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ import torch
 from cellfast.augment import AugmentConfig, TwoViews
 from cellfast.data import Loader
 from cellfast.data.malloc import tune_malloc
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 from cellfast.losses import NTXentLoss
 from cellfast.model_file import ModelMetadata, load_weights, save_model
 from cellfast.models import ModelConfig, build_model
+from cellfast.printable import Shown
 from cellfast.progress import Progress
 from cellfast.screens import Screen
 from cellfast.training.checkpoint import load_checkpoint, restore, save_checkpoint
@@ -40,9 +41,9 @@ from cellfast.training.step import TrainingStep, TwoViewModel, views_seed
 from cellfast.training.validation import Validation
 
 
-@dataclass
-class TrainResult:
-    """How a training ended."""
+@dataclass(repr=False)
+class TrainResult(Shown):
+    """How a training ended; as a path it is the run folder."""
 
     steps: int
     interrupted: bool
@@ -50,6 +51,17 @@ class TrainResult:
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict)
     cells_per_second: float | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.model.parent)
+
+    def __str__(self) -> str:
+        end = f"stopped at step {self.steps}" if self.interrupted else f"{self.steps} steps"
+        parts = [f"run {self.model.parent}: {end}"]
+        parts += [f"loss {self.loss:.4g}"] if self.loss is not None else []
+        parts += [f"{name} {value:.4g}" for name, value in self.validation.items()]
+        parts += [f"{self.cells_per_second:,.0f} cells/s"] if self.cells_per_second else []
+        return ", ".join(parts)
 
 
 def train(
@@ -64,21 +76,22 @@ def train(
 ) -> TrainResult:
     """Train an encoder on a screen and write the run folder.
 
-    With ``torchrun`` every process calls this with the same arguments; the loss then is over the global minibatch and rank 0 writes.
+    With ``torchrun`` every process calls this with the same arguments; the loss then is over the global minibatch and rank 0
+    writes.
 
     Args:
         screen_path: a screen folder.
         run: the run folder.
         config: every value of the run.
-        resume: go on from the run's last whole checkpoint, on a CPU bit-identically to a run that had not stopped; from the beginning
-            where there is none yet.
+        resume: go on from the run's last whole checkpoint, on a CPU bit-identically to a run that had not stopped; from the
+            beginning where there is none yet.
         force: discard a run that is in the folder.
         allow_unfinished: take the plates that are there of a screen whose ingest has not ended.
         say: prints a line.
 
     Raises:
-        CellfastError: options and data that do not fit, a run in the way, another training in the folder, a loss that is not finite, out
-            of memory, a full disk, another process of the training that ended or hangs.
+        CellfastError: options and data that do not fit, a run in the way, another training in the folder, a loss that is not
+            finite, out of memory, a full disk, another process of the training that ended or hangs.
     """
     device = choose_device(config.device)
     tune_malloc()
@@ -93,14 +106,10 @@ def train(
         checkpoint, note = processes.first_does(lambda: folder.take(resume=resume, force=force))
         return _Training(Path(screen_path), folder, config, device, processes, checkpoint, note, allow_unfinished, say).run()
     except torch.OutOfMemoryError as error:
-        raise CellfastError(
-            f"out of memory on {device}: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
-        ) from error
+        raise _out_of_memory(f" on {device}", config) from error
     except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
-            raise CellfastError(
-                f"out of memory: use a smaller --batch-size (now {config.batch_size}), --output-size or --encoder, or --chunk-size to encode it in pieces"
-            ) from error
+            raise _out_of_memory("", config) from error
         lost = processes.lost(error)
         if lost is None:
             raise
@@ -108,6 +117,13 @@ def train(
     finally:
         folder.release()
         processes.stop()
+
+
+def _out_of_memory(where: str, config: TrainConfig) -> CellfastError:
+    return CellfastError(
+        f"out of memory{where}: use a smaller {option('batch_size')} (now {config.batch_size}), {option('output_size')} or "
+        f"{option('encoder')}, or {option('chunk_size')} to encode it in pieces"
+    )
 
 
 class _Training:
@@ -144,8 +160,8 @@ class _Training:
         self.total_is_zero = config.steps == 0 or (config.steps is None and config.epochs == 0)
         if len(self.split.training) < config.batch_size and not self.total_is_zero:
             raise CellfastError(
-                f"{screen_path}: {len(self.split.training)} cells to train on are fewer than one minibatch of {config.batch_size}; "
-                "use a smaller --batch-size, or more cells"
+                f"{screen_path}: {len(self.split.training)} cells to train on are fewer than one minibatch of "
+                f"{config.batch_size}; use a smaller {option('batch_size')}, or more cells"
             )
         self.output_size = config.output_size or automatic_output_size(screen.crop_size)
         augment = dict(config.augment)
@@ -178,7 +194,7 @@ class _Training:
             self.model, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
         self.loader = None if self.total_is_zero else self._make_loader()
-        # Last: --force discards the earlier run only when nothing else stands in the way of this one.
+        # Last: an earlier run is discarded only when nothing else stands in the way of this one.
         if processes.is_first and checkpoint is None:
             folder.clear()
         self.steps_per_epoch = len(self.loader) if self.loader else 0
@@ -222,8 +238,9 @@ class _Training:
         config = self.config
         self.say(f"{self.screen.path}: {self.split.description}")
         self.say(
-            f"{config.encoder} (stem {config.stem}), {self.output_size} px, {', '.join(self.screen.channel_names)}; {self.device}, "
-            f"{'bfloat16 autocast' if config.amp else 'float32'}, {self.processes.world_size} process(es), {torch.get_num_threads()} threads"
+            f"{config.encoder} (stem {config.stem}), {self.output_size} px, {', '.join(self.screen.channel_names)}; "
+            f"{self.device}, {'bfloat16 autocast' if config.amp else 'float32'}, {self.processes.world_size} process(es), "
+            f"{torch.get_num_threads()} threads"
         )
         if config.amp and (warning := amp_warning(self.device)):
             self.say(warning)
@@ -239,9 +256,11 @@ class _Training:
             start = f"holds the weights of {config.weights} as they are" if config.weights else "is randomly initialised"
             self.say(f"no steps asked for: {self.folder.model} {start}")
             return TrainResult(0, False, self.folder.model)
+        loader = self.loader
+        assert loader is not None
         module: torch.nn.Module = TwoViewModel(self.model, config.batch_norm == "per-view")
         if config.compile:
-            module = torch.compile(module)
+            module = cast(torch.nn.Module, torch.compile(module))
         module = synchronise_gradients(module, self.processes, self.device)
         self.losses = LossReader(self.device)
         self.step = (GraphedStep if config.cuda_graphs else TrainingStep)(
@@ -274,7 +293,7 @@ class _Training:
             # SIGTERM is how clusters and torchrun ask a process to end.
             old = {number: signal.signal(number, self._on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return self._loop(log)
+            return self._loop(log, loader)
         except RuntimeError as error:
             # torchrun ends all processes when one is gone; this one is to say so first.
             if self.processes.lost(error):
@@ -285,9 +304,9 @@ class _Training:
             for number, handler in old.items():
                 signal.signal(number, handler)
             # What exchanges gradients must not outlive the process group.
-            module, self.step = None, None
+            del module, self.step
             log.close()
-            self.loader.close()
+            loader.close()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -302,14 +321,14 @@ class _Training:
         if self.processes.is_first:
             sys.stderr.write("\ninterrupted: saving after this step (once more to stop at once)\n")
 
-    def _loop(self, log: MetricsLog) -> TrainResult:
+    def _loop(self, log: MetricsLog, loader: Loader) -> TrainResult:
         config, result = self.config, TrainResult(self.first_step, False, self.folder.model)
         total_cells = (self.total_steps - self.first_step) * config.batch_size
         step, began, cells = self.first_step, time.monotonic(), 0
         self.model.train()
         with Progress("train", total_cells, "cells", enabled=self.processes.is_first) as progress:
             while step < self.total_steps:
-                for batch in self.loader:
+                for batch in loader:
                     factor = learning_rate_factor(
                         step,
                         total_steps=self.total_steps,
@@ -358,19 +377,20 @@ class _Training:
     def _not_finite(self, what: str) -> None:
         kept = f"; the last good state is in {self.folder.checkpoint}" if self.folder.checkpoint.exists() else ""
         raise CellfastError(
-            f"{what}{kept}. Try a smaller --lr (now {self.config.lr:g}), a longer --warmup "
-            f"(now {self.config.warmup:g}), a higher --temperature (now {self.config.temperature:g}), --clip-grad-norm 1, or float32 (no --amp)"
+            f"{what}{kept}. Try a smaller {option('lr')} (now {self.config.lr:g}), a longer {option('warmup')} (now "
+            f"{self.config.warmup:g}), a higher {option('temperature')} (now {self.config.temperature:g}), "
+            f"{option('clip_grad_norm', 1)}, or float32 (no {option('amp')})"
         )
 
     def _validate(self, log: MetricsLog, step: int, progress: Progress) -> dict[str, float]:
         if self.validation is None:
             return {}
         found = self.validation.measure(self.model)
-        values = {"validation_loss": found.loss, "retrieval": found.retrieval, "retrieval_chance": found.chance}
-        values = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        measured = {"validation_loss": found.loss, "retrieval": found.retrieval, "retrieval_chance": found.chance}
+        values = {key: value for key, value in measured.items() if value is not None and math.isfinite(value)}
         log.write(step, **values)
         text = f"step {step}: validation loss {found.loss:.4f} ({len(self.validation)} cells)"
-        if found.retrieval is not None:
+        if found.retrieval is not None and found.chance is not None:
             text += f", same treatment nearest in another well {100 * found.retrieval:.1f} % (chance {100 * found.chance:.1f} %)"
         progress.message(text)
         return values
@@ -381,6 +401,7 @@ class _Training:
             self._not_finite(f"the weights are not finite after step {step}")
         if not self.processes.is_first:
             return
+        assert self.loader is not None
         save_checkpoint(
             self.folder.checkpoint,
             step=step,

@@ -14,8 +14,8 @@ DELAY = 4
 class LossReader:
     """Gives each step's loss back as a number: at once on a CPU, on a GPU `DELAY` steps later.
 
-    The delay is fixed, not "when it is ready": every process of a group learns of a NaN at the same step. It also bounds how far the
-    host runs ahead.
+    The delay is fixed, not "when it is ready": every process of a group learns of a NaN at the same step. It also bounds how far
+    the host runs ahead.
     """
 
     def __init__(self, device: torch.device, delay: int = DELAY) -> None:

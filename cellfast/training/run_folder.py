@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cellfast.atomic import remove_abandoned, told_when_full, write_text
-from cellfast.errors import CellfastError
-from cellfast.folder_lock import FolderLock
+from cellfast.errors import CellfastError, option
+from cellfast.storage.locks import FolderLock
 from cellfast.training.checkpoint import find_checkpoint, previous_of
 
 
@@ -48,14 +48,17 @@ class RunFolder:
         return [self.config, self.model, self.metrics, *checkpoints]
 
     def take(self, *, resume: bool, force: bool) -> tuple[Path | None, str]:
-        """Keep other trainings out of the folder and return the checkpoint to go on from (None: start anew) and what to say of it.
+        """Keep other trainings out of the folder and return the checkpoint to go on from (None: start anew) and what to say of
+        it.
 
         Raises:
-            CellfastError: another training writes there; the folder holds a run and neither ``resume`` nor ``force`` is given, or both are;
-                its checkpoints cannot be read.
+            CellfastError: another training writes there; the folder holds a run and neither ``resume`` nor ``force`` is given, or
+                both are; its checkpoints cannot be read.
         """
         if resume and force:
-            raise CellfastError("--resume continues the run and --force discards it: give one of them")
+            raise CellfastError(
+                f"{option('resume', True)} continues the run and {option('force', True)} discards it: give one of them"
+            )
         self._lock.acquire()
         for folder in (self.path, self.checkpoint.parent):
             remove_abandoned(folder)
@@ -63,14 +66,15 @@ class RunFolder:
             checkpoint, note = find_checkpoint(self.checkpoint)
             if checkpoint is None and self.model.exists():
                 raise CellfastError(
-                    f"{self.path} holds a model but no checkpoint to go on from: --force discards it and starts anew, "
-                    "another -o keeps it"
+                    f"{self.path} holds a model but no checkpoint to go on from: {option('force', True)} discards it and starts "
+                    "anew, another folder keeps it"
                 )
             return checkpoint, note or ("" if checkpoint else f"{self.path} holds no checkpoint yet: starting from the beginning")
         found = [p.relative_to(self.path).as_posix() for p in self._files() if p.exists()]
         if found and not force:
             raise CellfastError(
-                f"{self.path} already holds a run ({', '.join(found)}): --resume continues it, --force discards it"
+                f"{self.path} already holds a run ({', '.join(found)}): {option('resume', True)} continues it, "
+                f"{option('force', True)} discards it"
             )
         return None, ""
 
@@ -102,13 +106,14 @@ class MetricsLog:
     """Writes scalars to metrics.jsonl (one JSON object a line) and to TensorBoard; does nothing on other ranks."""
 
     def __init__(self, folder: RunFolder, *, enabled: bool, step: int) -> None:
-        self._file, self._board, self._folder = None, None, folder
+        self._file: IO[str] | None = None
+        self._folder = folder
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             folder.forget_after(step)
             self._file = open(folder.metrics, "a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder.tensorboard), purge_step=step)
+            self._board: Any = SummaryWriter(str(folder.tensorboard), purge_step=step)
 
     def write(self, step: int, **values: Any) -> None:
         """Write ``values`` (numbers; None is left out) at ``step``."""

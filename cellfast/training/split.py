@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
 
 if TYPE_CHECKING:
     from cellfast.screens import Screen
@@ -73,7 +73,7 @@ def split_cells(
         used &= ~np.isin(plate, hold_out_plates)
     rows = np.flatnonzero(used).astype(np.int64)
     if len(rows) == 0:
-        raise CellfastError("no cells are left to train on: check --plates and --hold-out-plates")
+        raise CellfastError(f"no cells are left to train on: check {option('plates')} and {option('hold_out_plates')}")
     generator = np.random.Generator(np.random.PCG64([seed, 0x5EED]))
     description = f"{len(plate):,} cells"
     if len(rows) < len(plate):

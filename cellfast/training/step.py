@@ -76,6 +76,7 @@ class TrainingStep:
     def compute_loss(self, views: Tensor | ViewPieces) -> Tensor:
         """The loss of a minibatch of views, with its graph."""
         if isinstance(views, ViewPieces):
+            assert self._cache is not None
             return self._cache.compute_loss(views)
         return self.loss(self._encode(self.module, views))
 

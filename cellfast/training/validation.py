@@ -15,6 +15,7 @@ from cellfast.data.gather import RowGather
 from cellfast.models import SimCLR
 from cellfast.ops import ntxent_loss
 from cellfast.training.gradient_cache import ViewPieces
+from cellfast.training.scaling import PlateScaling
 
 if TYPE_CHECKING:
     from cellfast.screens import Screen
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class ValidationResult:
     """What one validation measured.
 
-    ``loss``: mean NT-Xent. ``retrieval``: share of ``num_queries`` cells whose nearest other-well neighbour (cosine of h) has their
+    ``loss``: mean NT-Xent. ``retrieval``: share of ``num_queries`` cells whose nearest other-well neighbour (cosine of h) has
+        their
     treatment; ``chance``: what a neighbour drawn at random would give. None where no treatment is held out in two wells.
     """
 
@@ -45,7 +47,8 @@ class Validation:
         batch_size: cells per minibatch, as in training: NT-Xent depends on it.
         temperature: as in training.
         most: at most so many cells, drawn by ``seed``.
-        chunk_size: encode a minibatch in pieces of so many cells, as in training; the loss is over the whole minibatch all the same.
+        chunk_size: encode a minibatch in pieces of so many cells, as in training; the loss is over the whole minibatch all the
+            same.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Validation:
         screen: Screen,
         rows: np.ndarray,
         two_views: TwoViews,
-        scaling,
+        scaling: PlateScaling,
         *,
         batch_size: int,
         temperature: float,
@@ -104,8 +107,8 @@ class Validation:
                     losses.append(float(ntxent_loss(z, self.temperature)))
                     weights.append(len(index))
                 for cells in pieces.cells:
-                    bounds = (bound if bound.ndim == 1 else bound[cells] for bound in (low, high))
-                    plain = center_crop(crops[cells], *bounds, self.two_views.output_size, memory_format=torch.channels_last)
+                    bottom, top = (bound if bound.ndim == 1 else bound[cells] for bound in (low, high))
+                    plain = center_crop(crops[cells], bottom, top, self.two_views.output_size, memory_format=torch.channels_last)
                     features.append(self._run(model.encode, plain).cpu())
             h = torch.empty((len(self.rows), features[0].shape[1]))
             h[torch.from_numpy(self.order)] = torch.cat(features)
@@ -124,7 +127,8 @@ class Validation:
 
 
 def retrieval(h: Tensor, treatment: np.ndarray, well: np.ndarray) -> tuple[float | None, float | None, int]:
-    """Share of cells whose nearest neighbour in another well (cosine) has their treatment, the share by chance, and the cells counted.
+    """Share of cells whose nearest neighbour in another well (cosine) has their treatment, the share by chance, and the cells
+    counted.
 
     Args:
         h: features [n, F].

@@ -68,7 +68,7 @@ def _profile(*inputs: str) -> Callable:
 
 
 def _evaluate(case: Path) -> list[object]:
-    few = ["--resamples", 20, "--permutations", 20, "--no-pictures"]
+    few = ["--permutations", 20, "--no-pictures"]
     return ["evaluate", case / "profiles.parquet", "-o", case / "out.json", *few]
 
 
@@ -150,7 +150,7 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("config.yaml, new", "half/config.yaml", ("few", "half"), _train("--config", "half/config.yaml"), _weights("out"), text=True)  # fmt: skip
     yield Kind("config.yaml, resumed", "half/config.yaml", ("few", "half"), _train("--resume", out="half"), _weights("half"), text=True)  # fmt: skip
     yield Kind("pt2", "model.pt2", ("model.pt2",), lambda case: ["info", case / "model.pt2"], _text)
-    yield Kind("part", "parts", ("few", "run", "parts"), _embed_on, _rows, checksum=True)
+    yield Kind("block", "blocks", ("few", "run", "blocks"), _embed_on, _rows, checksum=True)
     yield Kind(
         "embeddings parquet", f"embeddings/{PLATE}.parquet", ("embeddings",), _profile("embeddings"), _table, checksum=True
     )
@@ -163,7 +163,7 @@ def _crops(case: Path) -> list[object]:
 
 
 def _embed_on(case: Path) -> list[object]:
-    shutil.move(case / "parts", case / "out")
+    shutil.move(case / "blocks", case / "out")
     return _embed("few")(case)
 
 
@@ -171,10 +171,10 @@ KINDS = {kind.name: kind for kind in _kinds()}
 
 
 def damaged_file(kind: Kind, base: Path, index: int) -> str:
-    """The file of mutant ``index``, relative to the case; of a folder of parts each in turn."""
-    if kind.name != "part":
+    """The file of mutant ``index``, relative to the case; of a folder of blocks each in turn."""
+    if kind.name != "block":
         return kind.file
-    files = sorted(p for p in (base / "parts" / ".embed" / "parts").rglob("*") if p.is_file())
+    files = sorted(p for p in (base / "blocks" / ".embed" / "blocks").rglob("*") if p.is_file())
     return str(files[index % len(files)].relative_to(base))
 
 
@@ -239,8 +239,8 @@ def work(kind_name: str, base: str, case: str, seed: int, pipe: Connection) -> N
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    if kind_name == "part" and not (base_path / "parts").exists():
-        raise AssertionError("no parts")
+    if kind_name == "block" and not (base_path / "blocks").exists():
+        raise AssertionError("no blocks")
     runs.limit_memory(MEMORY_LIMIT)
     expected = None
     while (index := pipe.recv()) is not None:
@@ -318,7 +318,7 @@ def prepare(folder: Path) -> Path:
         train = ["train", str(base / "few"), "-o", str(base / "half"), *map(str, EPOCHS[:-1]), "3"]
         for arguments, die_at in ((embed, (".parquet", 1, False)), (train, ("last.pt", 4, True))):
             _in_process(context, runs.run_and_exit, arguments, str(folder / "log"), die_at, status=-9)
-        (base / "out").rename(base / "parts")
+        (base / "out").rename(base / "blocks")
     return base
 
 

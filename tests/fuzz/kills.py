@@ -90,12 +90,12 @@ def _rows_of_embeddings(out: Path) -> Any:
     import pandas as pd
     import pyarrow.parquet as pq
 
-    account = json.loads((out / "embeddings.json").read_text())
+    ledger = json.loads((out / "embeddings.json").read_text())
     for key in ("decode", "notes"):  # of the last run: one that finds all plates finished has nothing to decode
-        account.pop(key, None)
-    account = _plain(account, out)
+        ledger.pop(key, None)
+    ledger = _plain(ledger, out)
     return pd.concat([pq.read_table(p).to_pandas() for p in sorted(out.glob("[!.]*.parquet"))], ignore_index=True).assign(
-        account=account
+        ledger=ledger
     )
 
 

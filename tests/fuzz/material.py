@@ -103,7 +103,7 @@ def make(folder: Path, plates: Sequence[str] = ("Week1_P1", "Week2_P2"), sites: 
     run("train", folder / "few", "-o", folder / "run", *TRAIN, 3)
     run("embed", store, "--model", model, "-o", folder / "embeddings", "--threads", 1)
     run("profile", folder / "embeddings", "-o", folder / "profiles.parquet")
-    run("evaluate", folder / "profiles.parquet", "-o", folder / "result.json", "--no-pictures", "--resamples", 20, "--permutations", 20)  # fmt: skip
+    run("evaluate", folder / "profiles.parquet", "-o", folder / "result.json", "--no-pictures", "--permutations", 20)  # fmt: skip
     run("export", model, "-o", folder / "model.pt2", "--check-cells", 2)
     content = (folder / "few.csv.gz").read_bytes()
     (folder / "few.csv.gz").write_bytes(gzip.compress(gzip.decompress(content), mtime=0))

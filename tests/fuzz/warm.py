@@ -5,7 +5,7 @@ import importlib
 for _name in (
     "h5py numba pandas pyarrow.parquet sklearn.neighbors tifffile torch torch._dynamo torch.utils.tensorboard yaml "
     "cellfast.cli.embed cellfast.cli.evaluate cellfast.cli.info cellfast.cli.ingest cellfast.cli.profile cellfast.cli.train "
-    "cellfast.embedding.embed_fields cellfast.embedding.embed_store cellfast.embedding.export cellfast.profiles.build "
+    "cellfast.embedding.embed cellfast.export cellfast.profiles.build "
     "cellfast.profiles.report cellfast.screens.ingest_crops cellfast.screens.ingest_fields cellfast.screens.keep_fields "
     "cellfast.screens.label_masks cellfast.screens.summary cellfast.training.loop"
 ).split():

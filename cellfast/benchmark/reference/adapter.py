@@ -44,11 +44,42 @@ def _drawing_of(metrics: Any) -> dict[str, Any]:
     return metrics.cellfast_drawing
 
 
+def _no_downloads() -> None:
+    import torchvision.models as models
+
+    for name in ("resnet18", "resnet50", "resnet101"):
+        make = getattr(models, name)
+        if hasattr(make, "cellfast"):
+            continue  # a second job of this process
+
+        @functools.wraps(make)
+        def random_weights(*args: Any, make: Callable[..., Any] = make, pretrained: bool = False, **kwargs: Any) -> Any:
+            return make(*args, **kwargs)
+
+        random_weights.cellfast = True  # type: ignore[attr-defined]
+        setattr(models, name, random_weights)
+
+
+def _cuda_is_cpu() -> None:
+    import torch
+
+    for owner in (torch.Tensor, torch.nn.Module):
+        move = owner.to
+        if hasattr(move, "cellfast"):
+            continue
+
+        @functools.wraps(move)
+        def to(self: Any, *args: Any, move: Callable[..., Any] = move, **kwargs: Any) -> Any:
+            return move(self, *("cpu" if a == "cuda" else a for a in args), **kwargs)
+
+        to.cellfast = True  # type: ignore[attr-defined]
+        owner.to = to
+
+
 class Implementation:
     """The reference implementation at the checkout's commit; its configuration's values, with the job's sizes."""
 
-    name = "reference"
-    description = "the reference implementation, driven as it is from a user's checkout"
+    packages = ("torchvision", "albumentations", "opencv-python-headless", "numpy", "pandas", "scikit-learn", "scikit-image")
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
@@ -56,12 +87,11 @@ class Implementation:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("MPLBACKEND", "Agg")
-        self.job, self.torch = job, torch
         # Its modules are imported here, in the order its own programs do, so that imports are no part of what is timed.
         sys.path.insert(0, str(source_folder(job["reference_dir"])))
-        self._without_downloads()
+        _no_downloads()
         if not torch.cuda.is_available():
-            self._cuda_is_cpu()
+            _cuda_is_cpu()
         with _silent():
             import generate_features
             import simclr
@@ -72,10 +102,10 @@ class Implementation:
             from models.resnet_simclr import ResNetSimCLR
         self.features, self.simclr, self.metrics = generate_features, simclr, profile_metrics
         self._drawing = _drawing_of(profile_metrics)
-        self.loss_class, self.model_class, self.wrapper = NTXentLoss, ResNetSimCLR, DataSetWrapperSimCLR
-        self.dataset_class = CellDataset
+        self.loss_class, self.model_class = NTXentLoss, ResNetSimCLR
+        self.wrapper, self.dataset_class = DataSetWrapperSimCLR, CellDataset
         torch.manual_seed(job.get("seed", 0))
-        self.device = torch.device("cpu")
+        self.job, self.torch, self.device = job, torch, torch.device("cpu")
         self.config = {
             "run_dir": job.get("folder", "."),
             "batch_size": job.get("batch_size"),
@@ -85,61 +115,27 @@ class Implementation:
             "dataset": {"input_shape": f"({job.get('size')},{job.get('size')},3)", "preload": True},
             "eval_dataset": {"path": job.get("index"), "root_dir": os.path.join(job.get("strips", ""), "")},
         }
-        self._model: Any = None
-        self._loader: Any = None
 
-    def versions(self) -> dict[str, str]:
-        """Versions of the packages that do its work."""
-        from importlib.metadata import PackageNotFoundError, version
+    @functools.cached_property
+    def _model(self) -> Any:
+        with _silent():
+            return self.model_class(**self.config["model"]).to(self.device)
 
-        found = {}
-        for name in (
-            "torchvision",
-            "albumentations",
-            "opencv-python-headless",
-            "numpy",
-            "pandas",
-            "scikit-learn",
-            "scikit-image",
-        ):
-            with contextlib.suppress(PackageNotFoundError):
-                found[name] = version(name)
-        return found
+    @functools.cached_property
+    def _trainer(self) -> Any:
+        """Its SimCLR object without the TensorBoard folder its constructor makes."""
+        trainer = self.simclr.SimCLR.__new__(self.simclr.SimCLR)
+        trainer.config, trainer.device = self.config, self.device
+        trainer.nt_xent_criterion = self.loss_class(self.device, self.job["batch_size"], **self.config["loss"])
+        return trainer
 
-    def _without_downloads(self) -> None:
-        import torchvision.models as models
-
-        for name in ("resnet18", "resnet50", "resnet101"):
-            make = getattr(models, name)
-            if hasattr(make, "cellfast"):
-                continue  # a second job of this process
-
-            @functools.wraps(make)
-            def random_weights(*args: Any, make: Callable[..., Any] = make, pretrained: bool = False, **kwargs: Any) -> Any:
-                return make(*args, **kwargs)
-
-            random_weights.cellfast = True  # type: ignore[attr-defined]
-            setattr(models, name, random_weights)
-
-    def _cuda_is_cpu(self) -> None:
-        torch = self.torch
-        for owner in (torch.Tensor, torch.nn.Module):
-            move = owner.to
-            if hasattr(move, "cellfast"):
-                continue
-
-            @functools.wraps(move)
-            def to(self: Any, *args: Any, move: Callable[..., Any] = move, **kwargs: Any) -> Any:
-                return move(self, *("cpu" if a == "cuda" else a for a in args), **kwargs)
-
-            to.cellfast = True  # type: ignore[attr-defined]
-            owner.to = to
+    @functools.cached_property
+    def _optimizer(self) -> Any:
+        """The optimiser of its ``train``."""
+        return self.torch.optim.Adam(self._model.parameters(), 3e-4, weight_decay=float(self.config["weight_decay"]))
 
     def model(self) -> Any:
         """The model, made once, with random weights."""
-        if self._model is None:
-            with _silent():
-                self._model = self.model_class(**self.config["model"]).to(self.device)
         return self._model
 
     def load(self) -> int:
@@ -147,93 +143,44 @@ class Implementation:
         job = self.job
         with _silent():
             wrapper = self.wrapper(
-                job["batch_size"], job["index"], self.config["eval_dataset"]["root_dir"], job["workers"],
-                job.get("validation_fraction", 0.0), self.config["dataset"]["input_shape"], 1, "random", True,
+                job["batch_size"], job["index"], self.config["eval_dataset"]["root_dir"], job["workers"], 0.0,
+                self.config["dataset"]["input_shape"], 1, "random", True,
             )  # fmt: skip
             self._loader, _ = wrapper.get_data_loaders()
         return len(self._loader.dataset)
 
-    def augment(self, minibatches: int) -> int:
-        """Two augmented views of every cell, from its loader."""
-        cells = 0
-        for number, ((xis, _), _) in enumerate(self._loader, 1):
-            cells += len(xis)
-            if number == minibatches:
-                break
-        return cells
+    def minibatches(self) -> Iterator[tuple[Any, int]]:
+        """One pass over its training loader."""
+        return ((views, len(views[0])) for views, _ in self._loader)
 
-    def loss(self, z: Any) -> Callable[[], tuple[float, float]]:
+    def pair(self, first: Any, second: Any) -> tuple[Any, Any]:
+        """The views of a minibatch."""
+        return first, second
+
+    def update(self, views: tuple[Any, Any]) -> float:
+        """One of its training steps. (Its learning rate is constant in the first ten epochs, and these runs are shorter.)"""
+        self._optimizer.zero_grad()
+        loss = self._trainer._step(self._model, *views, 0)
+        loss.backward()
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def nt_xent(self, z: Any) -> Any:
         """Its NT-Xent of rows normalised as its training step does."""
         import torch.nn.functional as F
 
-        half = len(z) // 2
-        with _silent():
-            criterion = self.loss_class(self.device, half, **self.config["loss"])
-
-        def run() -> tuple[float, float]:
-            leaf = z.detach().clone().requires_grad_()
-            value = criterion(F.normalize(leaf[:half], dim=1), F.normalize(leaf[half:], dim=1))
-            value.backward()
-            return float(value.detach()), float(leaf.grad.norm())
-
-        return run
-
-    def _trainer(self) -> tuple[Any, Any]:
-        """Its SimCLR object without the TensorBoard folder its constructor makes, and the optimiser of its ``train``."""
-        if getattr(self, "_training", None) is None:
-            trainer = self.simclr.SimCLR.__new__(self.simclr.SimCLR)
-            trainer.config, trainer.device = self.config, self.device
-            trainer.nt_xent_criterion = self.loss_class(self.device, self.job["batch_size"], **self.config["loss"])
-            decay = float(self.config["weight_decay"])
-            self._training = trainer, self.torch.optim.Adam(self.model().parameters(), 3e-4, weight_decay=decay)
-        return self._training
-
-    def _update(self, xis: Any, xjs: Any, step: int) -> Any:
-        trainer, optimizer = self._trainer()
-        optimizer.zero_grad()
-        loss = trainer._step(self.model(), xis, xjs, step)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    def step(self) -> Callable[[], float]:
-        """One of its training steps on two ready views of one minibatch."""
-        shape = (self.job["batch_size"], 3, self.job["size"], self.job["size"])
-        xis, xjs = self.torch.randn(shape), self.torch.randn(shape)
-        self.model().train()
-        self._trainer()
-        return lambda: float(self._update(xis, xjs, 0))
-
-    def epoch(self) -> int:
-        """One pass over its training loader."""
-        cells = 0
-        self.model().train()
-        for step, ((xis, xjs), _) in enumerate(self._loader):
-            # What its loop prints needs the loss's value now and then; so does ours.
-            self._update(xis, xjs, step)
-            cells += len(xis)
-        return cells
-
-    def train(self, finished: Callable[[int], bool]) -> tuple[int, float]:
-        """Its training loop, until ``finished``. (The learning rate is constant in its first ten epochs, and these runs are shorter.)"""
-        step, loss = 0, float("nan")
-        self.model().train()
-        while not finished(step):
-            for (xis, xjs), _ in self._loader:
-                loss = float(self._update(xis, xjs, step))
-                step += 1
-                if finished(step):
-                    break
-        return step, loss
+        if not hasattr(self, "_criterion"):
+            with _silent():
+                self._criterion = self.loss_class(self.device, len(z) // 2, **self.config["loss"])
+        return self._criterion(*(F.normalize(rows, dim=1) for rows in z.chunk(2)))
 
     def embed(self) -> np.ndarray:
         """h of every crop by its embedding code, crops decoded anew as it does."""
-        torch = self.torch
         with _silent():
             loader = self.features.get_data(self.config)
             if self.job["workers"] == 0:
-                loader = torch.utils.data.DataLoader(loader.dataset, batch_size=self.config["batch_size"], shuffle=False)
-            features, _ = self.features.convert_tensor_to_np(self.model(), loader)
+                loader = self.torch.utils.data.DataLoader(loader.dataset, batch_size=self.config["batch_size"], shuffle=False)
+            features, _ = self.features.convert_tensor_to_np(self._model, loader)
         return features
 
     def score(self, features: np.ndarray, metadata: Any) -> tuple[float, float]:
@@ -282,32 +229,20 @@ class Implementation:
 
         return run
 
-    def agree(self) -> dict[str, Any]:
-        """Losses of a few steps on fixed views, for a comparison number by number.
-
-        The first minibatch of crops goes through its decoding and its normalisation (no random augmentation); the second view is the
-        first one mirrored. Initial weights are written to the job's ``weights`` file, the inputs to ``inputs``.
-        """
-        import torch
+    def encoder_input(self, count: int) -> Any:
+        """The first ``count`` crops through its decoding and its normalisation, without random augmentation."""
         from torchvision import transforms
 
         normalise = transforms.Compose(
             [transforms.ToTensor(), transforms.Normalize((0.7469, 0.7403, 0.7307), (0.1548, 0.1594, 0.1706))]
         )
+        size = self.job["size"]
         with _silent():
             dataset = self.dataset_class(
-                self.job["index"], self.config["eval_dataset"]["root_dir"], (self.job["size"], self.job["size"], 3), True, 0,
-                transform=normalise,
-            )  # fmt: skip
-        first = torch.stack([dataset[i][0] for i in range(self.job["batch_size"])])
-        second = first.flip(3)
-        model = self.model().train()
-        torch.save({key: value.clone() for key, value in model.state_dict().items()}, self.job["weights"])
-        np.save(self.job["inputs"], first.numpy(), allow_pickle=False)
-        if self.job.get("double"):
-            model, first, second = model.double(), first.double(), second.double()
-        losses = [float(self._update(first, second, step)) for step in range(self.job["steps"])]
-        model.eval()
-        with torch.no_grad():
-            h = model(first)[0]
-        return {"losses": losses, "features": h.flatten()[:64].tolist()}
+                self.job["index"], self.config["eval_dataset"]["root_dir"], (size, size, 3), True, 0, transform=normalise
+            )
+        return self.torch.stack([dataset[i][0] for i in range(count)])
+
+    def encode(self, x: Any) -> Any:
+        """h."""
+        return self._model(x)[0]

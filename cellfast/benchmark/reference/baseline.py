@@ -9,8 +9,8 @@ better in places: its loss is one matrix product, pixels do not wrap around, emb
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -99,102 +99,59 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = TEMPERATURE) -> 
 class Implementation:
     """The plain implementation with the job's encoder and sizes."""
 
-    name = "baseline"
-    description = "a plain PyTorch implementation written from the paper (no checkout of the reference was given)"
+    packages = ("torchvision", "numpy", "pandas", "scikit-learn")
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
         torch.manual_seed(job.get("seed", 0))
-        self._training: tuple[Network, torch.optim.Optimizer] | None = None
-        self._network: Network | None = None
 
-    def versions(self) -> dict[str, str]:
-        """Versions of the packages that do the work."""
-        import sklearn
+    @cached_property
+    def _network(self) -> Network:
+        return Network(self.job.get("encoder", "resnet18"), self.job.get("dim", PROJECTION_DIM))
 
-        return {"torchvision": torchvision.__version__, "numpy": np.__version__, "pandas": pd.__version__,
-                "scikit-learn": sklearn.__version__}  # fmt: skip
+    @cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self._network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def model(self) -> Network:
         """The network, made once, with random weights."""
-        if self._network is None:
-            self._network = Network(self.job.get("encoder", "resnet18"), self.job.get("dim", PROJECTION_DIM))
         return self._network
+
+    def _strips(self, transform: Callable[[Tensor], Any]) -> Strips:
+        return Strips(self.job["index"], self.job["strips"], self.job["size"], transform)
 
     def load(self) -> int:
         """Decode every file."""
-        job = self.job
-        data = Strips(job["index"], job["strips"], job["size"], TwoAugmentedViews(job["size"]))
+        job, data = self.job, self._strips(TwoAugmentedViews(self.job["size"]))
         self.loader = DataLoader(data, batch_size=job["batch_size"], shuffle=True, drop_last=True, num_workers=job["workers"])
         return len(data)
 
-    def augment(self, minibatches: int) -> int:
-        """Two augmented views of every cell."""
-        cells = 0
-        for number, (first, _) in enumerate(self.loader, 1):
-            cells += len(first)
-            if number == minibatches:
-                break
-        return cells
-
-    def loss(self, z: Tensor) -> Callable[[], tuple[float, float]]:
-        """NT-Xent from the matrix of similarities."""
-        half = len(z) // 2
-
-        def run() -> tuple[float, float]:
-            leaf = z.detach().clone().requires_grad_()
-            value = nt_xent(leaf[:half], leaf[half:])
-            value.backward()
-            return float(value.detach()), float(leaf.grad.norm())
-
-        return run
-
-    def _update(self, first: Tensor, second: Tensor) -> Tensor:
-        if self._training is None:
-            network = self.model().train()
-            self._training = network, torch.optim.Adam(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        network, optimizer = self._training
-        optimizer.zero_grad()
-        loss = nt_xent(network(first)[1], network(second)[1])
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    def step(self) -> Callable[[], float]:
-        """One training step on two ready views."""
-        shape = (self.job["batch_size"], 3, self.job["size"], self.job["size"])
-        first, second = torch.randn(shape), torch.randn(shape)
-        return lambda: float(self._update(first, second).detach())
-
-    def epoch(self) -> int:
+    def minibatches(self) -> Iterator[tuple[Any, int]]:
         """One pass over the loader."""
-        cells = 0
-        self.model().train()
-        for first, second in self.loader:
-            self._update(first, second)
-            cells += len(first)
-        return cells
+        return ((views, len(views[0])) for views in self.loader)
 
-    def train(self, finished: Callable[[int], bool]) -> tuple[int, float]:
-        """Epochs until ``finished``."""
-        step, loss = 0, float("nan")
-        self.model().train()
-        while not finished(step):
-            for first, second in self.loader:
-                loss = float(self._update(first, second).detach())
-                step += 1
-                if finished(step):
-                    break
-        return step, loss
+    def pair(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The views of a minibatch."""
+        return first, second
+
+    def update(self, views: tuple[Tensor, Tensor]) -> float:
+        """One training step: a forward pass for each view."""
+        self._optimizer.zero_grad()
+        loss = nt_xent(*(self._network(view)[1] for view in views))
+        loss.backward()
+        self._optimizer.step()
+        return float(loss.detach())
+
+    def nt_xent(self, z: Tensor) -> Tensor:
+        """NT-Xent from the matrix of similarities."""
+        return nt_xent(*z.chunk(2))
 
     @torch.no_grad()
     def embed(self) -> np.ndarray:
         """h of every cell in evaluation mode."""
-        job = self.job
-        data = Strips(job["index"], job["strips"], job["size"], plain)
-        network = self.model().eval()
-        parts = [network(x)[0].numpy() for x in DataLoader(data, batch_size=job["batch_size"], num_workers=job["workers"])]
-        return np.concatenate(parts)
+        network = self._network.eval()
+        loader = DataLoader(self._strips(plain), batch_size=self.job["batch_size"], num_workers=self.job["workers"])
+        return np.concatenate([network(x)[0].numpy() for x in loader])
 
     def score(self, features: np.ndarray, metadata: pd.DataFrame) -> tuple[float, float]:
         """NSC and NSCB of means per well, TVN and medians per treatment."""
@@ -205,27 +162,19 @@ class Implementation:
         columns = (metadata[name].to_numpy() for name in ("compound", "moa", "batch"))
         return partial(plain_accuracies, profiles.astype(np.float64), *columns)
 
-    def agree(self) -> dict[str, Any]:
-        """Losses of a few steps on fixed views (the crops and their mirror images), weights and inputs written: see the adapter."""
-        job = self.job
-        double = torch.float64 if job.get("double") else torch.float32
-        data = Strips(job["index"], job["strips"], job["size"], lambda crop: crop)
-        # What the reference's pixel conversion does: 8-bit values wrap around.
+    def encoder_input(self, count: int) -> Tensor:
+        """The first ``count`` crops as the reference's encoder sees them: 8-bit values wrap around, then they are normalised."""
         mean, std = (torch.tensor(v)[:, None, None] for v in ((0.7469, 0.7403, 0.7307), (0.1548, 0.1594, 0.1706)))
-        first = torch.stack([data[i] for i in range(job["batch_size"])]).int()
-        first = (((256 - first) % 256).float() / 255 - mean) / std
-        torch.save({k: v.clone() for k, v in self.model().state_dict().items()}, job["weights"])
-        np.save(job["inputs"], first.numpy(), allow_pickle=False)
-        self.model().to(double)
-        first = first.to(double)
-        losses = [float(self._update(first, first.flip(3)).detach()) for _ in range(job["steps"])]
-        self.model().eval()
-        with torch.no_grad():
-            h = self.model()(first)[0]
-        return {"losses": losses, "features": h.flatten()[:64].tolist()}
+        data = self._strips(lambda crop: crop)
+        crops = torch.stack([data[i] for i in range(count)]).int()
+        return (((256 - crops) % 256).float() / 255 - mean) / std
+
+    def encode(self, x: Tensor) -> Tensor:
+        """h."""
+        return self._network(x)[0]
 
 
-def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: float = 1.0) -> tuple[float, float]:
+def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: float = 1.0) -> tuple[float | None, float | None]:
     """(NSC, NSCB) step by step: group means with pandas, whitening and CORAL with SciPy, a classifier fitted anew per treatment."""
     import scipy.linalg
 
@@ -255,8 +204,10 @@ def plain_scores(features: np.ndarray, metadata: pd.DataFrame, regularisation: f
     return plain_accuracies(table[names].to_numpy(), table["compound"].to_numpy(), table["moa"].to_numpy(), batches)
 
 
-def plain_accuracies(profiles: np.ndarray, compounds: np.ndarray, moas: np.ndarray, batches: np.ndarray) -> tuple[float, float]:
-    """(NSC, NSCB) of treatments: a classifier fitted anew for each; under NSCB without the MoAs of one batch."""
+def plain_accuracies(
+    profiles: np.ndarray, compounds: np.ndarray, moas: np.ndarray, batches: np.ndarray
+) -> tuple[float | None, float | None]:
+    """(NSC, NSCB) of treatments: a classifier fitted anew for each; under NSCB without the MoAs of one batch. None: no treatment is left."""
     from sklearn.neighbors import KNeighborsClassifier
 
     in_batches = pd.Series(batches).groupby(moas).nunique()
@@ -271,7 +222,9 @@ def plain_accuracies(profiles: np.ndarray, compounds: np.ndarray, moas: np.ndarr
             allowed = compound != compound[i]
             if not_same_batch:
                 allowed &= batch != batch[i]
+            if not allowed.any():
+                continue
             classifier = KNeighborsClassifier(1, algorithm="brute", metric="cosine").fit(x[allowed], moa[allowed])
             correct += int(classifier.predict(x[i : i + 1])[0] == moa[i])
-        scores.append(correct / len(x))
+        scores.append(correct / len(x) if len(x) else None)
     return scores[0], scores[1]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,9 @@ import pandas as pd
 from cellfast.errors import CellfastError
 from cellfast.metadata.batches import batches_of_plates
 from cellfast.metadata.treatments import is_control
+
+if TYPE_CHECKING:
+    from cellfast.screens import Screen
 
 # What the reference's evaluation wants of a cell; its index gives the first three only.
 EVALUATION_COLUMNS = ("Metadata_Plate", "Metadata_Well", "compound", "concentration", "moa", "Replicate")
@@ -71,14 +74,16 @@ def simulated_screen(folder: Path, num_cells: int, size: int, seed: int = 0) -> 
     return screen
 
 
-def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int | None = None, seed: int = 0) -> Cells:
+def prepare_cells(
+    screen_path: Path, folder: Path, *, size: int, num_cells: int | None = None, exactly: bool = True, seed: int = 0
+) -> Cells:
     """Write a screen's cells as 8-bit strips of ``size`` px and as a crop store of the same pixels.
 
     Each channel is scaled from the screen's own limits to 0–255; the central ``size`` px are taken, and smaller crops are enlarged
     bilinearly, as the reference does with strips of another size.
 
     Args:
-        num_cells: so many cells, drawn by ``seed`` as `drawn_cells` does; None takes all it may.
+        num_cells: so many cells, drawn by ``seed`` as `drawn_cells` does; None takes all it may. exactly: fewer are an error.
 
     Raises:
         CellfastError: fewer cells than asked for, not three channels (all the reference takes), or as `drawn_cells`.
@@ -86,8 +91,6 @@ def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int 
     from PIL import Image
 
     from cellfast.screens import Screen
-    from cellfast.screens.crop_index import read_crop_index
-    from cellfast.screens.ingest_crops import ingest_crops
 
     screen = Screen.open(screen_path)
     if len(screen.channel_names) != NUM_CHANNELS:
@@ -95,20 +98,16 @@ def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int 
             f"{screen_path}: the reference takes crops of {NUM_CHANNELS} channels, found {len(screen.channel_names)} "
             f"({', '.join(screen.channel_names)})"
         )
-    if num_cells is not None and screen.num_cells < num_cells:
+    if num_cells is not None and exactly and screen.num_cells < num_cells:
         raise CellfastError(f"{screen_path}: {num_cells} cells were asked for, it has {screen.num_cells}: ask for fewer")
     metadata = screen.metadata()
-    rows = drawn_cells(metadata, num_cells or screen.num_cells, seed, str(screen_path))
+    rows = drawn_cells(metadata, min(num_cells or screen.num_cells, screen.num_cells), seed, str(screen_path))
     metadata = metadata.iloc[rows].reset_index(drop=True)
     low, high = (np.asarray(v, np.float32)[:, None, None] for v in screen.channel_scaling())
-    strips = folder / "strips"
+    strips, index, evaluation = folder / "strips", folder / "index.csv", folder / "metadata.csv"
     strips.mkdir(parents=True, exist_ok=True)
-    names = [
-        f"{plate}-{well}-s{max(site, 0)}_{number}.png"
-        for number, (plate, well, site) in enumerate(
-            zip(metadata["Metadata_Plate"], metadata["Metadata_Well"], metadata["Metadata_Site"])
-        )
-    ]
+    place = zip(metadata["Metadata_Plate"], metadata["Metadata_Well"], metadata["Metadata_Site"])
+    names = [f"{plate}-{well}-s{max(site, 0)}_{number}.png" for number, (plate, well, site) in enumerate(place)]
     if any(name.count("-") != 2 for name in names):
         raise CellfastError(f"{screen_path}: a plate's name has a '-', which the reference's file names use as separator")
     for row, name in zip(rows, names):
@@ -119,35 +118,26 @@ def prepare_cells(screen_path: Path, folder: Path, *, size: int, num_cells: int 
         Image.fromarray(np.concatenate([_sized(c, size) for c in scaled.round().astype(np.uint8)], axis=1)).save(strips / name)
     labels = [f"{c}_{d}" for c, d in zip(metadata["Metadata_Compound"], metadata["Metadata_Concentration"])]
     table = pd.DataFrame({"Image_Name": names, "Class_Name": labels, "Target": pd.factorize(pd.Series(labels))[0]})
-    first_index = folder / "all.csv"
-    table.to_csv(first_index, index=False)
-    store = folder / "screen"
-    ingest_crops(
-        read_crop_index(first_index, root=strips),
-        store,
-        channel_names=list(screen.channel_names),
-        force=True,
-        show_progress=False,
-    )
+    table.to_csv(index, index=False)
     # The store keeps plates and wells together: the index follows its order, and row i is one cell everywhere.
-    made = Screen.open(store)
-    order = made.metadata()["Metadata_ObjectNumber"].to_numpy()
+    order = store_of_strips(index, strips, folder / "screen").metadata()["Metadata_ObjectNumber"].to_numpy()
     if sorted(order) != list(range(len(rows))):
         raise CellfastError(f"{screen_path}: {len(rows)} strips became {len(order)} cells of the crop store; please report this")
-    index = folder / "index.csv"
     table.iloc[order].to_csv(index, index=False)
-    evaluation = pd.DataFrame(
-        {
-            "Metadata_Plate": metadata["Metadata_Plate"],
-            "Metadata_Well": metadata["Metadata_Well"],
-            "compound": metadata["Metadata_Compound"],
-            "concentration": metadata["Metadata_Concentration"],
-            "moa": metadata["Metadata_MoA"],
-            "Replicate": 1,
-        }
-    )
-    evaluation.iloc[order].to_csv(folder / "metadata.csv", index=False)
-    return Cells(folder, strips, index, folder / "metadata.csv", store, len(rows), size, f"screen {Path(screen_path).name}")
+    columns = metadata[["Metadata_Plate", "Metadata_Well", "Metadata_Compound", "Metadata_Concentration", "Metadata_MoA"]]
+    columns = columns.set_axis(EVALUATION_COLUMNS[:5], axis=1).assign(Replicate=1)
+    columns.iloc[order].to_csv(evaluation, index=False)
+    return Cells(folder, strips, index, evaluation, folder / "screen", len(rows), size, f"screen {Path(screen_path).name}")
+
+
+def store_of_strips(index: Path, strips: Path, out: Path) -> Screen:
+    """The crop store made of the strips in an index."""
+    from cellfast.screens import Screen
+    from cellfast.screens.crop_index import read_crop_index
+    from cellfast.screens.ingest_crops import ingest_crops
+
+    ingest_crops(read_crop_index(index, root=strips), out, force=True, show_progress=False)
+    return Screen.open(out)
 
 
 def drawn_cells(metadata: pd.DataFrame, num_cells: int, seed: int, where: str) -> np.ndarray:

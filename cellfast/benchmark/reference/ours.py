@@ -7,7 +7,8 @@ inverted and normalised input. ``default`` is what ``cellfast train`` does witho
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,6 @@ from cellfast.augment import AugmentConfig, TwoViews, center_crop
 from cellfast.data import Loader
 from cellfast.data.malloc import tune_malloc
 from cellfast.losses import NTXentLoss
-from cellfast.model_file import LoadedModel
 from cellfast.models import ModelConfig, SimCLR, build_model
 from cellfast.ops import ntxent_loss
 from cellfast.screens import Screen
@@ -47,170 +47,110 @@ class ReadyPieces(ViewPieces):
 class Implementation:
     """cellfast, with the values of a recipe and the job's encoder and sizes."""
 
-    name = "cellfast"
-    description = "cellfast"
+    packages = ("cellfast", "torchvision", "kornia", "numpy", "numba")
 
     def __init__(self, job: dict[str, Any]) -> None:
         tune_malloc()
-        self.job = job
+        self.job, self.seed, self._count = job, job.get("seed", 0), 0
         recipe = job.get("recipe", "perakis2021")
-        values = {**RECIPES[recipe], "recipe": recipe, "encoder": job.get("encoder", "resnet18")}
-        self.config = TrainConfig(**values)
-        self.seed = job.get("seed", 0)
-        self._model: SimCLR | None = None
-        self._training: TrainingStep | None = None
-        self._count = 0
+        self.config = TrainConfig(**{**RECIPES[recipe], "recipe": recipe, "encoder": job.get("encoder", "resnet18")})
 
-    def versions(self) -> dict[str, str]:
-        """Versions of the packages that do the work."""
-        from importlib.metadata import version
-
-        from cellfast import __version__
-
-        return {"cellfast": __version__, **{name: version(name) for name in ("torchvision", "kornia", "numpy", "numba")}}
+    @cached_property
+    def _model(self) -> SimCLR:
+        c = self.config
+        config = ModelConfig(
+            c.encoder, CHANNELS, c.stem, c.projection_dim, c.projection_layers, input_transform=c.input_transform
+        )
+        return build_model(config, self.seed)
 
     def model(self) -> SimCLR:
         """The model, made once, with random weights."""
-        if self._model is None:
-            c = self.config
-            self._model = build_model(
-                ModelConfig(
-                    c.encoder, CHANNELS, c.stem, c.projection_dim, c.projection_layers, input_transform=c.input_transform
-                ),
-                self.seed,
-            )
         return self._model
 
-    def training(self) -> TrainingStep:
-        """The training step, made once."""
-        if self._training is None:
-            c = self.config
-            optimizer = build_optimizer(self.model().train(), c.optimizer, lr=c.lr, weight_decay=c.weight_decay)
-            module = TwoViewModel(self.model(), per_view=c.batch_norm == "per-view")
-            loss = NTXentLoss(c.temperature)
-            self._training = TrainingStep(
-                module,
-                loss,
-                optimizer,
-                device=torch.device("cpu"),
-                amp=self.job.get("amp", False),
-                chunk_size=self.job.get("chunk_size"),
-            )
-        return self._training
+    @cached_property
+    def _training(self) -> TrainingStep:
+        c, job = self.config, self.job
+        optimizer = build_optimizer(self._model.train(), c.optimizer, lr=c.lr, weight_decay=c.weight_decay)
+        return TrainingStep(
+            TwoViewModel(self._model, per_view=c.batch_norm == "per-view"), NTXentLoss(c.temperature), optimizer,
+            device=torch.device("cpu"), amp=job.get("amp", False), chunk_size=job.get("chunk_size"),
+        )  # fmt: skip
+
+    @cached_property
+    def _screen(self) -> Screen:
+        return Screen.open(self.job["screen"])
+
+    @cached_property
+    def _scaling(self) -> PlateScaling:
+        return PlateScaling(self._screen, self.config.scaling)
 
     def load(self) -> int:
         """Open the screen and gather every cell into minibatches once."""
-        job = self.job
-        self.screen = screen = Screen.open(job["screen"])
-        self.loader: Loader | None = None
-        self.scaling = PlateScaling(screen, self.config.scaling)
+        self.__dict__.pop("_screen", None)
+        self.__dict__.pop("_scaling", None)
         augment = dict(self.config.augment)
         self.two_views = TwoViews(
-            AugmentConfig.preset(augment.pop("preset"), **augment), CHANNELS, screen.crop_size, job["size"],
+            AugmentConfig.preset(augment.pop("preset"), **augment), CHANNELS, self._screen.crop_size, self.job["size"],
             memory_format=torch.channels_last,
         )  # fmt: skip
-        for _ in Loader(screen, job["batch_size"], shuffle=False):
+        for _ in Loader(self._screen, self.job["batch_size"], shuffle=False):
             pass
-        return screen.num_cells
+        self.loader = Loader(self._screen, self.job["batch_size"], shuffle=True, seed=self.seed, drop_last=True)
+        return self._screen.num_cells
 
-    def _minibatches(self) -> Any:
-        if self.loader is None:
-            self.loader = Loader(self.screen, self.job["batch_size"], shuffle=True, seed=self.seed, drop_last=True)
+    def minibatches(self) -> Iterator[tuple[Any, int]]:
+        """One pass: cells gathered, two views of each."""
         for batch in self.loader:
             self._count += 1
-            low, high = self.scaling(batch.rows)
+            low, high = self._scaling(batch.rows)
             seed = views_seed(self.seed, self._count, 0)
-            yield self.training().views(self.two_views, batch.crops, low, high, seed=seed), len(batch.rows)
+            yield self._training.views(self.two_views, batch.crops, low, high, seed=seed), len(batch.rows)
 
-    def augment(self, minibatches: int) -> int:
-        """Gather and two views of every cell."""
-        cells = 0
-        for number, (_, count) in enumerate(self._minibatches(), 1):
-            cells += count
-            if number == minibatches:
-                break
-        return cells
+    def pair(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | ViewPieces:
+        """The views of a minibatch; in pieces where the job has a ``chunk_size``."""
+        views = torch.cat((first, second)).to(memory_format=torch.channels_last)
+        chunk_size = self.job.get("chunk_size")
+        return views if chunk_size is None else ReadyPieces(views, chunk_size)
 
-    def loss(self, z: torch.Tensor) -> Callable[[], tuple[float, float]]:
-        """NT-Xent by the operator."""
-
-        def run() -> tuple[float, float]:
-            leaf = z.detach().clone().requires_grad_()
-            value = ntxent_loss(leaf, 0.1)
-            value.backward()
-            return float(value.detach()), float(leaf.grad.norm())
-
-        return run
-
-    def _update(self, views: torch.Tensor | ViewPieces) -> float:
-        step = self.training()
-        loss = step.compute_loss(views)
+    def update(self, views: torch.Tensor | ViewPieces) -> float:
+        """One training step."""
+        step = self._training
+        double = isinstance(views, torch.Tensor) and views.dtype == torch.float64  # compute_loss turns z to float32
+        loss = step.loss(step.module(views)) if double else step.compute_loss(views)
         value = float(loss.detach())
         step.update(loss)
         return value
 
-    def step(self) -> Callable[[], float]:
-        """One training step on ready views."""
-        shape = (2 * self.job["batch_size"], CHANNELS, self.job["size"], self.job["size"])
-        views = torch.rand(shape).to(memory_format=torch.channels_last)
-        self.training()
-        chunk_size = self.job.get("chunk_size")
-        ready = views if chunk_size is None else ReadyPieces(views, chunk_size)
-        return lambda: self._update(ready)
-
-    def epoch(self) -> int:
-        """One pass: gather, augment, train."""
-        cells = 0
-        for views, count in self._minibatches():
-            self._update(views)
-            cells += count
-        return cells
-
-    def train(self, finished: Callable[[int], bool]) -> tuple[int, float]:
-        """Epochs until ``finished``; the learning rate is constant, as the reference's is in its first ten epochs."""
-        step, loss = 0, float("nan")
-        while not finished(step):
-            for views, _ in self._minibatches():
-                loss = self._update(views)
-                step += 1
-                if finished(step):
-                    break
-        return step, loss
+    def nt_xent(self, z: torch.Tensor) -> torch.Tensor:
+        """NT-Xent by the operator."""
+        return ntxent_loss(z, 0.1)
 
     def embed(self) -> np.ndarray:
         """h of every cell in store order, in evaluation mode."""
-        from cellfast.embedding.embed_store import CropEncoder
+        from cellfast.embedding.encoder import CropEncoder
 
         screen = Screen.open(self.job["screen"])
         scaling = PlateScaling(screen, self.config.scaling)
         # What a model file would say, without writing one.
-        loaded = SimpleNamespace(
-            model=self.model(), scaling="screen", low=scaling.low, high=scaling.high, output_size=self.job["size"]
+        loaded: Any = SimpleNamespace(
+            model=self._model, scaling="screen", low=scaling.low, high=scaling.high, output_size=self.job["size"]
         )
-        encoder = CropEncoder(as_loaded(loaded), device=torch.device("cpu"), amp=self.job.get("amp", False))
+        encoder = CropEncoder(loaded, device=torch.device("cpu"), amp=self.job.get("amp", False))
         values = np.empty((screen.num_cells, encoder.num_features), np.float32)
         start = 0
         for batch in Loader(screen, self.job["batch_size"], shuffle=False):
             values[start : start + len(batch.rows)] = encoder(batch.crops, scaling.low, scaling.high).numpy()
             start += len(batch.rows)
-        self.model().train()
         return values
 
     def score(self, features: np.ndarray, metadata: Any) -> tuple[float, float]:
         """NSC and NSCB of wells (mean), TVN with λ 1 as the reference's, treatments (median)."""
-        from cellfast.profiles.build import collapse
-        from cellfast.profiles.evaluate import evaluate_profiles
-        from cellfast.profiles.normalize import normalize_profiles, parse_steps
+        from cellfast.profiles.plots import write_pictures
 
-        wells = collapse(profile_table(features, metadata), ["Metadata_Plate", "Metadata_Well"], "mean")
-        wells, _ = normalize_profiles(wells, parse_steps(["tvn:lambda=1"]))
-        evaluation = evaluate_profiles(wells, two_numbers())
+        evaluation = evaluated_wells(features, metadata, ["tvn:lambda=1"])
         if self.job.get("pictures"):
-            from cellfast.profiles.plots import write_pictures
-
             write_pictures(evaluation, os.path.join(self.job["folder"], "evaluation"))
-        result = evaluation.result
-        return result["nsc"]["accuracy"], result["nscb"]["accuracy"]
+        return evaluation.result["nsc"]["accuracy"], evaluation.result["nscb"]["accuracy"]
 
     def evaluate(self, profiles: np.ndarray, metadata: Any) -> Callable[[], tuple[float, float]]:
         """NSC and NSCB of treatments."""
@@ -224,32 +164,32 @@ class Implementation:
 
         return run
 
-    def agree(self) -> dict[str, Any]:
-        """The same steps from the reference's initial weights on the same crops: see the adapter."""
-        job = self.job
-        screen = Screen.open(job["screen"])
-        model = self.model()
-        load_reference_weights(model, torch.load(job["weights"], weights_only=True))
-        batch = next(iter(Loader(screen, job["batch_size"], shuffle=False)))
-        scaling = PlateScaling(screen, self.config.scaling)
-        first = center_crop(batch.crops, scaling.low, scaling.high, job["size"])
-        seen = model.input_transform(first)
-        difference = float((seen - torch.from_numpy(np.load(job["inputs"], allow_pickle=False))).abs().max())
-        if job.get("double"):
-            # Adam's first steps make much of rounding: in float64 and from the very same inputs only the method is compared.
-            model.input_transform = torch.nn.Identity()
-            model, first = model.double(), torch.from_numpy(np.load(job["inputs"], allow_pickle=False)).double()
-        views = torch.cat((first, first.flip(3))).to(memory_format=torch.channels_last)
-        training, losses = self.training(), []
-        for _ in range(job["steps"]):
-            # As compute_loss, which turns z to float32 first.
-            loss = training.loss(training.module(views)) if job.get("double") else training.compute_loss(views)
-            losses.append(float(loss.detach()))
-            training.update(loss)
-        model.eval()
-        with torch.no_grad():
-            h = model.encode(first)
-        return {"losses": losses, "features": h.flatten()[:64].tolist(), "largest_input_difference": difference}
+    def encoder_input(self, count: int) -> torch.Tensor:
+        """The first ``count`` crops, scaled to 0–1; the model's own input transform comes after."""
+        batch = next(iter(Loader(self._screen, count, shuffle=False)))
+        return center_crop(batch.crops, self._scaling.low, self._scaling.high, self.job["size"])
+
+    def takes_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the encoder sees of ``x``."""
+        return self._model.input_transform(x)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """h."""
+        return self._model.encode(x)
+
+    def take_weights(self, state: dict[str, torch.Tensor]) -> None:
+        """Weights of the reference's or the baseline's model (``features.0…``, ``l1``, ``l2``) to the same places here; all must fit."""
+        # torchvision's children in the order in which a Sequential numbers them.
+        children = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+        renamed = {}
+        for name, value in state.items():
+            head, _, rest = name.partition(".")
+            if head == "features":
+                number, _, rest = rest.partition(".")
+                renamed[f"encoder.{children[int(number)]}.{rest}"] = value
+            else:
+                renamed[f"projection.{ {'l1': 0, 'l2': 2}[head] }.{rest}"] = value
+        self._model.load_state_dict(renamed)
 
 
 def profile_table(features: np.ndarray, metadata: Any) -> Any:
@@ -268,26 +208,16 @@ def two_numbers() -> Any:
     """Options that leave out what the reference does not give: intervals and average precision."""
     from cellfast.profiles.evaluate import EvaluationOptions
 
-    return EvaluationOptions(num_resamples=0, num_permutations=0, average_precision=False)
+    return EvaluationOptions(num_permutations=0, average_precision=False)
 
 
-def as_loaded(values: SimpleNamespace) -> LoadedModel:
-    """``values`` as the model that `CropEncoder` takes."""
-    return values  # type: ignore[return-value]
+def evaluated_wells(features: np.ndarray, metadata: Any, steps: list[str]) -> Any:
+    """Cells' features to NSC and NSCB: means of wells, the normalisation ``steps``, medians of treatments."""
+    from cellfast.profiles.build import collapse
+    from cellfast.profiles.evaluate import evaluate_profiles
+    from cellfast.profiles.normalize import normalize_profiles
+    from cellfast.profiles.steps import parse_steps
 
-
-# torchvision's children in the order in which a Sequential numbers them.
-_CHILDREN = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-
-
-def load_reference_weights(model: SimCLR, state: dict[str, torch.Tensor]) -> None:
-    """Weights of the reference's or the baseline's model (``features.0…``, ``l1``, ``l2``) → the same places here; all must fit."""
-    renamed = {}
-    for name, value in state.items():
-        head, _, rest = name.partition(".")
-        if head == "features":
-            number, _, rest = rest.partition(".")
-            renamed[f"encoder.{_CHILDREN[int(number)]}.{rest}"] = value
-        else:
-            renamed[f"projection.{ {'l1': 0, 'l2': 2}[head] }.{rest}"] = value
-    model.load_state_dict(renamed)
+    wells = collapse(profile_table(features, metadata), ["Metadata_Plate", "Metadata_Well"], "mean")
+    wells, _ = normalize_profiles(wells, parse_steps(steps))
+    return evaluate_profiles(wells, two_numbers())

@@ -1,23 +1,57 @@
-"""A comparison's JSON as a Markdown report and a picture."""
+"""A comparison's JSON as a Markdown report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Part, which of cellfast's sides (None: the first), quantity, sign, value, what it is.
-TARGETS = (
-    ("step", None, "times_faster", ">=", 2.0, "training step, float32"),
-    ("epoch", None, "times_faster", ">=", 2.0, "training, a whole epoch, float32"),
-    ("epoch", "cellfast, bf16", "times_faster", ">=", 3.5, "training, a whole epoch, --amp"),
-    ("loss", None, "times_faster", ">=", 200.0, "NT-Xent"),
-    ("load and augment", None, "times_faster", ">=", 20.0, "loading + augmentation"),
-    ("evaluate", None, "times_faster", ">=", 100.0, "NSC and NSCB of treatments"),
-    ("score", None, "times_faster", ">=", 100.0, "the same with the profiles before it, from cells, without pictures"),
-    ("step", None, "memory_ratio", "<=", 1 / 3, "peak memory of a training step"),
-    ("step", "in pieces", "memory_ratio", "<=", 1 / 3, "peak memory of a training step, --chunk-size"),
-)
+from cellfast.benchmark.reference.quality import MEASURES, TRAINED, UNTRAINED, paired_differences
+from cellfast.benchmark.reference.table import LEAST_SEEDS, SECTIONS
+from cellfast.errors import CellfastError
+
+OTHERS = {
+    "reference": "the reference implementation (a user's checkout, used as it is)",
+    "baseline": "a plain PyTorch implementation written from the paper (no checkout of the reference was given)",
+}
+
+
+def document(result: dict[str, Any], *, quick: bool, earlier: Path | None = None) -> dict[str, Any]:
+    """``result`` with its environment, every section and part with the commit it was measured at.
+
+    ``earlier``: a file whose sections and parts are kept where they were not measured now.
+
+    Raises:
+        CellfastError: ``earlier`` is no such file, or was measured with other settings or against another implementation.
+    """
+    from cellfast.benchmark import environment
+
+    where = environment()
+    _stamp(result, where["commit"])
+    if earlier is not None and earlier.exists():
+        try:
+            written = json.loads(earlier.read_text(encoding="utf-8"))
+            before, commit = written["result"], written["environment"]["commit"]
+            then = {"settings": before["settings"], **{key: before["other"][key] for key in ("name", "commit")}}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CellfastError(
+                f"{earlier}: not a result of this benchmark ({error!r}); leave out --update to replace it"
+            ) from error
+        now = {"settings": result["settings"], **{key: result["other"][key] for key in ("name", "commit")}}
+        for key, value in now.items():
+            if value != then[key]:
+                raise CellfastError(f"--update: the earlier file has {key} {then[key]}, this run {value}: measure all of it anew")
+        _stamp(before, commit)
+        parts = {**before.get("parts", {}), **result.get("parts", {})}
+        other = {**before["other"], **{key: value for key, value in result["other"].items() if value}}
+        result = {**before, **result, "other": other, **({"parts": parts} if parts else {})}
+    return {"subject": "reference", "quick": quick, "environment": where, "result": result}
+
+
+def _stamp(result: dict[str, Any], commit: str) -> None:
+    for entry in (*result.get("parts", {}).values(), *(result[key] for key in SECTIONS if key != "parts" and key in result)):
+        entry.setdefault("commit", commit)
 
 
 def side_names(entry: dict[str, Any]) -> list[str]:
@@ -25,46 +59,24 @@ def side_names(entry: dict[str, Any]) -> list[str]:
     return [key for key, value in entry.items() if isinstance(value, dict)]
 
 
-def load_and_augment(parts: dict[str, Any]) -> dict[str, float]:
-    """Loading once and making two views, per cell: how many times as fast."""
-    if not {"load", "augment"} <= set(parts):
-        return {}
-    rates = {}
-    for part in ("load", "augment"):
-        names = side_names(parts[part])
-        for key, name in (("ours", names[0]), ("other", names[-1])):
-            rates[part, key] = parts[part][name]["cells_per_second"]
-    per_cell = {key: 1 / rates["load", key] + 1 / rates["augment", key] for key in ("ours", "other")}
-    return {"times_faster": per_cell["other"] / per_cell["ours"]}
-
-
-def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The aims of the comparison, each with what was measured and whether it is met."""
-    parts = {**result.get("parts", {}), "load and augment": load_and_augment(result.get("parts", {}))}
-    rows = []
-    for part, side, key, sign, value, what in TARGETS:
-        entry = parts.get(part, {})
-        if side is not None:
-            entry = next((entry[name] for name in side_names(entry) if side in name), {})
-        found = entry.get(key)
-        if found is not None:
-            met = found >= value if sign == ">=" else found <= value
-            rows.append({"what": what, "target": f"{sign} {value:.3g}", "measured": found, "met": met})
-    return rows
-
-
 def markdown(document: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     return "\n".join(_lines(document)) + "\n"
 
 
+def rows_of(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """A Markdown table, with an empty line before it."""
+    yield ""
+    yield "| " + " | ".join(header) + " |"
+    yield "|---" * len(header) + "|"
+    for row in rows:
+        yield "| " + " | ".join(map(str, row)) + " |"
+
+
 def _lines(document: dict[str, Any]) -> Iterator[str]:
     result, system = document["result"], document["environment"]["system"]
-    other = result["other"]
-    s = result["settings"]
-    names = {"reference": "the reference implementation (a user's checkout, driven as it is)",
-             "baseline": "a plain PyTorch implementation written from the paper (no checkout of the reference was given)"}  # fmt: skip
-    yield f"# cellfast beside {names[other['name']]}"
+    other, s = result["other"], result["settings"]
+    yield f"# cellfast compared with {OTHERS[other['name']]}"
     yield ""
     yield (
         f"{system['cpu']['name']}, {s['threads']} threads, {system['memory_bytes'] / 2**30:.0f} GiB; cellfast {system['cellfast']} "
@@ -77,170 +89,118 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
         a = result["agreement"]
         yield from ("", "## Number by number", "")
         yield (
-            f"From the same crops and weights the first loss differs by {a['float32']['first_loss_difference']:.1e} in float32; over "
-            f"{a['steps']} training steps in float64 losses differ by at most {a['float64']['largest_loss_difference']:.1e} and features by "
+            f"From the same crops and weights the first loss differs by {a['float32']['first_loss_difference']:.1e} in float32. Over "
+            f"{a['steps']} training steps in float64 the losses differ by at most {a['float64']['largest_loss_difference']:.1e} and the features by "
             f"{a['float64']['largest_feature_difference']:.1e} (`--recipe perakis2021`)."
         )
     if "quality" in result:
-        yield from _quality(result["quality"])
+        yield from _quality(result["quality"], other["name"])
     if "scaling" in result:
         yield from _scaling(result["scaling"])
 
 
 def _parts(result: dict[str, Any]) -> Iterator[str]:
-    yield from ("", "## Parts", "", f"{result['cells']['number']} cells of {result['cells']['size']} px, {result['cells']['origin']}; "
-                "medians, half the spread in brackets; peak memory of the whole process and above its imports.", "")  # fmt: skip
-    yield "| part | side | seconds | cells/s | peak GiB | above imports GiB |"
-    yield "|---|---|---|---|---|---|"
-    for part, entry in result["parts"].items():
-        for name in side_names(entry):
-            e = entry[name]
-            if "median_seconds" not in e:
-                yield f"| {part} | {name} | out of memory | | | |"
-                continue
-            yield (
-                f"| {part} | {name} | {e['median_seconds']:.4g} (± {50 * e['spread']:.0f} %) | {e['cells_per_second']:,.4g} "
-                f"| {e['peak_bytes'] / 2**30:.2f} | {e['growth_bytes'] / 2**30:.2f} |"
-            )
-    yield from (
-        "",
-        "| part | side | times as fast | share of its memory | of its memory above imports |",
-        "|---|---|---|---|---|",
+    cells = result["cells"]
+    yield from ("", "## Parts", "", f"{cells['number']} cells of {cells['size']} px, {cells['origin']}. Medians, half the spread in brackets; "
+                "peak memory of the whole process, and above what its imports take.")  # fmt: skip
+    sides = [(part, name, entry[name]) for part, entry in result["parts"].items() for name in side_names(entry)]
+    yield from rows_of(
+        ("part", "side", "seconds", "cells/s", "peak GiB", "above imports GiB"),
+        (
+            (part, name, f"{e['median_seconds']:.4g} (± {50 * e['spread']:.0f} %)", f"{e['cells_per_second']:,.4g}",
+             f"{e['peak_bytes'] / 2**30:.2f}", f"{e['growth_bytes'] / 2**30:.2f}")
+            if "median_seconds" in e else (part, name, "out of memory", "", "", "")
+            for part, name, e in sides
+        ),
+    )  # fmt: skip
+    yield from rows_of(
+        ("part", "side", "times as fast", "share of its memory", "of its memory above imports"),
+        (
+            (part, name, f"{e['times_faster']:.1f}", f"{e['memory_ratio']:.2f}", f"{e['growth_ratio']:.2f}")
+            for part, name, e in sides
+            if "times_faster" in e
+        ),
     )
-    for part, entry in result["parts"].items():
-        for name in side_names(entry)[:-1]:
-            e = entry[name]
-            if "times_faster" in e:
-                yield f"| {part} | {name} | {e['times_faster']:.1f} | {e['memory_ratio']:.2f} | {e['growth_ratio']:.2f} |"
-    rows = targets(result)
-    if rows:
-        yield from ("", "| aim | target | measured | |", "|---|---|---|---|")
-        for row in rows:
-            yield f"| {row['what']} | {row['target']} | {row['measured']:.2f} | {'met' if row['met'] else 'missed'} |"
 
 
-def _quality(q: dict[str, Any]) -> Iterator[str]:
-    yield from ("", "## Quality", "", f"{q['cells']} cells of {q['size']} px ({q['origin']}), {q['encoder']}, minibatch {q['batch_size']}; seconds "
-                "are loading and training. Scored alike: cellfast's default profiles; retrieval: a treated cell's nearest cell of another well "
-                "has its treatment.", "")  # fmt: skip
-    yield "| limit | side | seed | steps | seconds | NSC | NSCB | retrieval (chance) |"
-    yield "|---|---|---|---|---|---|---|---|"
+def _quality(q: dict[str, Any], other: str) -> Iterator[str]:
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in q["runs"]:
-        retrieval = "" if run["retrieval"] is None else f"{100 * run['retrieval']:.1f} % ({100 * run['retrieval_chance']:.1f} %)"
-        yield (
-            f"| {run['limit']} | {run['side']} | {run['seed']} | {run['steps']} | {run['seconds']:.0f} "
-            f"| {run['nsc']['num_correct']:.6g}/{run['nsc']['num_evaluated']} | {run['nscb']['num_correct']:.6g}/{run['nscb']['num_evaluated']} | {retrieval} |"
-        )
+        if run["limit"] in (UNTRAINED, TRAINED):
+            runs.setdefault((run["side"], run["limit"]), []).append(run)
+    yield from ("", "## Quality", "")
+    yield (
+        f"{q['cells']} cells of {q['size']} px ({q['origin']}), {q['encoder']}. Every training: {q['steps']} step{'s' * (q['steps'] > 1)} of {q['batch_size']} cells, "
+        f"{q['steps'] * q['batch_size']:,} images in two views each, from {len(q['seeds'])} seed{'s' * (len(q['seeds']) > 1)}. All features are scored by the same "
+        "code. Retrieval: a treated cell's nearest cell of another well has its treatment. One value for each seed."
+    )
+
+    def scores(of: list[dict[str, Any]], key: str) -> str:
+        return ", ".join(f"{run[key]['num_correct']:.6g}/{run[key]['num_evaluated']}" for run in of)
+
+    yield from rows_of(
+        ("side", "weights", "NSC", "NSCB", "retrieval, % (chance)", "seconds"),
+        (
+            (side, "random" if limit == UNTRAINED else "trained", scores(of, "nsc"), scores(of, "nscb"),
+             ", ".join(f"{100 * r['retrieval']:.1f} ({100 * r['retrieval_chance']:.1f})" for r in of if r["retrieval"] is not None),
+             ", ".join(f"{run['seconds']:.0f}" for run in of))
+            for (side, limit), of in runs.items()
+        ),
+    )  # fmt: skip
+    differences = paired_differences(q, other)
+    if not differences:
+        yield from ("", f"Fewer than {LEAST_SEEDS} seeds: nothing is said about which side's features are better.")
+        return
+    yield from ("", f"Difference to the {other}'s features from the same seed, in percentage points: mean over {differences[0]['seeds']} seeds and "
+                "95 % t interval. It tells how much seeds vary; cells and treatments are the same in all.")  # fmt: skip
+    names = [*dict.fromkeys(row["side"] for row in differences)]
+    texts = {
+        (r["side"], r["measure"]): "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in (r["mean"], *r["interval_95"])))
+        for r in differences
+    }
+    yield from rows_of(
+        ("side", "NSC", "NSCB", "retrieval"), ((side, *(texts.get((side, m), "") for m in MEASURES)) for side in names)
+    )
 
 
 def _scaling(s: dict[str, Any]) -> Iterator[str]:
-    yield from (
-        "",
-        "## Scaling",
-        "",
-        "Extrapolated figures are marked ~: a straight line through the two largest sizes measured.",
-    )
+    yield from ("", "## Scaling", "", "~: extrapolated by a straight line through the two largest sizes measured. Memory is above imports; while loading, "
+                "cellfast's is pages of the mapped crop store, which the system may drop.")  # fmt: skip
     for part, sides in s["cells"].items():
-        if not any(sides.values()):
-            continue
-        yield from (
-            "",
-            f"{part}, seconds (memory above imports)",
-            "",
-            "| cells | " + " | ".join(sides) + " |",
-            "|---|" + "---|" * len(sides),
-        )
-        by_size: dict[int, dict[str, str]] = {}
-        for name, rows in sides.items():
-            for row in rows:
-                mark = "~" if row.get("extrapolated") else ""
-                text = (
-                    f"{mark}{row['seconds']:,.3g} s ({mark}{_size(row['growth_bytes'])})" if "seconds" in row else "out of memory"
-                )
-                by_size.setdefault(row["cells"], {})[name] = text
-        for n, cells in sorted(by_size.items()):
-            yield f"| {n:,} | " + " | ".join(cells.get(name, "") for name in sides) + " |"
-        if part == "load":
-            yield from (
-                "",
-                "cellfast's memory while loading is pages of the mapped crop store, which the system may drop; the other's is its own.",
-            )
+        yield from _by_size(f"{part}: cells", "cells", sides)
     for part, sides in s["minibatch"].items():
-        yield from ("", f"{part} by minibatch", "", "| minibatch | " + " | ".join(sides) + " |", "|---|" + "---|" * len(sides))
-        sizes = sorted({row["minibatch"] for rows in sides.values() for row in rows})
-        for n in sizes:
-            texts = []
-            for rows in sides.values():
-                row = next((r for r in rows if r["minibatch"] == n), None)
-                if row is None:
-                    texts.append("")
-                elif "median_seconds" in row:
-                    texts.append(f"{row['median_seconds']:.3g} s ({_size(row['growth_bytes'])})")
-                else:
-                    texts.append(f"out of memory at {_size(row['allowed_bytes'])}" if "out_of_memory" in row else "too long")
-            yield f"| {n} | " + " | ".join(texts) + " |"
-    threads = _threads(s)
-    if not threads:
-        return
-    yield from (
-        "",
-        "cells/s by threads",
-        "",
-        "| part | side | " + " | ".join(threads) + " |",
-        "|---|---|" + "---|" * len(threads),
-    )
-    for part, sides in s["cores"].items():
-        for name, rows in sides.items():
-            yield f"| {part} | {name} | " + " | ".join(f"{row['cells_per_second']:,.4g}" for row in rows) + " |"
+        yield from _by_size(f"{part}: cells per minibatch", "minibatch", sides)
+    rows = [(part, name, of) for part, sides in s["cores"].items() for name, of in sides.items() if of]
+    if rows:
+        header = ("cells/s by threads", "side", *(str(row["threads"]) for row in rows[0][2]))
+        yield from rows_of(
+            header,
+            (
+                (part, name, *(f"{row['cells_per_second']:,.4g}" if "cells_per_second" in row else "did not end" for row in of))
+                for part, name, of in rows
+            ),
+        )
 
 
-def _threads(s: dict[str, Any]) -> list[str]:
-    rows = next(iter(next(iter(s["cores"].values())).values()))
-    return [str(row["threads"]) for row in rows]
+def _by_size(title: str, key: str, sides: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    texts: dict[int, dict[str, str]] = {}
+    for name, rows in sides.items():
+        for row in rows:
+            seconds, mark = row.get("seconds", row.get("median_seconds")), "~" if row.get("extrapolated") else ""
+            if seconds is not None:
+                text = f"{mark}{seconds:,.3g} s ({mark}{_size(row['growth_bytes'])})"
+            else:
+                text = (
+                    "too long"
+                    if "timed_out" in row
+                    else "out of memory" + (f" at {_size(row['allowed_bytes'])}" if "allowed_bytes" in row else "")
+                )
+            texts.setdefault(row[key], {})[name] = text
+    if texts:
+        yield from rows_of(
+            (title, *sides), ((f"{n:,}", *(found.get(name, "") for name in sides)) for n, found in sorted(texts.items()))
+        )
 
 
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"
-
-
-def plot(document: dict[str, Any], path: str | Path) -> bool:
-    """Bars of how many times as fast each part is, and the cost of minibatches; False where there is nothing to draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from cellfast.atomic import atomic_path
-
-    result = document["result"]
-    parts = {name: e["times_faster"] for name, e in result.get("parts", {}).items() if "times_faster" in e}
-    losses = result.get("scaling", {}).get("minibatch", {}).get("loss")
-    panels = [bool(parts), bool(losses)]
-    if not any(panels):
-        return False
-    figure, axes = plt.subplots(1, sum(panels), figsize=(5 * sum(panels), 3.6), squeeze=False, layout="constrained")
-    places = iter(axes[0])
-    if parts:
-        axis = next(places)
-        bars = axis.barh(list(parts)[::-1], list(parts.values())[::-1], color="#30638e")
-        axis.bar_label(bars, fmt="%.3g", padding=3)
-        axis.set_xscale("log")
-        axis.set_xlim(min(0.5, *parts.values()), 3 * max(parts.values()))
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xlabel(f"times as fast as the {result['other']['name']}")
-    if losses:
-        axis = next(places)
-        for name, rows in losses.items():
-            done = [row for row in rows if "median_seconds" in row]
-            # Less than 1 MiB is less than what is measured.
-            axis.loglog([r["minibatch"] for r in done], [max(r["growth_bytes"], 2**20) / 2**30 for r in done], "o-", label=name)
-            stopped = [row for row in rows if "out_of_memory" in row]
-            if stopped:
-                axis.plot([r["minibatch"] for r in stopped], [r["allowed_bytes"] / 2**30 for r in stopped], "x", color="black")
-        axis.set_xlabel("cells per minibatch (x: out of memory)")
-        axis.set_ylabel("memory of NT-Xent, GiB")
-        axis.legend()
-    with atomic_path(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
-    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -48,6 +48,45 @@ def draw_optics(week: np.random.SeedSequence, plate: np.random.SeedSequence) -> 
         density=float(w.normal(0, 0.10) + p.normal(0, 0.08)),
         shift=w.normal(0, 0.30, len(NAMES)) + p.normal(0, 0.18, len(NAMES)),
     )
+
+
+@dataclass(frozen=True)
+class PlaceEffect:
+    """What a place does to its wells: shift [K] in units of the variation between cells, log of gain [3], log of cell number."""
+
+    shift: np.ndarray
+    gain: np.ndarray
+    density: float
+
+
+def draw_place_effects(week: np.random.SeedSequence, strength: float) -> dict[str, PlaceEffect]:
+    """The effects of a week's plates on wells by the ``edge`` (evaporation, temperature), along the ``row`` and the ``column`` (dispensing)."""
+    rng = np.random.default_rng(week)
+    return {
+        name: PlaceEffect(
+            strength * rng.normal(0, size, len(NAMES)),
+            strength * rng.normal(0, 0.4 * size, 3),
+            strength * float(rng.normal(mean, 0.05)),
+        )
+        for name, size, mean in (("edge", 0.25, -0.10), ("row", 0.10, 0.0), ("column", 0.10, 0.0))
+    }
+
+
+def at_place(optics: Optics, effects: dict[str, PlaceEffect], position: int) -> Optics:
+    """The optics of a plate's well at ``position`` (``design.well_position``) of 8 × 12: edge effects fall off by e with each row or
+    column inwards, the others run evenly from −1 to 1 over the plate.
+    """
+    row, column = divmod(position, 12)
+    inwards = min(row, 7 - row, column, 11 - column)
+    for name, share in (("edge", np.exp(-inwards)), ("row", (row - 3.5) / 3.5), ("column", (column - 5.5) / 5.5)):
+        its = effects[name]
+        optics = replace(
+            optics,
+            shift=optics.shift + share * its.shift,
+            gain=optics.gain * np.exp(share * its.gain),
+            density=optics.density + share * its.density,
+        )
+    return optics
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from cellfast.screens.simulate.design import (
     CONTROL,
     STREAM_NAMES,
     STREAM_PLATE,
+    STREAM_POSITION,
     STREAM_WEEK,
     Plate,
     SimulationConfig,
     well_position,
 )
-from cellfast.screens.simulate.fields import FieldTruth, Optics, draw_optics
+from cellfast.screens.simulate.fields import FieldTruth, Optics, PlaceEffect, draw_optics, draw_place_effects
 from cellfast.screens.simulate.phenotypes import NAMES
 
 IMAGE_COLUMNS = (
@@ -63,6 +64,11 @@ def file_names(config: SimulationConfig, plate_position: int, well: str, site: i
 def plate_optics(config: SimulationConfig, week: int, plate_position: int) -> Optics:
     """The optics of a plate, from its own and its week's random stream."""
     return draw_optics(config.stream(STREAM_WEEK, week), config.stream(STREAM_PLATE, plate_position))
+
+
+def place_effects(config: SimulationConfig, week: int) -> dict[str, PlaceEffect]:
+    """The effects of a well's place on the plates of a week."""
+    return draw_place_effects(config.stream(STREAM_POSITION, week), config.position)
 
 
 def write_table(path: Path, columns: tuple[str, ...], rows: Iterator[tuple[object, ...]]) -> None:
@@ -142,6 +148,10 @@ def write_tables(
             "plates": [
                 {"plate": p.name, "week": p.week + 1, "wells": len(p.wells), "optics": _optics_truth(config, p)} for p in plates
             ],
+            "places": [
+                {"week": week + 1} | {name: _rounded(vars(its)) for name, its in place_effects(config, week).items()}
+                for week in range(config.weeks)
+            ],
             "treatments": [_treatment_truth(t) | counts[key] for key, t in treatments.items()],
         },
     )
@@ -165,10 +175,12 @@ def write_tables(
 
 def _optics_truth(config: SimulationConfig, plate: Plate) -> dict[str, object]:
     optics = plate_optics(config, plate.week, plate.position)
-    return {
-        name: np.round(getattr(optics, name), 4).tolist()
-        for name in ("gain", "background", "blur_px", "haze", "falloff", "centre")
-    }
+    return _rounded({name: getattr(optics, name) for name in ("gain", "background", "blur_px", "haze", "falloff", "centre")})
+
+
+def _rounded(values: dict[str, np.ndarray | float]) -> dict[str, object]:
+    """Numbers and arrays of numbers to four decimals, as JSON values."""
+    return {name: np.round(value, 4).tolist() for name, value in values.items()}
 
 
 def _treatment_truth(treatment) -> dict[str, object]:

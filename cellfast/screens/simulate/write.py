@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellfast import __version__
-from cellfast.errors import CellfastError
+from cellfast.errors import CellfastError, option
+from cellfast.fresh_processes import FreshProcesses
 from cellfast.progress import Progress
 from cellfast.screens.simulate.cells import NoiseBank
 from cellfast.screens.simulate.design import (
@@ -25,11 +25,12 @@ from cellfast.screens.simulate.design import (
     design_screen,
     well_position,
 )
-from cellfast.screens.simulate.fields import FieldTruth, draw_field
+from cellfast.screens.simulate.fields import FieldTruth, at_place, draw_field
 from cellfast.screens.simulate.tables import (
     LOCATION_COLUMNS,
     SimulationSummary,
     file_names,
+    place_effects,
     plate_optics,
     write_table,
     write_tables,
@@ -69,7 +70,7 @@ def _write_well(task: _WellTask) -> list[tuple[FieldTruth, int]]:
     images = folder / "images" / task.plate.split("_")[0] / task.plate
     locations = folder / "locations" / task.plate
     position = well_position(task.well)
-    optics = plate_optics(config, task.week, task.plate_position)
+    optics = at_place(plate_optics(config, task.week, task.plate_position), place_effects(config, task.week), position)
     written = []
     for site in range(1, config.sites + 1):
         image, truth = draw_field(
@@ -111,13 +112,13 @@ def _prepare(out: Path, force: bool) -> Path:
     if present and not force:
         shown = ", ".join(present[:5]) + (", …" if len(present) > 5 else "")
         raise CellfastError(
-            f"{out} is not empty (it holds {shown}): give another folder, or --force to replace a simulated screen there"
+            f"{out} is not empty (it holds {shown}): give another folder, or {option('force', True)} to replace a simulated screen there"
         )
     taken = [name for name in present if name in _PRODUCTS]
     if taken and not _is_simulation(out):
         raise CellfastError(
-            f"{out} holds {', '.join(taken)} but no simulation.json of cellfast: --force replaces only what cellfast simulated; "
-            "give another folder"
+            f"{out} holds {', '.join(taken)} but no simulation.json of cellfast: {option('force', True)} replaces only what cellfast "
+            "simulated; give another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     for stale in out.iterdir():
@@ -169,8 +170,7 @@ def simulate_screen(
     Everything is written to a hidden folder inside ``out`` and moved into place at the end, ``image.csv`` last.
 
     Args:
-        workers: processes; None means one per available core. More than one starts fresh interpreters: a script that calls this must
-            guard its main part with ``if __name__ == "__main__":``.
+        workers: processes; None means one per available core.
         force: replace an earlier simulated screen in ``out`` (nothing else is ever replaced).
 
     Raises:
@@ -216,9 +216,7 @@ def _run(tasks: list[_WellTask], workers: int) -> Iterator[tuple[_WellTask, list
         for task in tasks:
             yield task, _write_well(task)
         return
-    # Never fork: the parent may hold threads (BLAS, a caller's) whose locks a forked child would inherit.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=FreshProcesses()) as pool:
         try:
             waiting = iter(tasks)
             running: dict[Future, _WellTask] = {}
@@ -235,9 +233,7 @@ def _run(tasks: list[_WellTask], workers: int) -> Iterator[tuple[_WellTask, list
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise CellfastError(
-                "a worker process of the simulation ended abruptly (out of memory, or a script without "
-                "`if __name__ == '__main__':`): "
-                "try fewer workers, or workers=1"
+                f"a worker process of the simulation ended abruptly, most likely for want of memory: try fewer {option('workers')}"
             ) from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
