@@ -222,7 +222,17 @@ def _normalisation(r: dict[str, Any]) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def _coverage(r: dict[str, Any]) -> Iterator[Row]:
+    for screen, found in r["coverage"].items():
+        scores = {"": found} if "coverage" in found else {f", {name}": one for name, one in found.items()}
+        for name, one in scores.items():
+            yield Row(f"95 % intervals, {screen}{name}: hold the truth in", f"{100 * one['coverage']:.0f} %", "95 %")
+    for test, share in r["size"].items():
+        yield Row(f"p ≤ 0.05 without an effect, {test}", f"{100 * share:.1f} %", "5 %")
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "reference": _reference, "ntxent": _ntxent, "ingest": _ingest, "loader": _loader, "augment": _augment, "train": _train, "embed": _embed,
     "evaluate": _evaluate, "decode": _decode, "memory": _memory, "normalisation": _normalisation,
+    "coverage": _coverage,
 }  # fmt: skip

