@@ -305,7 +305,8 @@ def _coral(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
     by = step.by or "batch"
     kind, lam = whitening.parse_lambda(step.lam) if step.lam is not None else ("absolute", 1.0)
     if kind != "absolute":
-        kind, lam = "absolute", 1.0
+        # As a part of tvn it takes the lambda of the sphering where that is a number; auto and multiples are of the sphering alone.
+        lam = 1.0
     controls, rule = find_controls(table.metadata, step.controls)
     groups = _groups(table, by, controls, step, 1)
     x = table.features.astype(np.float64)
