@@ -110,5 +110,5 @@ def test_the_default_removes_the_week_and_reports_say_so(tmp_path):
     write_profiles(built.profiles, tmp_path / "p.parquet")
     from cellfast.profiles.feature_files import read_profiles
 
-    options = EvaluationOptions(num_resamples=10, num_permutations=10, average_precision=False)
+    options = EvaluationOptions(num_permutations=10, average_precision=False)
     assert evaluate_profiles(read_profiles(tmp_path / "p.parquet"), options).result["batch_metrics"] == stages
