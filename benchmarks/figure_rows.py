@@ -190,19 +190,16 @@ def _embed(r: dict[str, Any]) -> Iterator[Row]:
 
 
 def _decode(r: dict[str, Any]) -> Iterator[Row]:
-    threads = max(row["threads"] for row in r["rows"])
+    threads = min(row["threads"] for row in r["rows"])
     for compression in dict.fromkeys(row["compression"] for row in r["rows"]):
         rows = {row["decode"]: row for row in r["rows"] if (row["compression"], row["threads"]) == (compression, threads)}
         host = rows.pop("host", None)
-        texts = [
-            f"DALI ({way}) {number(row['decode_fields_per_second'])}, per core {number(row['per_core'])}"
-            for way, row in rows.items()
-            if "failed" not in row
-        ]
+        texts = [f"DALI ({way}) {number(row['per_core'])}" for way, row in rows.items() if "failed" not in row]
         yield Row(
-            f"reading fields of {r['channels']} × {r['height']} × {r['width']}, 16-bit TIFF, compression {compression}, fields/s, {threads} threads",
+            f"reading fields of {r['channels']} × {r['height']} × {r['width']} out of FIELDS.h5, 16-bit TIFF, compression {compression}, "
+            "fields per second of one core's time",
             "; ".join(texts) or "left to tifffile",
-            f"tifffile {number(host['decode_fields_per_second'])}, per core {number(host['per_core'])}" if host else "",
+            f"tifffile {number(host['per_core'])}" if host else "",
         )
 
 
@@ -225,7 +222,17 @@ def _normalisation(r: dict[str, Any]) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def _coverage(r: dict[str, Any]) -> Iterator[Row]:
+    for screen, found in r["coverage"].items():
+        scores = {"": found} if "coverage" in found else {f", {name}": one for name, one in found.items()}
+        for name, one in scores.items():
+            yield Row(f"95 % intervals, {screen}{name}: hold the truth in", f"{100 * one['coverage']:.0f} %", "95 %")
+    for test, share in r["size"].items():
+        yield Row(f"p ≤ 0.05 without an effect, {test}", f"{100 * share:.1f} %", "5 %")
+
+
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "reference": _reference, "ntxent": _ntxent, "ingest": _ingest, "loader": _loader, "augment": _augment, "train": _train, "embed": _embed,
     "evaluate": _evaluate, "decode": _decode, "memory": _memory, "normalisation": _normalisation,
+    "coverage": _coverage,
 }  # fmt: skip

@@ -39,11 +39,13 @@ def _channels(given: _Names | None) -> list[str] | None:
     return [one.strip() for name in _names(given) for one in name.split(",")] or None
 
 
-def _columns(given: Mapping[str, str] | None) -> dict[str, str]:
-    """``{"compound": "Metadata_JCP2022"}`` with the columns' short names, as the library takes them."""
+def _columns(given: Mapping[str, str] | Sequence[str] | None) -> dict[str, str]:
+    """``{"compound": "Metadata_JCP2022"}``, or ``["compound=Metadata_JCP2022"]``, as the library takes them."""
     from cellfast.metadata.columns import parse_column_overrides
 
-    return parse_column_overrides(f"{name}={column}" for name, column in (given or {}).items())
+    if isinstance(given, Mapping):
+        given = [f"{name}={column}" for name, column in given.items()]
+    return parse_column_overrides(given or ())
 
 
 def _check_regex(batch_regex: str | None) -> None:
@@ -152,7 +154,7 @@ def ingest_crops(
     channels: _Names | None = None,
     moa: _Path | None = None,
     metadata: _Path | None = None,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | Sequence[str] | None = None,
     pixel_size_um: float | None = None,
     batch_regex: str | None = None,
     workers: int | None = None,
@@ -328,6 +330,7 @@ def profile(
     out: _Path,
     *,
     normalize: _Names = (),
+    recipe: str | None = None,
     by: str | None = None,
     lam: str | float | None = None,
     epsilon: float | None = None,
@@ -341,7 +344,8 @@ def profile(
         inputs: embeddings or their folder, or files of cells or wells: one or several.
         out: profiles to write: .parquet, .csv or .csv.gz; the report goes beside them.
         normalize: steps, done in this order, each with options of its own: ``["standardize:by=all,controls=all", "tvn"]``;
-            nothing given: the command's default.
+            nothing given: those of ``recipe``.
+        recipe: steps under a name: default or perakis2021.
         by, lam, epsilon, rotation: of steps that do not say otherwise.
         wells_output: write the normalised wells too.
         options: of `ProfileOptions`; ``columns`` by short names, as ``{"compound": "COLUMN"}``.
@@ -351,7 +355,7 @@ def profile(
     """
     from cellfast.atomic import write_json
     from cellfast.profiles.build import build_profiles
-    from cellfast.profiles.normalize import DEFAULT_STEPS, Step, parse_steps
+    from cellfast.profiles.steps import RECIPES, parse_steps
     from cellfast.profiles.table import check_output, write_profiles
 
     out = Path(out)
@@ -362,9 +366,14 @@ def profile(
         raise CellfastError(f"{option('wells_output')} goes with {option('level', 'treatment')}")
     if epsilon is not None and lam is not None:
         raise CellfastError(f"{option('epsilon')} and {option('lam')} are two ways to regularise: give one")
-    # The default chain z-scores over all wells; these are meant for the step on controls.
-    defaults = Step("none", by, options.get("controls"), None if lam is None else str(lam), rotation, epsilon)
-    steps = parse_steps(_names(normalize) or DEFAULT_STEPS, defaults)
+    if normalize and recipe:
+        raise CellfastError(f"{option('normalize')} and {option('recipe')} both say the steps: give one")
+    if recipe is not None and recipe not in RECIPES:
+        raise CellfastError(f"{option('recipe')} must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    # A recipe z-scores over all wells; these, given alone, are meant for the steps on controls.
+    defaults = {"controls": options.get("controls"), "by": by, "rotation": rotation, "epsilon": epsilon}
+    defaults["lam"] = None if lam is None else str(lam)
+    steps = parse_steps(_names(normalize) or RECIPES[recipe or "default"], defaults)
     for name in ("features", "group_by", "pool", "select"):
         if name in options:
             options[name] = _names(options[name])
@@ -386,7 +395,7 @@ def evaluate(
     metadata: _Path | None = None,
     moa: _Path | None = None,
     features: _Names = (),
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str] | Sequence[str] | None = None,
     wells: _Path | None = None,
     map: str = "tsne",
     pictures: bool = True,

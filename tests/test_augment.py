@@ -258,7 +258,7 @@ def test_scaling_per_channel_per_cell_and_of_a_flat_channel():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TwoViews("default", 3, 64, 96), "output_size 96 px is larger than the stored crops .64 px.*--crop-size 96"),
+        (lambda: TwoViews("default", 3, 64, 96), "output_size 96 px is larger than the stored crops .64 px.*crop_size=96"),
         (lambda: TwoViews("default", 0, 64, 32), "num_channels"),
         (lambda: TwoViews("strong", 3, 64, 32), "unknown augmentation preset 'strong': choose one of default"),
         (lambda: AugmentConfig.preset("default", rotation=3), "unknown augmentation value rotation: the values are crop_area"),

@@ -28,7 +28,8 @@ def finished(tmp_path_factory):
 
 
 def here(arguments):
-    result = run(*arguments)
+    # Without the processes of an ingest, each of which imports everything anew.
+    result = run(*arguments, *(("--workers", 1) if arguments[0] == "ingest" else ()))
     assert result.exit_code == 0, f"{result.output} {result.exception!r}"
     return 0
 

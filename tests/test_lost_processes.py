@@ -37,7 +37,11 @@ PROCESS = """
     TrainingStep.update, Validation.measure = counted, slow
     config = TrainConfig(**{values})
     from cellfast import cli
-    cli.cellfast = lambda **_: loop.train({screen!r}, {run!r}, config, say=print)
+    from cellfast.errors import told_at_command_line
+    def cellfast(**_):
+        with told_at_command_line():
+            loop.train({screen!r}, {run!r}, config, say=print)
+    cli.cellfast = cellfast
     cli.main()
     print("ended well", flush=True)
 """

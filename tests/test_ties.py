@@ -158,6 +158,10 @@ def test_identical_profiles_of_different_treatments_are_refused_with_their_numbe
         evaluate_profiles(twice, EvaluationOptions(level="well", unanswerable="count", **FAST)).result["nsc"]["num_evaluated"]
         == 4
     )
+    # Told apart by another column, they are two treatments.
+    named = ProfileTable(twice.metadata.assign(Metadata_cell_line=["A", "B", "A", "A"]), twice.features, twice.feature_names)
+    with pytest.raises(CellfastError, match="c0 1 A = c0 1 B"):
+        evaluate_profiles(named, EvaluationOptions(level="well", group_by=("cell_line",), unanswerable="count", **FAST))
 
 
 def test_command_refuses_identical_profiles_and_writes_and_compares_ties(tmp_path):

@@ -92,7 +92,6 @@ from cellfast.cli.profile_inputs import input_options
 )
 @click.option(
     "--map",
-    "map_method",
     type=click.Choice(["tsne", "umap", "pca", "none"]),
     default="tsne",
     show_default=True,
@@ -115,21 +114,13 @@ def evaluate(profiles: tuple[Path, ...], output: Path | None, compare: tuple[Pat
         return
     if len(profiles) != 1 or output is None:
         raise click.UsageError("Give one PROFILES file and -o RESULT.json, or --compare A.json B.json.")
-    if output.suffix.lower() != ".json":
-        raise click.UsageError(f"-o must name a .json file, got '{output.name}'.")
-    from cellfast.metadata.columns import parse_column_overrides
-    from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
+    from cellfast.api import evaluate as score
     from cellfast.profiles.report import evaluation_lines
-    from cellfast.profiles.results import read_annotated, write_result
 
-    join = {name: options.pop(name) for name in ("metadata", "moa", "features")}
-    join["columns"] = parse_column_overrides(options.pop("columns"))
-    wells, map_method, pictures = options.pop("wells"), options.pop("map_method"), options.pop("pictures")
-    table = read_annotated(profiles[0], **join)
-    evaluation = evaluate_profiles(table, EvaluationOptions(**options), read_annotated(wells, **join) if wells else None)
-    for line in evaluation_lines(evaluation.result):
+    scored = score(profiles[0], output, **options)
+    for line in evaluation_lines(scored.evaluation.result):
         click.echo(line)
-    for path in write_result(evaluation, output, map_method if pictures else None):
+    for path in scored.files:
         click.echo(f"written   {path}")
 
 

@@ -22,7 +22,6 @@ import click
 )
 @click.option(
     "--normalize",
-    "steps",
     multiple=True,
     metavar="STEP",
     help="none, standardize, robustize, mad_robustize, center, rank, pca, sphering, coral, tvn (sphering, then CORAL per batch) or harmony; "
@@ -116,7 +115,6 @@ import click
 )
 @click.option(
     "--select",
-    "rules",
     multiple=True,
     type=click.Choice(["variance", "frequency", "correlation", "nan"]),
     help="Feature selection before pca, sphering, coral, tvn or harmony, whichever comes first; repeat for several.",
@@ -142,41 +140,12 @@ def profile(inputs: tuple[Path, ...], output: Path, **options: Any) -> None:
     INPUT is a folder of embeddings (cellfast embed), or .parquet, .csv, .csv.gz or DeepProfiler .npz files of cells or wells.
     What was read, joined, left out and fitted is printed, and written as JSON beside the profiles.
     """
-    from cellfast.atomic import write_json
-    from cellfast.metadata.columns import parse_column_overrides
-    from cellfast.profiles.build import ProfileOptions, build_profiles
+    from cellfast.api import profile as build
     from cellfast.profiles.report import profile_lines
-    from cellfast.profiles.steps import RECIPES, parse_steps
-    from cellfast.profiles.table import check_output, write_profiles
 
-    check_output(output)
-    wells_output = options.pop("wells_output")
-    if wells_output is not None:
-        check_output(wells_output)
-        if options["level"] != "treatment":
-            raise click.UsageError("--wells-output goes with --level treatment: --level well writes the wells itself.")
-    texts, recipe = options.pop("steps"), options.pop("recipe")
-    if texts and recipe:
-        raise click.UsageError("--normalize and --recipe both say the steps: give one.")
-    if options["epsilon"] is not None and options["lam"] is not None:
-        raise click.UsageError("--epsilon and --lambda are two ways to regularise: give one.")
-    # A recipe z-scores over all wells; --by and --controls given alone are meant for the steps on controls.
-    defaults = {"controls": options["controls"]} | {key: options.pop(key) for key in ("by", "lam", "rotation", "epsilon")}
-    built = build_profiles(
-        inputs,
-        outputs=[output, *([wells_output] if wells_output else [])],
-        options=ProfileOptions(
-            steps=parse_steps(texts or RECIPES[recipe or "default"], defaults),
-            columns=parse_column_overrides(options.pop("columns")),
-            select=options.pop("rules"),
-            **options,
-        ),
-    )
-    write_profiles(built.profiles, output)
-    if wells_output is not None and built.wells is not None:
-        write_profiles(built.wells, wells_output)
-    report = output.with_name(output.name.split(".")[0] + ".report.json")
-    write_json(report, built.report)
-    for line in profile_lines(built.report):
+    wells = options["wells_output"]
+    built = build(inputs, output, **options)
+    for line in profile_lines(built.built.report):
         click.echo(line)
-    click.echo(f"profiles {output}  report {report}" + (f"  wells {wells_output}" if wells_output else ""))
+    report = output.with_name(output.name.split(".")[0] + ".report.json")
+    click.echo(f"profiles {output}  report {report}" + (f"  wells {wells}" if wells else ""))

@@ -77,7 +77,7 @@ def compare_results(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
     """Option → its value in A and in B, where they differ; the seed, random draws and what is scored besides change no score."""
-    drawn = {"seed", "num_permutations", "num_resamples", "average_precision"}
+    drawn = {"seed", "num_permutations", "average_precision"}
     return {
         name: [a.get(name), b.get(name)]
         for name in dict.fromkeys([*a, *b])

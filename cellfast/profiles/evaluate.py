@@ -107,10 +107,10 @@ def evaluate_profiles(
     options = options or EvaluationOptions()
     _check_options(options)
     profiles, counts = choose_rows(profiles, options.controls, options.batch_regex)
+    # Profiles know by what their treatments were told apart when they were made.
+    group_by = options.group_by or profiles.provenance.get("group_by", ())
+    pool = options.pool or profiles.provenance.get("pool", ())
     if options.level == "treatment":
-        # Profiles know by what their treatments were told apart when they were made.
-        group_by = options.group_by or profiles.provenance.get("group_by", ())
-        pool = options.pool or profiles.provenance.get("pool", ())
         codes = profiles.metadata[treatment_key(profiles.metadata, group_by, pool)]
         counts["rows_per_treatment_aggregated"] = bool(codes.duplicated().any())
         if counts["rows_per_treatment_aggregated"]:
@@ -126,7 +126,7 @@ def evaluate_profiles(
         raise CellfastError(
             f"NSC needs profiles of at least two compounds with a MoA; found {len(compounds)} ({', '.join(compounds)})."
         )
-    refuse_identical(profiles)
+    refuse_identical(profiles, group_by)
     batches = batch_sets(metadata, options.batch_rule)
     one_batch = np.zeros(0, np.int64) if batches[0] == (UNKNOWN_BATCH,) else _one_batch_moas(moas, batches)
     # A profile of several MoAs is left out where all of them are of one batch.
@@ -186,7 +186,7 @@ def evaluate_profiles(
         result["mean_average_precision"] = {"moa": moa_precision(profiles, options.metric)}
     if wells is not None and options.average_precision:
         chosen, _ = choose_rows(wells, options.controls, options.batch_regex)
-        refuse_identical(chosen)
+        refuse_identical(chosen, group_by)
         result["replicate_reproducibility"] = replicate_reproducibility(chosen, options.metric, options.seed)
         result["mean_average_precision"]["treatment"] = replicate_precision(chosen, options.metric)
     result["batch_metrics"] = profiles.provenance.get("batch_metrics")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cellfast.errors import CellfastError
@@ -18,13 +20,17 @@ def identical_groups(features: np.ndarray) -> list[np.ndarray]:
     return [np.array(rows) for rows in groups.values() if len(rows) > 1]
 
 
-def refuse_identical(profiles: ProfileTable) -> None:
+def refuse_identical(profiles: ProfileTable, group_by: Sequence[str] = ()) -> None:
     """Check that profiles of different treatments differ; those of one treatment (a well read twice) may be equal.
+
+    Treatments are told apart by compound, concentration and the columns of ``group_by``.
 
     Raises:
         CellfastError: says how many are identical, names the first, and what to do.
     """
-    key = [c for c in (names.COMPOUND, names.CONCENTRATION) if c in profiles.metadata]
+    columns = list(profiles.metadata.columns)
+    more = [names.require_column(names.SHORT_NAMES.get(c.lower(), c), columns, "the metadata") for c in group_by]
+    key = [c for c in dict.fromkeys((names.COMPOUND, names.CONCENTRATION, *more)) if c in columns]
     rows = list(profiles.metadata[key].itertuples(index=False, name=None))
     named = [" ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row if v == v) for row in rows]
     found = [group for group in identical_groups(profiles.features) if len({named[i] for i in group}) > 1]

@@ -1,3 +1,4 @@
+// Which CUDA backend computes the loss: what was asked for, and what the GPU and the build can do.
 #include "ntxent/cuda/selection.h"
 
 #include <array>

@@ -1,4 +1,4 @@
-"""How often intervals hold the truth and tests reject without an effect, on simulated screens: ``python benchmarks/interval_coverage.py``.
+"""How often intervals hold the truth and tests reject without an effect, on simulated screens: ``python benchmarks/bench_coverage.py``.
 
 Prints the tables of docs/profiles.md and writes ``results/coverage.json``. Truth is the mean over all screens of a design, which draw their
 MoAs, compounds, doses and weeks anew. Minutes; ``--screens 100`` for a quick look (± 4 points).
@@ -7,12 +7,13 @@ MoAs, compounds, doses and weeks anew. Minutes; ``--screens 100`` for a quick lo
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from cellfast.atomic import write_json
+from cellfast.benchmark import environment
 from cellfast.profiles.activity import ActivityOptions, score_activity
 from cellfast.profiles.evaluate import EvaluationOptions, evaluate_profiles
 from cellfast.profiles.intervals import paired_interval
@@ -120,7 +121,7 @@ def main() -> None:
             name = f"{num_moas} MoAs, signal {signal}"
             result["coverage"][name] = scores(rng, num_moas, signal, options.screens)
             print(name, result["coverage"][name], flush=True)
-    for effect in (0.7, 1.5):
+    for effect in (0.7, 1.5, 2.5):
         found = [replicate_reproducibility(wells(rng, effect), num_null=200) for _ in range(options.screens)]
         values = [(f["percent_replicating"], f["interval_95"]) for f in found if f["percent_replicating"] is not None]
         result["coverage"][f"percent replicating, effect {effect}"] = coverage(values)
@@ -145,7 +146,7 @@ def main() -> None:
         for name in ("map_p", "mahalanobis_p", "e_distance_p", "map_control_p", "map_all_p"):
             result["size"][f"{name}, inert treatments on {plates} plates"] = round(float((found[name] <= 0.05).mean()), 4)
     print(result["size"])
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.output, {"subject": "coverage", "quick": False, "environment": environment(), "result": result})
 
 
 if __name__ == "__main__":
