@@ -137,7 +137,7 @@ def score(wells: ProfileTable, order: tuple[str, ...]) -> dict[str, Any]:
     """NSC, NSCB and mAP of the treatments, and what a probe finds in controls that normalisation was not fitted on."""
     steps = parse_steps(order or ("none",))
     done, _ = normalize_profiles(wells, steps)
-    options = EvaluationOptions(num_permutations=1)
+    options = EvaluationOptions(num_permutations=1, batch_rule="joined", unanswerable="count")  # as published
     result = evaluate_profiles(treatments(done, "median"), options, done).result
     precision = result["mean_average_precision"]
     compound = wells.metadata["Metadata_Compound"].to_numpy(dtype=object)

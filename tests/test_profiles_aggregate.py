@@ -172,7 +172,7 @@ for name in cellfast.profiles.__all__:
     getattr(cellfast.profiles, name)
 from cellfast.profiles import build_profiles, evaluate_profiles
 built = build_profiles([{str(tmp_path)!r}])
-assert evaluate_profiles(built.profiles, wells=built.wells).result['nsc']['num_evaluated'] == 2
+assert evaluate_profiles(built.profiles, wells=built.wells).result['nsc']['num_excluded'] == 2
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

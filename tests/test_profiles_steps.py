@@ -14,6 +14,7 @@ from cellfast.cli import cellfast
 from cellfast.errors import CellfastError
 from cellfast.profiles.aggregate import group_modz
 from cellfast.profiles.build import ProfileOptions, build_profiles
+from cellfast.profiles.centering import shrunk_offsets
 from cellfast.profiles.normalize import normalize_profiles
 from cellfast.profiles.steps import METHODS, RECIPES, Step, parse_steps
 from cellfast.profiles.table import ProfileTable, write_profiles
@@ -69,9 +70,32 @@ def test_center_towards_the_batch_needs_no_controls_on_every_plate():
     with pytest.raises(CellfastError, match=r"Week1_b \(0\)"):
         normalize_profiles(table, [Step("center")])
     done, _ = normalize_profiles(table, [Step("center", towards="batch")])
-    rows = (table.metadata["Metadata_Plate"] == "Week1_b").to_numpy()
-    batch = table.features[(table.metadata["Metadata_Plate"] == "Week1_a").to_numpy() & controls_of(table)].mean(axis=0)
-    np.testing.assert_allclose(done.features[rows], table.features[rows] - batch, atol=1e-12)
+    offsets = table.features - done.features
+    of = {plate: offsets[(table.metadata["Metadata_Plate"] == plate).to_numpy()] for plate in ("Week1_a", "Week1_b", "Week2_c")}
+    for found in of.values():
+        np.testing.assert_allclose(found, found[:1].repeat(len(found), axis=0), atol=1e-12)
+    # One plate with controls in each batch: nothing is known of plates, and the batch's offset is taken.
+    np.testing.assert_allclose(of["Week1_b"][0], of["Week1_a"][0], atol=1e-12)
+    assert np.abs(of["Week2_c"][0] - of["Week1_a"][0]).max() > 0.1
+
+
+def test_what_cannot_be_told_from_noise_is_not_taken_off():
+    rng = np.random.default_rng(0)
+    group, outer = np.repeat(np.arange(24), 4), np.arange(24) // 4
+    x = rng.standard_normal((96, 400))
+    none = shrunk_offsets(x, group, outer)
+    strong = shrunk_offsets(x + 5 * rng.standard_normal((6, 400))[outer[group]], group, outer)
+    assert none.weight < 0.2
+    assert none.outer_weight < 0.3
+    assert (none.values**2).mean() < 0.5 / 16  # half of the noise of a batch's mean
+    assert strong.outer_weight > 0.95
+    # One control on each plate, each plate its own batch: nothing is repeated, and all that is known is the mean of all.
+    alone = shrunk_offsets(x[:5], np.arange(5), np.arange(5))
+    np.testing.assert_allclose(alone.values, x[:5].mean(axis=0)[None].repeat(5, axis=0))
+    # One control on each plate of two batches: what plates differ by is noise, batches are told from it.
+    pairs = shrunk_offsets(x[:20] + 50 * (np.arange(20) >= 10)[:, None], np.arange(20), np.arange(20) // 10)
+    assert pairs.weight == 0
+    assert pairs.outer_weight > 0.95
 
 
 def test_robustize_equals_pycytominer():

@@ -15,6 +15,7 @@ from cellfast.errors import CellfastError
 from cellfast.metadata import columns as names
 from cellfast.metadata.treatments import find_controls
 from cellfast.profiles import whitening
+from cellfast.profiles.centering import shrunk_offsets
 from cellfast.profiles.steps import Step
 from cellfast.profiles.table import ProfileTable
 
@@ -136,9 +137,7 @@ def _scale(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
 def _center(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:
     """x − mean(controls of its group): what a plate (or batch) adds to all its wells alike is taken off.
 
-    With ``towards`` the mean is m + w · (mean − m), m that of the wider group and w = τ² / (τ² + σ² / n): the best linear prediction where
-    groups vary by τ² around theirs and controls by σ² around their group's (both estimated feature by feature, over all groups, from the
-    analysis of variance). The mean of few controls is noise that all wells of a plate would share; a group without controls takes m.
+    With ``towards`` the mean is shrunk (`centering.shrunk_offsets`), and a group needs no controls of its own.
     """
     by = step.by or "plate"
     controls, rule = find_controls(table.metadata, step.controls)
@@ -157,24 +156,14 @@ def _center(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, An
     if by == "plate" and step.towards == "batch":
         # A plate of two batches, as a table may have it, is two plates here.
         groups = [(name, rows[outer[rows] == o]) for name, rows in groups for o in np.unique(outer[rows])]
-    means = np.array([x[rows[controls[rows]]].mean(axis=0) for _, rows in wider])
-    counts = np.array([controls[rows].sum() for _, rows in groups])
-    of = np.array([outer[rows[0]] for _, rows in groups])
-    own = np.array([x[rows[controls[rows]]].mean(axis=0) if n else means[o] for (_, rows), n, o in zip(groups, counts, of)])
-    within = sum(((x[rows[controls[rows]]] - mean) ** 2).sum(axis=0) for (_, rows), mean in zip(groups, own))
-    between = (counts[:, None] * (own - means[of]) ** 2).sum(axis=0)
-    present = counts > 0
-    free = present.sum() - len(np.unique(of[present])), counts.sum() - present.sum()
-    weight = np.zeros_like(own)
-    if min(free) > 0:
-        size = (counts.sum() - (counts**2 / np.bincount(of, counts)[of]).sum()) / free[0]
-        noise = within / free[1]
-        tau = np.maximum(between / free[0] - noise, 0.0) / size
-        with np.errstate(invalid="ignore"):
-            weight[present] = np.nan_to_num(tau / (tau + noise / counts[present, None]))
-    for (_, rows), mean, wide, w in zip(groups, own, means[of], weight):
-        x[rows] -= wide + w * (mean - wide)
-    return table.with_features(x), entry | {"towards": step.towards, "median_weight": float(np.median(weight[present]))}
+    code = np.empty(len(table), np.int64)
+    for number, (_, rows) in enumerate(groups):
+        code[rows] = number
+    found = shrunk_offsets(x[controls], code[controls], np.array([outer[rows[0]] for _, rows in groups]))
+    x -= found.values[code]
+    return table.with_features(x), entry | {
+        "towards": step.towards, "median_weight": found.weight, "median_outer_weight": found.outer_weight,
+    }  # fmt: skip
 
 
 def _rank(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any]]:

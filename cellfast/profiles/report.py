@@ -117,7 +117,8 @@ def _step(step: dict[str, Any]) -> str:
         return f"pca {fitted}; {step['num_components']} components with {100 * step['variance']:.1f} % of the variance"
     if step["step"] == "center":
         shrunk = (
-            f"; means shrunk towards the {step['towards']}'s, own weight {step['median_weight']:.2f} (median)"
+            f"; means shrunk towards the {step['towards']}'s, own weight {step['median_weight']:.2f}, and that towards the mean of all, "
+            f"own weight {step['median_outer_weight']:.2f} (medians)"
             if "towards" in step
             else ""
         )
