@@ -137,7 +137,9 @@ def fit_whitening(x: np.ndarray, lam: str = "auto", rotation: str = "pca", epsil
                 f"before it, or use {rotation[:3]}."
             )
         centered = centered / scale
-    _, sigma, vt = np.linalg.svd(centered, full_matrices=False)
+    # Of many rows the triangle has the same singular values and right vectors, and the left ones are not needed.
+    triangle = np.linalg.qr(centered, mode="r") if n > d else centered
+    _, sigma, vt = np.linalg.svd(triangle, full_matrices=False)
     if sigma.max(initial=0.0) == 0:
         raise CellfastError(f"Sphering: the {n} control rows are all the same; there is no variation to normalise by.")
     rank = int((sigma > sigma[0] * max(n, d) * np.finfo(np.float64).eps).sum())
