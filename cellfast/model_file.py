@@ -41,7 +41,7 @@ class ModelMetadata:
         scaling: ``screen`` (every plate uses ``low`` and ``high``) or ``plate`` (each plate uses its own, stored with its crops).
         low: pixel value that becomes 0, per channel.
         high: pixel value that becomes 1, per channel.
-        training_data: digest of the screen the model was trained on (`cellfast.training.data_digest`); empty: not trained.
+        training_data: digest of the screen the model was trained on (`cellfast.training.split.data_digest`); empty: not trained.
         step: optimiser steps taken.
         cellfast_version: the version that trained it; empty: unknown.
         git_commit: the commit of the source checkout that trained it; empty: an installed package.

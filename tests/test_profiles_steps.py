@@ -236,3 +236,10 @@ def test_the_command_takes_recipes_and_one_name_for_the_batch(tmp_path):
     assert run("--batch-pattern", "(Week.)").exit_code == 2
     assert "both say the steps" in str(run("--recipe", "default", "--normalize", "tvn").exception)
     assert "changes nothing" in str(run("--normalize", "standardize", "--lambda", "1").exception)
+
+
+@pytest.mark.parametrize("lam", ["auto", "0.1x"])
+def test_coral_takes_a_number_alone(lam):
+    with pytest.raises(CellfastError, match="coral: lambda must be a number"):
+        parse_steps([f"coral:lambda={lam}"])
+    assert parse_steps(["coral:lambda=2"])[0].lam == "2"

@@ -11,7 +11,8 @@ import pytest
 import tifffile
 
 from cellfast.errors import CellfastError
-from cellfast.screens.field_store import FieldStoreFileSystem, store_url, write_field_store
+from cellfast.screens.field_store import write_field_store
+from cellfast.screens.field_store_files import FieldStoreFileSystem, store_url
 from cellfast.screens.inputs import FileTimes
 from cellfast.storage.folder import LocalFolder, RemoteFolder, folder_at
 from cellfast.storage.urls import exists, file_system, read_bytes

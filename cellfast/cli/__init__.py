@@ -60,7 +60,7 @@ class LazyGroup(click.Group):
 def cellfast() -> None:
     """From high-content screens to treatment profiles and mechanisms of action.
 
-    The usual order: simulate (or bring your own images), ingest, train, embed, profile, evaluate.
+    The usual order: simulate (or bring your own images), ingest, train, embed, profile, evaluate; activity finds hits.
     """
 
 

@@ -69,7 +69,8 @@ from cellfast.cli.profile_inputs import input_options
 def activity(wells: Path, output: Path, **options: Any) -> None:
     """Find active treatments: each against the controls of its plates.
 
-    WELLS are normalised well profiles with their controls, as cellfast profile --level well writes them. For every treatment and compound:
+    WELLS are well profiles with their controls, standardised but not sphered: cellfast profile EMBEDDINGS --level well --normalize
+    standardize -o wells.parquet. For every treatment and compound:
     mean average precision against controls and against all wells, with p-values and q-values equal to copairs'; p-values of labels
     exchanged with controls of the same plates, which plate effects do not make small; distances, induction, ratio of cell counts,
     nearest treatments and MoAs; per compound the dose response; beside it what cell count alone gets.

@@ -69,7 +69,8 @@ def field_options(*, required: bool, crop_size: int | None) -> Callable[[Any], A
             type=click.Choice(["pad", "reflect", "drop"]),
             default="pad",
             show_default=True,
-            help="Crops that reach over the field's edge.",
+            help="Crops that reach over the field's edge: pad, zeros outside; reflect, mirrored; drop, the cell is dropped and "
+            "counted.",
         ),
         click.option(
             "--illumination",

@@ -88,7 +88,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "doses",
         "sbs_doses",
         "pert_dose",
-        "mmoles_per_liter",
+        "mmoles_per_liter",  # of the Broad's plate maps, which give µM under this name
     ),
     MOA: ("moa", "mechanism", "mechanism_of_action", "moa_name"),
     ROW: ("row", "well_row", "wellrow"),

@@ -98,7 +98,9 @@ class Step:
             if value is not None and value not in allowed:
                 raise CellfastError(f"--normalize {self.method}: {option} must be one of {', '.join(allowed)}; got '{value}'.")
         if self.lam is not None:
-            parse_lambda(self.lam)
+            kind, _ = parse_lambda(self.lam)
+            if self.method == "coral" and kind != "absolute":
+                raise CellfastError(f"--normalize coral: lambda must be a number, as coral:lambda=1; got '{self.lam}'.")
         if self.lam is not None and self.epsilon is not None:
             raise CellfastError(f"--normalize {self.method}: lambda and epsilon are two ways to regularise; give one.")
         if self.towards is not None and (self.by or "plate") in (self.towards, "all"):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 from fsspec import register_implementation
 
 # Named, not imported: whoever reads an image at such a URL has imported this package.
-register_implementation("fieldstore", "cellfast.screens.field_store.FieldStoreFileSystem")
+register_implementation("fieldstore", "cellfast.screens.field_store_files.FieldStoreFileSystem")
 
 _PUBLIC = {
     "Screen": "cellfast.screens.crop_store",

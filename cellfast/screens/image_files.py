@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from pandas import DataFrame
 
 from cellfast.errors import CellfastError, option
-from cellfast.screens.field_store import PROTOCOL, store_url
+from cellfast.screens.field_store_files import PROTOCOL, store_url
 from cellfast.storage.urls import file_system, is_url
 
 IMAGE_SUFFIXES = (".tif", ".tiff", ".flex", ".lsm", ".stk", ".png")

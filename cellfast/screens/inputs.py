@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellfast.errors import CellfastError
 from cellfast.printable import masked
-from cellfast.screens.field_store import PROTOCOL, store_and_key
+from cellfast.screens.field_store_files import PROTOCOL, store_and_key
 from cellfast.storage.urls import file_system, is_url
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from urllib.parse import unquote, urlparse
 from cellfast.errors import CellfastError, option
 from cellfast.progress import Progress
 from cellfast.screens.field_cells import fields_by_plate
-from cellfast.screens.field_store import store_url, write_field_store
+from cellfast.screens.field_store import write_field_store
+from cellfast.screens.field_store_files import store_url
 from cellfast.screens.image_table import ImageTable
 from cellfast.storage.urls import is_url
 

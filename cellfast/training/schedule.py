@@ -11,18 +11,16 @@ def learning_rate_factor(
     """The learning rate of step 0, 1, …, ``total_steps`` − 1 as a fraction of its peak.
 
     With w = round(warmup · total_steps): (step + 1) / w while step < w, then by ``schedule``: ``constant`` 1; ``cosine``
-    final + (1 − final) · (1 + cos(π t)) / 2 with t = (step − w) / (total_steps − w); ``perakis2021`` by epoch e = step //
-    steps_per_epoch, without
-    warm-up: (1 + cos(π · max(0, e − 10) / steps_per_epoch)) / 2.
+    final + (1 − final) · (1 + cos(π t)) / 2 with t = (step − w) / (total_steps − w); ``perakis2021`` by epoch e = step // steps_per_epoch
+    (the first is 0), without warm-up: (1 + cos(π · max(0, e − 9) / steps_per_epoch)) / 2.
 
-    Source: Chen et al. 2020 for warm-up and cosine; the last is what the public implementation of Perakis et al. does, which
-        steps its scheduler
-    once per epoch from the eleventh on with a half period counted in minibatches (it rises again where an epoch has few
-    minibatches).
+    Source: Chen et al. 2020 for warm-up and cosine; the last is what the public implementation of Perakis et al. does, which steps its
+    scheduler at the end of every epoch from the tenth on, with a half period counted in minibatches (it rises again where an epoch has
+    few minibatches).
     """
     if schedule == "perakis2021":
         epoch = step // max(1, steps_per_epoch)
-        return 0.5 * (1 + math.cos(math.pi * max(0, epoch - 10) / max(1, steps_per_epoch)))
+        return 0.5 * (1 + math.cos(math.pi * max(0, epoch - 9) / max(1, steps_per_epoch)))
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
