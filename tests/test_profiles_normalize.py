@@ -190,3 +190,12 @@ def test_a_matrix_power_through_few_rows_equals_the_one_by_eigenvalues():
             np.testing.assert_allclose(
                 whitening.times_power(x, rows, power, added), expected, rtol=0, atol=1e-10 * np.abs(expected).max()
             )
+
+
+def test_coral_of_many_rows_in_a_batch_equals_that_of_few():
+    table = screen(num_features=8)
+    few, _ = normalize_profiles(table, [Step("coral")])
+    # 40 features no well varies in: fewer rows than features, so that the other way is taken.
+    wide = table.with_features(np.hstack([table.features, np.zeros((len(table), 40))]), [f"h{i}" for i in range(48)])
+    padded, _ = normalize_profiles(wide, [Step("coral")])
+    np.testing.assert_allclose(padded.features[:, :8], few.features, atol=1e-9)

@@ -299,10 +299,15 @@ def _coral(table: ProfileTable, step: Step) -> tuple[ProfileTable, dict[str, Any
     controls, rule = find_controls(table.metadata, step.controls)
     groups = _groups(table, by, controls, step, 1)
     x = table.features.astype(np.float64)
-    aligned = np.empty_like(x)
+    result = np.empty_like(x)
+    target = whitening.times_power(np.eye(x.shape[1]), x[controls], 0.5, lam)
     for _, rows in groups:
-        aligned[rows] = whitening.times_power(x[rows], x[rows[controls[rows]]], -0.5, 1.0)
-    result = whitening.times_power(aligned, x[controls], 0.5, lam)
+        fit = x[rows[controls[rows]]]
+        # Many rows are multiplied once, by the product of both matrices; few are multiplied by each.
+        if len(rows) > x.shape[1]:
+            result[rows] = x[rows] @ whitening.times_power(target, fit, -0.5, 1.0).T
+        else:
+            result[rows] = whitening.times_power(x[rows], fit, -0.5, 1.0) @ target
     fewest = min(int(controls[rows].sum()) for _, rows in groups)
     entry = _entry(table, step, by, groups, controls, rule) | {"step": "coral", "fewest_controls": fewest, "lambda": lam}
     return table.with_features(result), entry
