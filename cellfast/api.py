@@ -117,8 +117,7 @@ def ingest_fields(
     """
     from cellfast.screens.ingest import default_workers
     from cellfast.screens.ingest_fields import ingest_fields as ingest
-    from cellfast.screens.keep_fields import check_not_there
-    from cellfast.screens.keep_fields import keep_fields as write_kept
+    from cellfast.screens.keep_fields import check_not_there, keep_fields_told
 
     if keep_fields is not None:
         check_not_there(Path(keep_fields), force=force)
@@ -127,12 +126,8 @@ def ingest_fields(
     ledger = ingest(screen=Path(out), options=how, workers=workers or default_workers(), force=force, **vars(opened))
     say(ledger.table())
     if keep_fields is not None:
-        count, notes = write_kept(opened.table, str(options["image_root"]), Path(keep_fields))
-        for note in notes[:12]:
-            say(f"  {note}")
-        if len(notes) > 12:
-            say(f"  … and {len(notes) - 12} more")
-        say(f"{count:,} of {len(opened.table.fields):,} fields kept in {keep_fields}")
+        for line in keep_fields_told(opened.table, str(options["image_root"]), Path(keep_fields)):
+            say(line)
     return Screen.open(out)
 
 
@@ -182,30 +177,22 @@ def ingest_crops(
     Raises:
         CellfastError: files that are not what they should be, no crop written, a plate made otherwise before.
     """
-    from cellfast.screens.crop_index import read_crop_index
-    from cellfast.screens.ingest import default_workers
-    from cellfast.screens.ingest_crops import ingest_crops as ingest
+    from cellfast.screens.ingest_crops import ingest_index
 
     _check_regex(batch_regex)
-    index = read_crop_index(
+    ledger = ingest_index(
         os.fspath(index_csv),
+        Path(out),
         root=None if root is None else Path(root),
         layout=layout,
         metadata=None if metadata is None else Path(metadata),
         moa=None if moa is None else Path(moa),
         columns=_columns(columns),
-    )
-    # Starting a worker process takes about as long as reading some thousand crops.
-    workers = workers or (default_workers() if len(index.table) > 20_000 else 1)
-    ledger = ingest(
-        index,
-        Path(out),
         channel_names=_channels(channels),
         pixel_size_um=pixel_size_um,
         batch_regex=batch_regex,
-        source=str(index_csv),
-        strict=strict,
         workers=workers,
+        strict=strict,
         force=force,
     )
     say(ledger.table())
@@ -306,7 +293,7 @@ def embed(
     if source is not None and Path(source).is_dir():
         given = {"image_root": image_root, "locations": locations, "crop_size": crop_size, **options}
         given["decode"] = None if how.get("decode") == "auto" else how.get("decode")
-        if wrong := [option(name) for name, value in given.items() if value not in (None, False)]:
+        if wrong := [option(name) for name, value in given.items() if value not in (None, False, ())]:
             raise CellfastError(f"{', '.join(wrong)}: only for fields; {os.fspath(source)} is a folder of crop stores")
         opened = source if isinstance(source, Screen) else Screen.open(source, allow_unfinished=allow_unfinished)
         if opened.unfinished:

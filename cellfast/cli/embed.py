@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from cellfast.cli.declared_options import declared_options
-from cellfast.cli.field_options import field_options, open_named_fields
+from cellfast.cli.field_options import check_regex, field_options
 from cellfast.embedding.options import EmbedOptions
 
 # Fields were quarantined: everything else is there.
@@ -56,6 +56,8 @@ def embed(
     from_fields = pattern is not None or (screen is not None and not Path(screen).is_dir())
     if screen is None and pattern is None:
         raise click.UsageError("give a SCREEN folder, an IMAGE_CSV, or --pattern")
+    if screen is not None and pattern is not None:
+        raise click.UsageError("give either IMAGE_CSV or --pattern")
     if from_fields:
         if allow_unfinished:
             raise click.UsageError("--allow-unfinished: only for a SCREEN folder of crop stores")
@@ -77,35 +79,26 @@ def embed(
         wrong = [name for name, value in of_fields.items() if value is not None and value is not False]
         if wrong:
             raise click.UsageError(f"{', '.join(wrong)}: only for fields; {screen} is a folder of crop stores")
-    import torch
+    from cellfast.api import embed as run_embedding
 
-    from cellfast.embedding.embed import embed_fields, embed_screen
-    from cellfast.errors import CellfastError
-    from cellfast.model_file import load_model
-    from cellfast.screens import Screen
-    from cellfast.training.devices import amp_warning, choose_device
-
-    where = choose_device(device)
-    if threads:
-        torch.set_num_threads(threads)
-    if asked.amp and (warning := amp_warning(where)):
-        click.echo(warning, err=True)
-    model = load_model(model_path, where)
     if from_fields:
-        if crop_size not in (None, model.crop_size):
-            raise CellfastError(
-                f"--crop-size {crop_size}: the model {model.path} was trained on crops of {model.crop_size} px; leave the option "
-                "out"
-            )
-        opened = open_named_fields(
-            screen, image_root=str(image_root), locations=str(locations), pattern=pattern, batch_regex=batch_regex, **others
-        )
-        summary = embed_fields(opened, model, out, border=border, batch_regex=batch_regex, device=where, **options)
-    else:
-        stores = Screen.open(str(screen), allow_unfinished=allow_unfinished)
-        if stores.unfinished:
-            click.echo(f"{screen}: {stores.unfinished}", err=True)
-        summary = embed_screen(stores, model, out, device=where, **options)
+        check_regex(batch_regex)
+        others |= {"pattern": pattern, "border": border, "batch_regex": batch_regex}
+    made = run_embedding(
+        screen,
+        out,
+        model=model_path,
+        device=device,
+        crop_size=crop_size,
+        image_root=image_root,
+        locations=locations,
+        threads=threads,
+        allow_unfinished=allow_unfinished,
+        say=lambda text: click.echo(text, err=True),
+        **options,
+        **(others if from_fields else {}),
+    )
+    summary = made.summary
     if summary.ledger is None:
         return  # the first of several processes tells
     click.echo(summary.ledger.table())

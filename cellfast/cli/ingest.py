@@ -50,8 +50,7 @@ def ingest_fields_command(
     """
     from cellfast.screens.ingest import default_workers
     from cellfast.screens.ingest_fields import FieldIngestOptions, ingest_fields
-    from cellfast.screens.keep_fields import check_not_there
-    from cellfast.screens.keep_fields import keep_fields as write_kept
+    from cellfast.screens.keep_fields import check_not_there, keep_fields_told
 
     if keep_fields is not None:
         check_not_there(keep_fields, force=force)
@@ -61,12 +60,8 @@ def ingest_fields_command(
     click.echo(ledger.table())
     click.echo(f"screen {screen}, ledger {screen / 'ledger.json'}")
     if keep_fields is not None:
-        count, notes = write_kept(opened.table, str(fields["image_root"]), keep_fields)
-        for note in notes[:12]:
-            click.echo(f"  {note}")
-        if len(notes) > 12:
-            click.echo(f"  … and {len(notes) - 12} more")
-        click.echo(f"{count:,} of {len(opened.table.fields):,} fields kept in {keep_fields}")
+        for line in keep_fields_told(opened.table, str(fields["image_root"]), keep_fields):
+            click.echo(line)
 
 
 @ingest.command("crops")
@@ -95,19 +90,7 @@ def ingest_fields_command(
 @click.option("--strict", is_flag=True, help="Stop at the first file that cannot be used.")
 @click.option("--force", is_flag=True, help="Make plates again that are there already.")
 def ingest_crops_command(
-    index_csv: Path,
-    screen: Path,
-    root: Path | None,
-    layout: str,
-    channels: str | None,
-    moa: Path | None,
-    metadata: Path | None,
-    columns: tuple[str, ...],
-    pixel_size_um: float | None,
-    batch_regex: str | None,
-    workers: int | None,
-    strict: bool,
-    force: bool,
+    index_csv: Path, screen: Path, channels: str | None, columns: tuple[str, ...], batch_regex: str | None, **options: Any
 ) -> None:
     """Collect ready-made crops, one .npy, TIFF or PNG per cell, listed in INDEX_CSV.
 
@@ -115,26 +98,16 @@ def ingest_crops_command(
     Image_Name,Class_Name,Target with strips of channels side by side.
     """
     from cellfast.metadata.columns import parse_column_overrides
-    from cellfast.screens.crop_index import read_crop_index
-    from cellfast.screens.ingest import default_workers
-    from cellfast.screens.ingest_crops import ingest_crops
+    from cellfast.screens.ingest_crops import ingest_index
 
     check_regex(batch_regex)
-    index = read_crop_index(
-        index_csv, root=root, layout=layout, metadata=metadata, moa=moa, columns=parse_column_overrides(columns)
-    )
-    # Starting a worker process takes about as long as reading some thousand crops.
-    workers = workers or (default_workers() if len(index.table) > 20_000 else 1)
-    ledger = ingest_crops(
-        index,
+    ledger = ingest_index(
+        index_csv,
         screen,
         channel_names=split_names(channels),
-        pixel_size_um=pixel_size_um,
+        columns=parse_column_overrides(columns),
         batch_regex=batch_regex,
-        source=str(index_csv),
-        strict=strict,
-        workers=workers,
-        force=force,
+        **options,
     )
     click.echo(ledger.table())
     click.echo(f"screen {screen}, ledger {screen / 'ledger.json'}")

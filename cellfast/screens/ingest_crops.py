@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ from cellfast.bounded import load_npy
 from cellfast.errors import CellfastError, option
 from cellfast.metadata.batches import batches_as_said
 from cellfast.screens import schema
-from cellfast.screens.crop_index import CropIndex
+from cellfast.screens.crop_index import CropIndex, read_crop_index
 from cellfast.screens.crop_writer import PlateWriter
 from cellfast.screens.images import ImageError, read_stack
-from cellfast.screens.ingest import PlateTask, count_unit, ingesting, other_plates, plate_path, run_plates, stored_ledger
+from cellfast.screens.ingest import (
+    PlateTask,
+    count_unit,
+    default_workers,
+    ingesting,
+    other_plates,
+    plate_path,
+    run_plates,
+    stored_ledger,
+)
 from cellfast.screens.inputs import FileTimes, crop_inputs, digest
 from cellfast.screens.ledger import Ledger, PlateLedger
 
@@ -114,6 +124,28 @@ def _probe(index: CropIndex) -> tuple[tuple[int, int, int], np.dtype]:
             f"channels side by side need {option('layout', 'strip')}"
         )
     return (shape[0], shape[1], shape[2]), np.dtype(dtype)
+
+
+def ingest_index(
+    index_csv: str | Path,
+    screen: str | Path,
+    *,
+    root: str | Path | None = None,
+    layout: str = "auto",
+    metadata: str | Path | None = None,
+    moa: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    **options: Any,
+) -> Ledger:
+    """`read_crop_index`, then `ingest_crops` with the other ``options``.
+
+    ``workers``: plates done at the same time; None: one per core, for few crops 1.
+    """
+    index = read_crop_index(index_csv, root=root, layout=layout, metadata=metadata, moa=moa, columns=columns)
+    # Starting a worker process takes about as long as reading some thousand crops.
+    workers = workers or (default_workers() if len(index.table) > 20_000 else 1)
+    return ingest_crops(index, screen, source=str(index_csv), workers=workers, **options)
 
 
 def ingest_crops(

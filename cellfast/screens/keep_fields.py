@@ -50,6 +50,15 @@ def keep_fields(table: ImageTable, image_root: str, path: Path, *, show_progress
     return len(fields) - sum(note.startswith("left out") for note in notes), notes
 
 
+def keep_fields_told(table: ImageTable, image_root: str, path: Path, most: int = 12) -> list[str]:
+    """`keep_fields`; returns what it did in lines for the user, the first ``most`` notes of them."""
+    count, notes = keep_fields(table, image_root, path)
+    lines = [f"  {note}" for note in notes[:most]]
+    if len(notes) > most:
+        lines.append(f"  … and {len(notes) - most} more")
+    return [*lines, f"{count:,} of {len(table.fields):,} fields kept in {path}"]
+
+
 def name_under(file: str, image_root: str) -> str:
     """The file's name relative to the root, with ``/``; of one that lies elsewhere its whole path."""
     if Path(image_root).is_file():
