@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cellfast.cli.profile_inputs import input_options
+from cellfast.cli.profile_inputs import MARKED, input_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +64,7 @@ from cellfast.cli.profile_inputs import input_options
     help="Exchanges of labels with controls; the smallest p-value is one over one more.",
 )
 @click.option("--neighbours", type=click.IntRange(min=1), default=3, show_default=True, help="Nearest treatments listed.")
-@input_options
+@input_options(MARKED)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random draws.")
 def activity(wells: Path, output: Path, **options: Any) -> None:
     """Find active treatments: each against the controls of its plates.

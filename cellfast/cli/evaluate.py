@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cellfast.cli.profile_inputs import input_options
+from cellfast.cli.profile_inputs import MARKED, input_options
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,7 +71,7 @@ from cellfast.cli.profile_inputs import input_options
     show_default=True,
     help="Profiles without any candidate of their MoA: exclude as queries, or count as wrong (the published convention).",
 )
-@input_options
+@input_options(MARKED)
 @click.option(
     "--wells", type=click.Path(path_type=Path), help="Wells of these treatments, for replicate reproducibility and precision."
 )

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from cellfast.cli.profile_inputs import input_options
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="INPUT...")
@@ -38,11 +40,6 @@ import click
     "--by",
     type=click.Choice(["plate", "batch", "all"]),
     help="Fit per plate, per batch, or once. Default: scaling and centring per plate, sphering once, CORAL per batch.",
-)
-@click.option(
-    "--controls",
-    metavar="QUERY",
-    help="Rows to fit on, e.g. \"Metadata_Compound == 'DMSO'\"; 'all' takes every row. Default: DMSO.",
 )
 @click.option(
     "--lambda",
@@ -77,42 +74,7 @@ import click
     show_default=True,
     help="The level that is normalised.",
 )
-@click.option(
-    "--metadata",
-    type=click.Path(path_type=Path),
-    help="Table of plate, well, compound, concentration, such as BBBC021_v1_image.csv.",
-)
-@click.option("--moa", type=click.Path(path_type=Path), help="Table of compound, concentration, MoA, such as BBBC021_v1_moa.csv.")
-@click.option(
-    "--features",
-    multiple=True,
-    metavar="PATTERN",
-    help="Prefix or regular expression of feature names; repeat for several. Default: inferred.",
-)
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    metavar="NAME=COLUMN",
-    help="Where plate, well, site, batch, compound, concentration or moa is, if not found.",
-)
-@click.option(
-    "--group-by",
-    multiple=True,
-    metavar="COLUMN",
-    help="Tell treatments apart by this column too, such as the cell line; repeat for several.",
-)
-@click.option(
-    "--pool",
-    multiple=True,
-    metavar="COLUMN",
-    help="Take wells that differ in this column (cell line, time, …) as one treatment; repeat for several.",
-)
-@click.option(
-    "--batch-regex",
-    metavar="REGEX",
-    help="Take the batch from the plate name: the first group of this regular expression.",
-)
+@input_options("Rows to fit on, e.g. \"Metadata_Compound == 'DMSO'\"; 'all' takes every row. Default: DMSO.")
 @click.option(
     "--select",
     multiple=True,
