@@ -230,6 +230,22 @@ def test_cells_of_other_than_three_channels_are_refused(tmp_path):
         prepare_cells(tmp_path, tmp_path / "cells", size=8)
 
 
+def test_scores_are_the_published_convention_where_some_cannot_be_right():
+    """A MoA of one compound, and treatments of two weeks beside those of one: the sides must count them alike."""
+    rng, rows = np.random.default_rng(3), []
+    for week in (1, 2, 3):
+        for well in range(4):
+            rows.append((f"Week{week}_1", f"A{well + 1:02d}", "DMSO", 0.0, "DMSO", 1))
+    for compound in range(9):
+        for week in ((1,), (2,), (1, 2), (2, 3), (3,))[compound % 5]:
+            rows.append((f"Week{week}_1", f"B{compound + 1:02d}", f"c{compound}", 1.0, "XXXYYYYYZ"[compound], 1))
+    metadata = pd.DataFrame(rows, columns=[*EVALUATION_COLUMNS])
+    features = rng.standard_normal((len(rows), 6)).astype(np.float32)
+    ours = Ours({}).score(features, metadata)
+    assert ours == pytest.approx(plain_scores(features, metadata), abs=1e-9)
+    assert (9 * ours[0]) % 1 == pytest.approx(0, abs=1e-9)  # the lone compound is counted, as wrong
+
+
 @pytest.mark.data
 @pytest.mark.parametrize("num_cells", [24, 72, 400, 1000])
 def test_cells_drawn_of_a_real_screen_can_be_scored_by_all(real_data, num_cells):

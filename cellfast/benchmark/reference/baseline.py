@@ -210,7 +210,10 @@ def plain_accuracies(
     """(NSC, NSCB) of treatments: a classifier fitted anew for each; under NSCB without the MoAs of one batch. None: no treatment is left."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    in_batches = pd.Series(batches).groupby(moas).nunique()
+    # Single batches, not sets of them: a MoA seen in two weeks is not of one batch, though all its treatments are of both.
+    in_batches = (
+        pd.DataFrame({"moa": moas, "batch": [b.split(",") for b in batches]}).explode("batch").groupby("moa")["batch"].nunique()
+    )
     scores = []
     for not_same_batch in (False, True):
         keep = np.ones(len(profiles), bool)
